@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: they make .venv when it is not there.
+# Lets uv see a locally provided CPU torch where pip is pointed at one; empty elsewhere.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+PYTHON ?= python3
+
+.PHONY: demo test test-slow lint format clean
+
+demo: .venv/.ok
+	.venv/bin/cellvim demo
+
+test: .venv/.ok
+	.venv/bin/python -m pytest
+
+test-slow: .venv/.ok
+	.venv/bin/python -m pytest -m slow
+
+lint: .venv/.ok
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/.ok
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/.ok: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/cpu/* csrc/cuda/*)
+	test -x .venv/bin/uv || ($(PYTHON) -m venv .venv && .venv/bin/pip install -q uv)
+	.venv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build demo

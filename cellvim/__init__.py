@@ -1,0 +1,48 @@
+"""CellVim turns microscopy plates into embeddings.
+
+``open_plate``, ``embed``, ``create_model`` and ``load_checkpoint`` are what a notebook needs. Names are imported
+when they are first used, so that ``import cellvim`` and ``cellvim --help`` answer at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name -> the module that defines it
+    "CellvimError": "cellvim.errors",
+    "Encoder": "cellvim.models.encoder",
+    "EncoderConfig": "cellvim.models.config",
+    "create_model": "cellvim.models.registry",
+    "embed": "cellvim.embedding",  # not embed.py: importing such a module would hide this function
+    "list_models": "cellvim.models.registry",
+    "load_checkpoint": "cellvim.models.weights",
+    "load_reference": "cellvim.models.weights",
+    "open_plate": "cellvim.data.plate",
+    "save_checkpoint": "cellvim.models.weights",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from cellvim.data.plate import open_plate
+    from cellvim.embedding import embed
+    from cellvim.errors import CellvimError
+    from cellvim.models.config import EncoderConfig
+    from cellvim.models.encoder import Encoder
+    from cellvim.models.registry import create_model, list_models
+    from cellvim.models.weights import load_checkpoint, load_reference, save_checkpoint
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'cellvim' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
