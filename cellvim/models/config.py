@@ -1,0 +1,251 @@
+"""EncoderConfig: every choice that makes one model of the family differ from another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from math import ceil
+from typing import Any
+
+from cellvim.errors import ModelError, suggestion
+
+_CHOICES = {
+    "tokens": ("joint", "per_channel"),
+    "mixer": ("mamba", "attention"),
+    "scan_order": ("channel_first", "spatial_first"),
+    "scan_path": ("rowwise", "colwise"),
+    "pool": ("none", "mean", "max", "attention"),
+    "pool_axes": (1, 2),
+    "masked_pool": ("sum", "mean"),
+    "skip": ("unpooled", "pooled"),
+    "input_norm": ("rms", "layer"),
+    "ssm_norm": ("layer", "rms", "none"),
+    "class_token": ("none", "first", "middle"),
+    "readout": ("mean", "max", "last", "tokens"),
+    "channel_sampling": ("sorted", "unsorted", "none"),
+    "mask_reverse": ("mirrored", "reference"),
+    "initialization": ("cellvim", "reference"),
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Choices of an `Encoder`; the defaults are FastChannelVim-S/16 as trained on JUMP-CP.
+
+    Parameters
+    ----------
+    image_size
+        Height and width in pixels that the position embedding is built for; one number for a square.
+    patch_size
+        Side of a patch in pixels.
+    patch_stride
+        Step from patch to patch in pixels; None for ``patch_size`` (no overlap).
+    in_channels
+        Number of channels C the model knows (rows of the channel embedding, or input channels of joint tokens).
+    embed_dim, depth
+        D, and the number of blocks.
+    num_classes
+        Rows of the classification head; 0 for none, the model then returns features.
+    channel_names
+        Names of the C channels, so that callers can choose them by name.
+    tokens
+        "per_channel": one token per patch and channel (FastChannelVim); "joint": one per patch (FastVim).
+    mixer
+        "mamba": the bidirectional pooled state-space mixer; "attention": the ViT / ChannelViT baselines.
+    scan_order
+        Of per-channel tokens: "channel_first" (H, W, C), channel fastest; "spatial_first" (C, H, W).
+    scan_path
+        "rowwise", or "colwise": the patch grid transposed, position embedding included.
+    pool, pool_axes
+        What is done along the pooled axes before the scan (paper Table 20), and how many axes are pooled:
+        1: columns (rows in every other block); 2: columns and channels, rows and channels, rows and columns in turn.
+        With ``mixer="attention"``, ``pool="mean"`` pools keys and values (paper Table 7).
+    alternate
+        Swap rows and columns in every other block.
+    pool_scale
+        Factor on mean pools: 1 − mask ratio when a masked pre-training is fine-tuned on whole images.
+    masked_pool
+        With missing tokens: "sum" of the kept ones over the full count, or their "mean" (paper Table 12).
+    skip
+        "unpooled": D·u of every token after expanding; "pooled": D·pool(u) before it (paper Table 18).
+    input_norm, ssm_norm
+        Norm before a mixer, and after the scan.
+    class_token
+        "none", "first" or "middle" of the sequence; its output is then the feature.
+    position_embedding
+        Whether patches carry a learned position.
+    readout
+        How tokens become one feature, unless there is a class token: "mean"; "max": the head on every token, then the
+        largest logit; "last"; "tokens": all of them.
+    channel_sampling
+        Hierarchical channel sampling in training: how the drawn channels are ordered, or "none".
+    sample_channels_per_image
+        Draw the channels anew for every image of a batch (their number stays one a batch).
+    d_state, d_conv, expand, dt_rank
+        N; W, the convolution's taps (0: no convolution, paper Table 7); E / D; rank of Δ, None for ceil(D / 16).
+    projection_bias
+        Whether the mixer's input and output projections have a bias.
+    layer_scale
+        Initial value of a learned factor on each mixer's output; None for none.
+    drop_path_rate
+        Rate of the last block; linear from 0.
+    num_heads, mlp_ratio
+        Of ``mixer="attention"``; ``num_heads`` None for one per 64 of D.
+    mask_reverse
+        Row labels of the backward direction with missing tokens: "mirrored", or "reference" as the published MAE
+        weights were trained (not mirrored).
+    initialization
+        "cellvim", or "reference": the published code's, whose backward Δ bias starts at 0 instead of in [0.001, 0.1].
+    out_indices
+        Blocks whose outputs a dense-prediction head reads; each gets a LayerNorm, and the final norm is left out.
+
+    References
+    ----------
+    Kapse et al., Fast Vision Mamba (2025), §3, Tables 7, 12, 18, 20, 25.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    patch_size: int = 16
+    patch_stride: int | None = None
+    in_channels: int = 8
+    embed_dim: int = 384
+    depth: int = 24
+    num_classes: int = 161
+    channel_names: tuple[str, ...] | None = None
+    tokens: str = "per_channel"
+    mixer: str = "mamba"
+    scan_order: str = "channel_first"
+    scan_path: str = "rowwise"
+    pool: str = "mean"
+    pool_axes: int = 1
+    alternate: bool = True
+    pool_scale: float = 1.0
+    masked_pool: str = "sum"
+    skip: str = "unpooled"
+    input_norm: str = "rms"
+    ssm_norm: str = "layer"
+    class_token: str = "none"
+    position_embedding: bool = True
+    readout: str = "mean"
+    channel_sampling: str = "sorted"
+    sample_channels_per_image: bool = False
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int | None = None
+    projection_bias: bool = False
+    layer_scale: float | None = None
+    drop_path_rate: float = 0.05
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    mask_reverse: str = "mirrored"
+    initialization: str = "cellvim"
+    out_indices: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int):  # lists come from JSON and YAML
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.channel_names is not None:
+            object.__setattr__(self, "channel_names", tuple(self.channel_names))
+        object.__setattr__(self, "out_indices", tuple(self.out_indices))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ModelError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        positive = ("patch_size", "in_channels", "embed_dim", "depth", "d_state", "expand")
+        for name in positive:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ModelError(f"{name} is {getattr(self, name)!r}; expected a whole number of at least 1.")
+        if min(self.image_height, self.image_width) < 1:
+            raise ModelError(f"image_size is {self.image_size!r}; expected at least 1 pixel a side.")
+        if self.num_classes < 0:
+            raise ModelError(f"num_classes is {self.num_classes}; expected 0 (no head) or more.")
+        if self.d_conv not in (0, 1, 2, 3, 4):
+            raise ModelError(f"d_conv is {self.d_conv}; expected 0 (no convolution) to 4 taps.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ModelError(f"drop_path_rate is {self.drop_path_rate}; expected at least 0 and below 1.")
+        if self.patch_stride is not None and not 1 <= self.patch_stride <= self.patch_size:
+            raise ModelError(f"patch_stride is {self.patch_stride}; expected 1 to the patch size {self.patch_size}.")
+
+    def _check_combinations(self) -> None:
+        if self.channel_names is not None and len(self.channel_names) != self.in_channels:
+            raise ModelError(f"channel_names has {len(self.channel_names)} names; in_channels is {self.in_channels}.")
+        if self.channel_names is not None and len(set(self.channel_names)) != len(self.channel_names):
+            raise ModelError(f"channel_names repeats a name: {', '.join(self.channel_names)}.")
+        if self.pool_axes == 2 and self.tokens == "joint":
+            raise ModelError("pool_axes=2 needs tokens='per_channel': with joint tokens a grid has two axes to share.")
+        if any(not 0 <= i < self.depth for i in self.out_indices):
+            raise ModelError(f"out_indices {self.out_indices} leave the blocks 0 to {self.depth - 1}.")
+        if self.mixer == "attention":
+            if self.embed_dim % self.heads:
+                raise ModelError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.heads}.")
+            if self.pool not in ("none", "mean"):
+                raise ModelError(f"pool={self.pool!r} needs mixer='mamba'; attention pools with 'mean' or 'none'.")
+
+    @property
+    def image_height(self) -> int:
+        """Height in pixels."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def image_width(self) -> int:
+        """Width in pixels."""
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    @property
+    def stride(self) -> int:
+        """Step between patches in pixels."""
+        return self.patch_stride or self.patch_size
+
+    @property
+    def inner_dim(self) -> int:
+        """E, the width inside the mixer."""
+        return self.expand * self.embed_dim
+
+    @property
+    def delta_rank(self) -> int:
+        """r, the rank of Δ's projection."""
+        return self.dt_rank or ceil(self.embed_dim / 16)
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self.num_heads or max(1, self.embed_dim // 64)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image, padded at the bottom and right to whole patches."""
+        return _patches(height, self.patch_size, self.stride), _patches(width, self.patch_size, self.stride)
+
+    def replace(self, **changes: Any) -> EncoderConfig:
+        """Return a copy with some values changed.
+
+        Raises
+        ------
+        ModelError
+            If a name is unknown or a value does not fit.
+        """
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ModelError(f"EncoderConfig has no value {name!r}.{suggestion(name, known)}")
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as plain types that JSON can hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
+        """Return the config that `to_dict` described; the inverse of `to_dict`."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ModelError(f"The configuration has unknown values {', '.join(unknown)}: is it of a newer CellVim?")
+        return cls(**values)
+
+
+def _patches(length: int, patch: int, stride: int) -> int:
+    """Patches along ``length`` pixels, zero-padded so that none is left out."""
+    return max(0, ceil((length - patch) / stride)) + 1

@@ -1,0 +1,207 @@
+"""TokenGrid: where each token lies, and in which order each block visits and pools the tokens.
+
+This is the only place that knows rows, columns and channels. Blocks get a `ScanPlan` from it and mix tokens blindly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from cellvim.errors import ModelError
+from cellvim.models.config import EncoderConfig
+from cellvim.ops.plan import ScanPlan, sequence_plan
+
+
+@dataclass(eq=False)
+class TokenGrid:
+    """The tokens of a batch: a full grid, or any subset of it per sample, with or without a class token.
+
+    Parameters
+    ----------
+    config
+        The model's choices.
+    rows, columns, channels
+        Size of the grid, after a transposition by ``scan_path``; one channel for joint tokens.
+    kept
+        None for the full grid. Else (B, K) int64: ids of each sample's tokens in the full grid's scan order, ascending,
+        padded with −1 at the end.
+    channel_count
+        With ``kept``: (B,) int64, how many of the channels each sample has at all (channels that a sample lacks take
+        no scan step; masked tokens of channels it has do). None for all.
+    class_position
+        Where in the stored sequence the class token stands; None for no class token.
+    device
+        Where the plans' indices lie.
+    """
+
+    config: EncoderConfig
+    rows: int
+    columns: int
+    channels: int
+    kept: Tensor | None = None
+    channel_count: Tensor | None = None
+    class_position: int | None = None
+    device: torch.device | str = "cpu"
+    _plans: dict[tuple, ScanPlan] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.is_ragged and self.config.mask_reverse == "reference":
+            raise ModelError(
+                "mask_reverse='reference' needs the same number of tokens in every sample of a batch, as the published "
+                "models had; this batch differs. Use mask_reverse='mirrored' or batches of equal counts."
+            )
+        if self.is_ragged and self.class_position:
+            raise ModelError(
+                "class_token='middle' needs the same number of tokens in every sample of a batch; this batch differs. "
+                "Use class_token='first' or 'none', or batches of equal counts."
+            )
+
+    @property
+    def axes(self) -> tuple[str, str, str]:
+        """Names of the axes in stored order, slowest first."""
+        if self.config.scan_order == "spatial_first":
+            return ("channel", "row", "column")
+        return ("row", "column", "channel")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of each axis."""
+        return {"row": self.rows, "column": self.columns, "channel": self.channels}
+
+    @property
+    def count(self) -> int:
+        """Number of tokens of the full grid, without a class token."""
+        return self.rows * self.columns * self.channels
+
+    @cached_property
+    def is_ragged(self) -> bool:
+        """Whether some samples have fewer tokens than others."""
+        return self.kept is not None and bool((self.kept[:, -1:] < 0).any())
+
+    def plan(self, block: int) -> ScanPlan:
+        """Return how block number ``block`` visits and pools the tokens."""
+        order, pooled = self._order_and_pooled(block)
+        key = (order, pooled)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(order, pooled)
+        return self._plans[key]
+
+    def _order_and_pooled(self, block: int) -> tuple[tuple[str, ...], frozenset[str]]:
+        """The block's axes, slowest first, and those pooled away (paper §3.1 and §3.4)."""
+        two_axes = self.config.pool_axes == 2
+        turn = block % (3 if two_axes else 2)
+        swap = turn == 1 and self.config.alternate
+        order = tuple({"row": "column", "column": "row"}.get(a, a) for a in self.axes) if swap else self.axes
+        if self.config.pool == "none":
+            return order, frozenset()
+        if two_axes and turn == 2:
+            return order, frozenset({"row", "column"})
+        inner = "row" if swap else "column"
+        return order, frozenset({inner, "channel"}) if two_axes else frozenset({inner})
+
+    def _make_plan(self, order: tuple[str, ...], pooled: frozenset[str]) -> ScanPlan:
+        if self.kept is None and self.class_position is None:
+            strides, step = {}, 1
+            for axis in reversed(self.axes):
+                strides[axis] = step
+                step *= self.sizes[axis]
+            return ScanPlan(
+                sizes=tuple(self.sizes[a] for a in order),
+                strides=tuple(strides[a] for a in order),
+                pooled=tuple(a in pooled for a in order),
+                pool_scale=self.config.pool_scale,
+            )
+        if self.kept is None and not pooled and order == self.axes:
+            return sequence_plan(self.count + 1)  # Vim's class token is one more step of the sequence
+        return self._indexed_plan(order, pooled)
+
+    def _indexed_plan(self, order: tuple[str, ...], pooled: frozenset[str]) -> ScanPlan:
+        """The plan of an irregular set of tokens: sort them into the block's order and label their scan steps."""
+        ids = torch.arange(self.count, device=self.device)[None] if self.kept is None else self.kept
+        present = ids >= 0
+        coordinates = self._coordinates(ids)
+        lengths = {a: torch.tensor([[n]], device=ids.device) for a, n in self.sizes.items()}
+        if self.channel_count is not None:
+            lengths["channel"] = self.channel_count[:, None]
+
+        key = _mixed_radix([(coordinates[a], self.sizes[a]) for a in order])
+        stored = key.masked_fill(~present, prod(self.sizes.values())).argsort(dim=1, stable=True)  # (B, K)
+        order_present = present.gather(1, stored)
+
+        if pooled:
+            steps = _mixed_radix([(coordinates[a], lengths[a]) for a in order if a not in pooled])
+            steps = steps.gather(1, stored).clamp_min(0)
+            slots = prod(n for a, n in self.sizes.items() if a not in pooled)
+            weight = self._slot_weight(steps, order_present, slots, pooled, lengths)
+        else:
+            steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            slots = ids.shape[1]
+            weight = torch.ones(1, slots, device=ids.device)
+        backward = steps
+        if pooled and self.config.mask_reverse == "reference":
+            # The published code labels the reversed sequence with the rows of the unreversed one.
+            backward = slots - 1 - steps.flip(1)
+        stored = stored.masked_fill(~order_present, -1)
+        slot = torch.stack([steps, backward])
+        if self.class_position is not None:
+            stored, slot, weight, slots = self._add_class_token(stored, slot, weight, slots, bool(pooled))
+        return ScanPlan(
+            sizes=(stored.shape[1], 1, 1),
+            strides=(1, 1, 1),
+            pooled=(bool(pooled), False, False),
+            pool_scale=self.config.pool_scale,
+            order=stored,
+            slot=slot,
+            slot_weight=weight,
+            slot_count=slots,
+        )
+
+    def _coordinates(self, ids: Tensor) -> dict[str, Tensor]:
+        """Row, column and channel of each token id, (B, K) each."""
+        coordinates, rest = {}, ids.clamp_min(0)
+        for axis in reversed(self.axes):
+            coordinates[axis] = rest % self.sizes[axis]
+            rest = rest // self.sizes[axis]
+        return coordinates
+
+    def _slot_weight(
+        self,
+        steps: Tensor,
+        present: Tensor,
+        slots: int,
+        pooled: frozenset[str],
+        lengths: dict[str, Tensor],
+    ) -> Tensor:
+        """(B, P): one over the full number of tokens of a slot, or over those kept (paper Table 12)."""
+        if self.config.masked_pool == "mean":
+            kept = torch.zeros(steps.shape[0], slots, device=steps.device).scatter_add(1, steps, present.float())
+            return self.config.pool_scale / kept.clamp_min(1)
+        full = torch.ones(1, 1, device=steps.device)
+        for axis in pooled:
+            full = full * lengths[axis]
+        return (self.config.pool_scale / full).expand(-1, slots)
+
+    def _add_class_token(self, stored: Tensor, slot: Tensor, weight: Tensor, slots: int, pooled: bool) -> tuple:
+        """Insert the class token at its place in the block's order; where tokens are pooled it is a step of its own."""
+        place = self.class_position
+        batch, length = stored.shape
+        step = (0 if place == 0 else slots // 2) if pooled else place
+        stored = torch.where(stored >= place, stored + 1, stored)  # tokens after it moved by one
+        stored = torch.cat([stored[:, :place], stored.new_full((batch, 1), place), stored[:, place:]], dim=1)
+        slot = torch.where(slot >= step, slot + 1, slot)
+        slot = torch.cat([slot[..., :place], slot.new_full((2, batch, 1), step), slot[..., place:]], dim=2)
+        weight = torch.cat([weight[:, :step], weight.new_ones(weight.shape[0], 1), weight[:, step:]], dim=1)
+        return stored, slot, weight, slots + 1
+
+
+def _mixed_radix(digits: list[tuple[Tensor, Tensor | int]]) -> Tensor:
+    """Combine (digit, base) pairs, most significant first, into one number."""
+    number = torch.zeros_like(digits[0][0])
+    for digit, base in digits:
+        number = number * base + digit
+    return number

@@ -1,0 +1,306 @@
+"""The definition of every op in plain PyTorch: any device, float32 or float64, differentiable, `torch.compile`-able.
+
+B batch, L tokens, P scan steps, E inner width, N states, W convolution taps. Direction 0 reads the block's sequence
+forwards, direction 1 backwards; everything with both directions carries them as a leading axis of 2. Tokens keep their
+stored order, scan steps the order of the grid, whatever the direction.
+
+Arithmetic is in float32 (float64 for float64 inputs); results have the type of ``x``.
+
+References
+----------
+FastVim: pooling before the scan, §3; Vim: the bidirectional block, Alg. 1; Mamba: the selective scan, §3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cellvim.ops.plan import ScanPlan
+
+POOLS = ("none", "mean", "max", "attention")
+NORMS = ("layer", "rms", "none")
+
+
+def add_norm(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    kind: str = "rms",
+) -> tuple[Tensor, Tensor]:
+    """Add ``hidden`` to the residual stream and normalise the sum.
+
+    Parameters
+    ----------
+    hidden
+        (B, L, D), what the previous block put out.
+    residual
+        (B, L, D) in float32 (or float64), or None before the first block.
+    weight, bias
+        (D,). ``bias`` is None for ``kind="rms"``.
+
+    Returns
+    -------
+    normed, residual
+        (B, L, D) in the type of ``hidden``, and (B, L, D) the new residual.
+    """
+    compute = _compute_type(hidden)
+    total = hidden.to(compute) if residual is None else hidden.to(compute) + residual
+    return _normalise(total, weight, bias, eps, kind).to(hidden.dtype), total
+
+
+def conv_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: ScanPlan,
+    pool: str = "mean",
+    score_weight: Tensor | None = None,
+    score_bias: Tensor | None = None,
+) -> Tensor:
+    """Convolve along the block's sequence in both directions, apply SiLU, and pool.
+
+    Parameters
+    ----------
+    x
+        (B, L, E) tokens in stored order.
+    weight, bias
+        (2, E, W) and (2, E): depthwise causal taps, the last one on the current token.
+    pool
+        "mean" (times ``plan.pool_scale``), "max", "attention", or "none" when the plan pools nothing.
+    score_weight, score_bias
+        (2, E) and (2,): the linear score of attention pooling, softmaxed over the tokens of a slot.
+
+    Returns
+    -------
+    (2, B, P, E)
+        Slots without a token are zero.
+    """
+    u = _convolve(x, weight, bias, plan)  # (2, B, L, E), the block's order
+    if pool == "none" or not plan.pools and plan.is_dense:
+        pooled = u if plan.is_dense else _scatter_sum(u, plan)
+    elif pool == "mean":
+        pooled = _pool_mean(u, plan)
+    elif pool == "max":
+        pooled = _pool_max(u, plan)
+    elif pool == "attention":
+        score = torch.einsum("kble,ke->kbl", u, score_weight.to(u.dtype)) + score_bias.to(u.dtype)[:, None, None]
+        pooled = _pool_attention(u, score, plan)
+    else:
+        raise ValueError(f"pool is {pool!r}; expected one of {POOLS}")
+    return pooled.to(x.dtype)
+
+
+def pooled_scan(
+    pooled: Tensor,
+    delta: Tensor,
+    delta_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+) -> Tensor:
+    """Run the selective scan over the pooled steps, direction 1 from the last step to the first.
+
+    ``h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t p_t``, ``y_t = C_t · h_t`` with Δ = softplus(delta + delta_bias).
+
+    Parameters
+    ----------
+    pooled, delta
+        (2, B, P, E).
+    delta_bias
+        (2, E).
+    A
+        (2, E, N), negative.
+    B, C
+        (2, B, P, N).
+
+    Returns
+    -------
+    (2, B, P, E)
+    """
+    compute = _compute_type(pooled)
+    step = F.softplus(delta.to(compute) + delta_bias.to(compute)[:, None, None])  # (2, B, P, E)
+    drive = step * pooled.to(compute)
+    step, drive, B, C = (_scan_order(t.to(compute)) for t in (step, drive, B, C))
+    A = A.to(compute)[:, None]  # (2, 1, E, N)
+    state = A.new_zeros(2, pooled.shape[1], pooled.shape[3], A.shape[-1])  # (2, B, E, N)
+    outputs = []
+    for t in range(pooled.shape[2]):  # the pooled steps are the only loop
+        decay = torch.exp(step[:, :, t, :, None] * A)
+        state = decay * state + drive[:, :, t, :, None] * B[:, :, t, None, :]
+        outputs.append(torch.einsum("kben,kbn->kbe", state, C[:, :, t]))
+    return _scan_order(torch.stack(outputs, dim=2)).to(pooled.dtype)
+
+
+def expand_gate(
+    x: Tensor,
+    z: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    plan: ScanPlan,
+    norm: str = "layer",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Give every token its scanned step back, add the skip, average the directions, normalise and gate.
+
+    ``out = norm((Σ_k expand(y_k) + D_k · u_k) / 2) · SiLU(z)`` where u is the unpooled convolution of `conv_pool`.
+
+    Parameters
+    ----------
+    x, z
+        (B, L, E) in stored order.
+    y
+        (2, B, P, E), what `pooled_scan` returned.
+    weight, bias
+        (2, E, W) and (2, E), as in `conv_pool`.
+    skip
+        (2, E), the D of the two directions; None leaves the skip out.
+    norm
+        "layer", "rms" or "none", over E, with ``norm_weight`` and ``norm_bias`` (E,).
+
+    Returns
+    -------
+    (B, L, E)
+        In stored order; zero where a ragged sample has no token.
+    """
+    compute = _compute_type(x)
+    out = _expand(y.to(compute), plan)  # (2, B, L, E), the block's order
+    if skip is not None:
+        out = out + skip.to(compute)[:, None, None] * _convolve(x, weight, bias, plan)
+    out = _to_stored_order(out.mean(0), plan)  # (B, L, E)
+    if norm != "none":
+        out = _normalise(out, norm_weight, norm_bias, eps, norm)
+    return (out * F.silu(z.to(compute))).to(x.dtype)
+
+
+def _compute_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _scan_order(t: Tensor) -> Tensor:
+    """Reverse the steps of direction 1; its own inverse."""
+    return torch.stack([t[0], t[1].flip(1)])
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    weight = weight.to(x.dtype)
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, None if bias is None else bias.to(x.dtype), eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: ScanPlan) -> Tensor:
+    """Return SiLU(causal convolution) of both directions, (2, B, L, E), in the block's order."""
+    x = _to_block_order(x.to(_compute_type(x)), plan).transpose(1, 2)  # (B, E, L)
+    _, E, taps = weight.shape
+    length = x.shape[-1]
+    weight = weight.to(x.dtype)
+    bias = x.new_zeros(2, E) if bias is None else bias.to(x.dtype)
+    # Reading backwards, the tap on the current token comes first and the earlier ones lie after it.
+    forward = F.conv1d(F.pad(x, (taps - 1, 0)), weight[0, :, None], bias[0], groups=E)
+    backward = F.conv1d(F.pad(x, (0, taps - 1)), weight[1, :, None].flip(-1), bias[1], groups=E)
+    u = F.silu(torch.stack([forward, backward])).transpose(2, 3)
+    assert u.shape[2] == length
+    return u if plan.is_dense else u * _present(plan)[None, ..., None]
+
+
+def _present(plan: ScanPlan) -> Tensor:
+    """(B or 1, L) bool: steps of the block's order that hold a token."""
+    return plan.order >= 0
+
+
+def _to_block_order(x: Tensor, plan: ScanPlan) -> Tensor:
+    """(B, L, E) stored order -> the block's order; absent tokens are zero."""
+    if plan.is_dense:
+        axes = _stored_axes(plan)
+        if axes == sorted(axes):
+            return x
+        grid = x.unflatten(1, [plan.sizes[a] for a in axes])
+        return grid.permute(0, *(1 + axes.index(a) for a in range(3)), 4).flatten(1, 3)
+    index = plan.order.clamp_min(0).expand(x.shape[0], -1)
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])) * _present(plan)[..., None]
+
+
+def _to_stored_order(x: Tensor, plan: ScanPlan) -> Tensor:
+    """The inverse of `_to_block_order`; a token that no step visits is zero."""
+    if plan.is_dense:
+        axes = _stored_axes(plan)
+        if axes == sorted(axes):
+            return x
+        return x.unflatten(1, plan.sizes).permute(0, *(1 + a for a in axes), 4).flatten(1, 3)
+    index = plan.order.clamp_min(0).expand(x.shape[0], -1)
+    x = x * _present(plan)[..., None]
+    return torch.zeros_like(x).scatter_add(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+
+
+def _stored_axes(plan: ScanPlan) -> list[int]:
+    """The block's axes in the order in which they are stored, slowest first."""
+    # An axis of length 1 may carry any stride; it stays where it is among its equals.
+    return sorted(range(3), key=lambda a: (-plan.strides[a], a) if plan.sizes[a] > 1 else (1, a))
+
+
+def _pool_axes(plan: ScanPlan) -> list[int]:
+    return [2 + a for a in range(3) if plan.pooled[a]]
+
+
+def _grouped(u: Tensor, plan: ScanPlan) -> Tensor:
+    """(2, B, L, E) -> (2, B, P, G, E): the tokens of each slot side by side."""
+    kept = [2 + a for a in range(3) if not plan.pooled[a]]
+    grid = u.unflatten(2, plan.sizes).permute(0, 1, *kept, *_pool_axes(plan), 5)
+    return grid.reshape(*u.shape[:2], plan.slots, plan.group, u.shape[-1])
+
+
+def _pool_mean(u: Tensor, plan: ScanPlan) -> Tensor:
+    if plan.is_dense:
+        return u.unflatten(2, plan.sizes).mean(_pool_axes(plan)).flatten(2, -2) * plan.pool_scale
+    return _scatter_sum(u, plan) * plan.slot_weight.to(u.dtype)[None, ..., None]
+
+
+def _pool_max(u: Tensor, plan: ScanPlan) -> Tensor:
+    if plan.is_dense:
+        return _grouped(u, plan).max(dim=3).values
+    lowest = u.masked_fill(~_present(plan)[None, ..., None], float("-inf"))
+    index = _slot_index(u, plan)
+    best = u.new_full((*u.shape[:2], plan.slots, u.shape[-1]), float("-inf")).scatter_reduce(2, index, lowest, "amax")
+    return torch.where(best.isinf(), torch.zeros_like(best), best)
+
+
+def _pool_attention(u: Tensor, score: Tensor, plan: ScanPlan) -> Tensor:
+    """Softmax ``score`` (2, B, L) over the tokens of each slot and sum them by it."""
+    if plan.is_dense:
+        share = _grouped(score[..., None], plan).softmax(dim=3)  # (2, B, P, G, 1)
+        return (share * _grouped(u, plan)).sum(3)
+    score = score.masked_fill(~_present(plan)[None], float("-inf"))
+    slot = plan.slot.expand(-1, u.shape[1], -1)
+    top = score.new_full((*score.shape[:2], plan.slots), float("-inf")).scatter_reduce(2, slot, score, "amax")
+    top = torch.where(top.isinf(), torch.zeros_like(top), top).detach()
+    share = torch.exp(score - top.gather(2, slot))  # 0 where absent
+    total = torch.zeros_like(top).scatter_add(2, slot, share)
+    total = torch.where(total == 0, torch.ones_like(total), total)
+    return _scatter_sum(u * share[..., None], plan) / total[..., None]
+
+
+def _slot_index(u: Tensor, plan: ScanPlan) -> Tensor:
+    return plan.slot.expand(-1, u.shape[1], -1)[..., None].expand(-1, -1, -1, u.shape[-1])
+
+
+def _scatter_sum(u: Tensor, plan: ScanPlan) -> Tensor:
+    return u.new_zeros(*u.shape[:2], plan.slots, u.shape[-1]).scatter_add(2, _slot_index(u, plan), u)
+
+
+def _expand(y: Tensor, plan: ScanPlan) -> Tensor:
+    """(2, B, P, E) -> (2, B, L, E) in the block's order: every token gets its slot's value."""
+    if plan.is_dense:
+        if not plan.pools:
+            return y
+        kept = [1 if away else n for n, away in zip(plan.sizes, plan.pooled, strict=True)]
+        return y.unflatten(2, kept).expand(-1, -1, *plan.sizes, -1).flatten(2, 4)
+    index = plan.slot.expand(-1, y.shape[1], -1)[..., None].expand(-1, -1, -1, y.shape[-1])
+    return y.gather(2, index)
