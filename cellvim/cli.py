@@ -1,0 +1,270 @@
+"""The command line: one thin function a command.
+
+Only typer and rich are imported here, so that ``cellvim --help`` answers at once; each command imports what it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from cellvim import __version__
+from cellvim.errors import CellvimError, InputError
+
+if TYPE_CHECKING:
+    from cellvim.embedding import EmbeddingSummary
+
+INTERRUPTED = 130  # as shells report Ctrl-C
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors are one clear line; anything but a `CellvimError` is a bug and keeps its traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except CellvimError as error:
+            _say(f"Error: {' '.join(str(error).split())}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _say("Interrupted. Nothing was left under the final name; the same command starts anew.")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Microscopy plates to embeddings: OME-Zarr in, FastChannelVim, AnnData out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich's help takes 0.1 s more to appear
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 2 not usable, 3 done but for some fields, 130 Ctrl-C."""
+    try:
+        app(args=argv, prog_name="cellvim")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cellvim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+PlatePath = Annotated[Path, typer.Argument(metavar="PLATE.zarr", help="An OME-Zarr plate.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output when it exists.")]
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of TIFFs, as the microscope wrote it.")],
+    target: Annotated[Path, typer.Argument(metavar="PLATE.zarr", help="The OME-Zarr plate to make.")],
+    metadata: Annotated[
+        Path | None, typer.Option("--metadata", "-m", help="Plate map (CSV or TSV) with a well column.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="What wrote the files; told from their names by default.")] = "auto",
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="Regular expression over file names, with the groups well (or row and column), site, channel."),
+    ] = None,
+    pixel_size: Annotated[float | None, typer.Option(metavar="UM", help="Side of a pixel in µm.")] = None,
+    channel_names: Annotated[
+        str | None, typer.Option(metavar="KEY=NAME,…", help="What the files' channels show: ch5=DNA,ch4=ER.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make an OME-Zarr plate from a folder of TIFFs."""
+    from cellvim.channels import parse_channel_names
+    from cellvim.data.importers import import_plate
+
+    with _progress("Importing", "images") as progress:
+        plate = import_plate(
+            source,
+            target,
+            metadata=metadata,
+            format=format,
+            pattern=pattern,
+            pixel_size_um=pixel_size,
+            channel_names=parse_channel_names(channel_names) if channel_names else None,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print(
+        f"{len(plate.wells)} wells, {len(plate.fields)} fields, channels {', '.join(plate.channel_names)} → {target}\n"
+        f"Next: cellvim embed {target} -o embeddings.zarr"
+    )
+
+
+@app.command()
+def info(plate: PlatePath) -> None:
+    """Say what a plate holds, and what is odd about it."""
+    from cellvim.data.plate import describe, open_plate
+
+    found = describe(open_plate(plate))
+    pixel = found["pixel_size_um"]
+    per_well = ", ".join(f"{fields} in {wells} wells" for fields, wells in found["fields_per_well"].items())
+    for name, value in {
+        "plate": f"{found['name']} (OME-Zarr {found['ome_zarr_version']})",
+        "wells": f"{found['n_wells']} ({_first_and_last(found['wells'])})",
+        "fields": f"{found['n_fields']} ({per_well})",
+        "channels": ", ".join(found["channel_names"]),
+        "size": ", ".join(f"{size} ({n} fields)" for size, n in found["sizes"].items()),
+        "pixels": ", ".join(found["dtypes"]),
+        "µm/px": "unknown" if pixel is None else f"{pixel:g}",
+        "plate map": ", ".join(found["well_metadata_columns"]) or "none",
+    }.items():
+        print(f"{name:<10} {value}")
+    for oddity in found["oddities"]:
+        print(f"{'odd':<10} {oddity}")
+
+
+@app.command()
+def embed(
+    plate: PlatePath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The AnnData (Zarr) to write.")] = Path(
+        "embeddings.zarr"
+    ),
+    unit: Annotated[str, typer.Option(help="What one row is: cell, tile or field.")] = "cell",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="A name of `cellvim models`, or a checkpoint.")
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(help="Channels by name: DNA,ER. Or what they mean: DNA=ch5,ER=ch4. All by default.")
+    ] = None,
+    wells: Annotated[str | None, typer.Option(help="Wells: A01,B07. All by default.")] = None,
+    crop_size: Annotated[int | None, typer.Option(metavar="PX", help="Side of a cell's crop or of a tile.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Crops embedded at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of random weights and of the intensity sample.")] = 0,
+    z: Annotated[str | None, typer.Option(metavar="N|max", help="Plane of a z-stack, or its maximum.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Embed a plate's cells, tiles or fields into an AnnData."""
+    from cellvim.embedding import DEFAULT_MODEL, plan_embedding, run_embedding
+    from cellvim.export import check_output
+
+    check_output(output, overwrite=overwrite)
+    plan = plan_embedding(
+        _open(plate, z),
+        unit=unit,
+        model=model or DEFAULT_MODEL,
+        channels=channels,
+        wells=wells.split(",") if wells else None,
+        crop_size=crop_size,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+    )
+    with _progress("Embedding", f"{unit}s") as progress:
+        summary = run_embedding(plan, output, overwrite=overwrite, progress=progress)
+    _report(summary)
+    if summary.failed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def models() -> None:
+    """List the models that can be named."""
+    from cellvim.models.registry import list_models
+
+    for name in list_models():
+        print(name)
+    _say("A name gives random weights: this version ships no trained ones. --model PATH takes a checkpoint.")
+
+
+@app.command()
+def backends() -> None:
+    """Say which back-end runs the models here, and why."""
+    from cellvim.ops.dispatch import describe_backends
+
+    for backend in describe_backends():
+        state = "runs" if backend.selected else "there" if backend.available else "not there"
+        print(f"{backend.name:<12} {state:<10} {backend.reason}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path("demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew when the folder exists.")] = False,
+) -> None:
+    """Run the main job on a small real plate: import, embed, look at the result."""
+    from cellvim.demo import run_demo
+
+    run_demo(output, overwrite=overwrite, say=print, warn=_warn, progress=_progress)
+
+
+def _open(plate: Path, z: str | None):
+    from cellvim.data.plate import open_plate
+
+    if z is not None and z != "max" and not z.isdigit():
+        raise InputError(f"--z is '{z}'; expected the number of a plane, or max.")
+    return open_plate(plate, z=int(z) if z and z.isdigit() else z)
+
+
+def _report(summary: EmbeddingSummary) -> None:
+    for remark in summary.remarks():
+        _warn(remark)
+    print(summary)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _warn(line: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text("Warning: " + line, style="bold yellow"))
+
+
+def _first_and_last(wells: list[str]) -> str:
+    return wells[0] if len(wells) == 1 else f"{wells[0]} to {wells[-1]}"
+
+
+@contextmanager
+def _progress(what: str, units: str) -> Iterator[Callable[..., None]]:
+    """Yield a function of (done, total, rows) that moves a progress bar; nothing is shown but on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rows]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None, rows="")
+
+        def update(done: int, total: int, rows: int | None = None) -> None:
+            bar.update(task, completed=done, total=total, rows="" if rows is None else f"{rows:,} {units}")
+
+        yield update
+
+
+if __name__ == "__main__":
+    sys.exit(main())
