@@ -101,7 +101,9 @@ def tile_centers(height: int, width: int, size_px: int, stride_px: int | None = 
     """
     stride_px = size_px if stride_px is None else stride_px
     if size_px < 1 or not 1 <= stride_px <= size_px:
-        raise InputError(f"Tiles of {size_px} px every {stride_px} px do not cover a field; choose 1 <= stride <= size.")
+        raise InputError(
+            f"Tiles of {size_px} px every {stride_px} px do not cover a field; choose 1 <= stride <= size."
+        )
 
     def starts(length: int) -> np.ndarray:
         last = max(0, length - size_px)

@@ -131,9 +131,7 @@ class Plate:
         entries = plate.get("wells")
         if not isinstance(entries, list) or not entries:
             raise PlateError(f"{self.path} lists no wells in its plate metadata; expected at least one.")
-        rows, columns = (
-            [str(_dig(entry, "name")) for entry in _list(plate.get(key))] for key in ("rows", "columns")
-        )
+        rows, columns = ([str(_dig(entry, "name")) for entry in _list(plate.get(key))] for key in ("rows", "columns"))
         for entry in entries:
             well_path = str(_dig(entry, "path") or "")
             folder = _inside(self._root, well_path)
@@ -155,7 +153,9 @@ class Plate:
             if not images and folder.is_dir():  # some writers leave the well's own metadata out
                 sites = _image_folders(folder)
                 if sites:
-                    self._notes.append(f"well {name} has no metadata of its own: its images were found by their folders")
+                    self._notes.append(
+                        f"well {name} has no metadata of its own: its images were found by their folders"
+                    )
             fields = []
             for site in sites:
                 image_folder = _inside(folder, site)
@@ -269,7 +269,9 @@ class Plate:
         for name, count in constant.items():
             odd.append(f"channel {name} is constant in {count} of {looked_at} fields looked at")
         for name, count in saturated.items():
-            odd.append(f"channel {name} is saturated in over 1% of the pixels of {count} of {looked_at} fields looked at")
+            odd.append(
+                f"channel {name} is saturated in over 1% of the pixels of {count} of {looked_at} fields looked at"
+            )
         return odd
 
 
@@ -342,7 +344,9 @@ class Field:
             image = layout.to_chw(array, indices, z=self._z, t=self._t)
         except FieldReadError:
             raise
-        except Exception as error:  # every codec has its own kinds; the field and the cause are named, nothing is hidden
+        except (
+            Exception
+        ) as error:  # every codec has its own kinds; the field and the cause are named, nothing is hidden
             cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise self.error(f"its pixels cannot be read ({cause})") from error
         if not image.any() and array.nchunks_initialized == 0:

@@ -1,0 +1,216 @@
+"""Plate maps: a table with one row a well, joined to a plate by its wells."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cellvim.data.wells import canonical_well, row_number, well_name, well_position
+from cellvim.errors import MetadataError, listing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_WELL = ("well", "wellposition", "metadatawell", "imagemetadatawell", "wellname", "wellid", "position", "wellno")
+_ROW = ("row", "wellrow", "metadatarow", "platerow", "wellrowname", "imagemetadatarow")
+_COLUMN = ("column", "col", "wellcolumn", "wellcol", "metadatacolumn", "metadatacol", "platecolumn")
+_PLATE = ("plate", "metadataplate", "assayplatebarcode", "platename", "plateid", "barcode", "platebarcode")
+_DELIMITERS = ",;\t|"
+
+
+def read_platemap(path: str | Path, *, plate_name: str | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """Read a plate map: CSV, TSV or semicolon-separated, wells written A1, A01, r01c01 or as a row and a column.
+
+    Parameters
+    ----------
+    path
+        The table.
+    plate_name
+        Which rows to take where the table has a column of plates with several of them.
+
+    Returns
+    -------
+    table : pandas.DataFrame
+        One row a well, index ``well`` (``A01``), all columns as they are in the file.
+    notes : list of str
+        What was odd: repeated and contradicting rows.
+
+    Raises
+    ------
+    MetadataError
+        The file cannot be read, or has no column that names wells.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    table = _read(path)
+    wells = _wells(table, path)
+    notes: list[str] = []
+    plates = next((c for c in table.columns if _plain(c) in _PLATE), None)
+    if plates is not None and wells.duplicated().any() and table[plates].nunique() > 1:
+        chosen = table[plates].astype(str) == str(plate_name)
+        if not chosen.any():
+            raise MetadataError(
+                f"{path} describes several plates ({listing(sorted(table[plates].astype(str).unique()), 6)}) and none "
+                f"is '{plate_name}'. Name the plate as in the map, or keep only its rows."
+            )
+        table, wells = table[chosen], wells[chosen]
+    table = table.set_index(pd.Index(wells, name="well"))
+    if not table.index.has_duplicates:
+        return table, notes
+    return _one_row_a_well(table, path.name, notes), notes
+
+
+def join_platemap(table: pd.DataFrame, wells: list[str], *, source: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the plate map's rows for the wells of a plate, in their order, with what does not fit as notes.
+
+    Raises
+    ------
+    MetadataError
+        No well of the plate is in the map.
+    """
+    without = [w for w in wells if w not in table.index]
+    beyond = [w for w in table.index if w not in set(wells)]
+    if len(without) == len(wells):
+        raise MetadataError(
+            f"{source} has no row for any of the plate's {len(wells)} wells ({listing(wells, 6)}); it has rows for "
+            f"{listing(table.index, 6)}. Is it another plate's map?"
+        )
+    notes = []
+    if without:
+        notes.append(f"{len(without)} wells have no row in {source}: {listing(without)}")
+    if beyond:
+        notes.append(f"{source} has rows for {len(beyond)} wells without images: {listing(beyond)}")
+    return table.reindex(wells), notes
+
+
+def derive_pert_type(table: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """Add ``Metadata_pert_type`` from another column by a rule such as ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
+
+    Raises
+    ------
+    MetadataError
+        The rule cannot be read, its column is not there, or a value of the column is not in the rule.
+    """
+    column, colon, pairs = rule.partition(":")
+    mapping: dict[str, str] = {}
+    for pair in pairs.split(","):
+        value, equals, kind = (part.strip() for part in pair.partition("="))
+        if not (colon and equals and kind):
+            raise MetadataError(
+                f"--pert-type '{rule}' cannot be read; expected COLUMN:VALUE=TYPE,..., as in "
+                "Control:-1=negcon,0=trt,1=poscon."
+            )
+        mapping[value] = kind
+    column = column.strip()
+    if column not in table.columns:
+        raise MetadataError(f"--pert-type names the column '{column}'; the plate map has {listing(table.columns)}.")
+    values = table[column]
+    text = values.map(_as_written, na_action="ignore")
+    unknown = sorted(set(text.dropna()) - set(mapping))
+    if unknown:
+        raise MetadataError(
+            f"--pert-type has no type for {listing(unknown)} of column '{column}'; it has {listing(mapping)}."
+        )
+    return table.assign(Metadata_pert_type=text.map(mapping, na_action="ignore"))
+
+
+def _read(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    if not path.is_file():
+        raise MetadataError(f"{path} is not a file; expected a plate map (CSV or TSV) with a column of wells.")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+        delimiter = max(_DELIMITERS, key=header.count)
+        # as text first: a column "01" must not become 1, nor a row "NA" of a 1536-well plate a missing value
+        table = pd.read_csv(path, sep=delimiter, encoding="utf-8-sig", dtype=str, keep_default_na=False)
+    except (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise MetadataError(f"{path} cannot be read as a table: {error}.") from error
+    except OSError as error:
+        raise MetadataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if table.empty:
+        raise MetadataError(f"{path} has no rows; expected one a well.")
+    return table.rename(columns=lambda c: str(c).strip())
+
+
+def _wells(table: pd.DataFrame, path: Path) -> pd.Series:
+    """Find each row's well, then give the other columns their types in place."""
+    names = {_plain(c): c for c in reversed(list(table.columns))}
+    well, row, column = (next((names[n] for n in known if n in names), None) for known in (_WELL, _ROW, _COLUMN))
+    if well is not None:
+        positions = table[well].map(lambda text: _parse(canonical_well, text, path))
+        keep = [well]
+    elif row is not None and column is not None:
+        both = zip(table[row], table[column], strict=True)
+        positions = table[row].copy()
+        positions[:] = [_parse(_from_row_and_column, pair, path) for pair in both]
+        keep = [row, column]
+    else:
+        raise MetadataError(
+            f"{path} has no column of wells; it has {listing(table.columns)}. Expected one named Well or "
+            "well_position (A1, A01, r01c01), or two named Row and Column."
+        )
+    for name in table.columns:
+        if name not in keep:
+            table[name] = _typed(table[name])
+    return positions
+
+
+def _from_row_and_column(pair: tuple[str, str]) -> str:
+    row, column = row_number(pair[0]), str(pair[1]).strip().strip("\"'")
+    if not column.isdigit():
+        raise MetadataError(f"'{column}' is not a plate column; expected a number.")
+    return well_name(*well_position(f"r{row}c{int(column)}"))
+
+
+def _parse(read: Any, value: Any, path: Path) -> str:
+    try:
+        return read(value)
+    except MetadataError as error:
+        raise MetadataError(f"{path}: {error}") from error
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    """Return numbers as numbers and gaps as missing; anything with leading zeros stays text."""
+    import pandas as pd
+
+    text = column.str.strip()
+    text = text.mask(text.isin(["", "NA", "N/A", "NaN", "nan"]))
+    if text.dropna().str.match(r"^[+-]?0\d").any():
+        return text
+    numbers = pd.to_numeric(text, errors="coerce")
+    return numbers if numbers.notna().equals(text.notna()) and text.notna().any() else text
+
+
+def _one_row_a_well(table: pd.DataFrame, source: str, notes: list[str]) -> pd.DataFrame:
+    """Keep what all rows of a well agree on.
+
+    A column that differs in most of the repeated wells belongs to the images, not to the wells, and is dropped;
+    where few wells contradict themselves, their value is unknown. Both are noted.
+    """
+    groups = table.groupby(level=0, sort=False)
+    differs = groups.nunique(dropna=False) > 1
+    repeated = groups.size() > 1
+    share = differs[repeated].mean()
+    dropped = list(share.index[share > 0.5])
+    one = groups.first() if not dropped else groups.first().drop(columns=dropped)
+    notes.append(f"{source} has several rows for {int(repeated.sum())} wells: what they agree on is kept")
+    if dropped:
+        notes.append(f"{source}: columns that differ within wells are left out: {listing(dropped)}")
+    for column in one.columns:
+        wells = list(differs.index[differs[column]])
+        if wells:
+            one[column] = one[column].mask(one.index.isin(wells))
+            notes.append(f"{source} contradicts itself in '{column}' for {listing(wells)}: left empty there")
+    return one
+
+
+def _as_written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain(name: Any) -> str:
+    return "".join(ch for ch in str(name).casefold() if ch.isalnum())
