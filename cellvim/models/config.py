@@ -58,7 +58,7 @@ class EncoderConfig:
     pool, pool_axes
         What is done along the pooled axes before the scan (paper Table 20), and how many axes are pooled:
         1: columns (rows in every other block); 2: columns and channels, rows and channels, rows and columns in turn.
-        With ``mixer="attention"``, ``pool="mean"`` pools keys and values (paper Table 7).
+        With ``mixer="attention"``, ``pool="mean"`` attends among pooled tokens (paper Table 7).
     alternate
         Swap rows and columns in every other block.
     pool_scale

@@ -189,7 +189,7 @@ class TokenGrid:
     def _add_class_token(self, stored: Tensor, slot: Tensor, weight: Tensor, slots: int, pooled: bool) -> tuple:
         """Insert the class token at its place in the block's order; where tokens are pooled it is a step of its own."""
         place = self.class_position
-        batch, length = stored.shape
+        batch = stored.shape[0]
         step = (0 if place == 0 else slots // 2) if pooled else place
         stored = torch.where(stored >= place, stored + 1, stored)  # tokens after it moved by one
         stored = torch.cat([stored[:, :place], stored.new_full((batch, 1), place), stored[:, place:]], dim=1)

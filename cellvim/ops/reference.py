@@ -80,7 +80,7 @@ def conv_pool(
         Slots without a token are zero.
     """
     u = _convolve(x, weight, bias, plan)  # (2, B, L, E), the block's order
-    if pool == "none" or not plan.pools and plan.is_dense:
+    if pool == "none" or (plan.is_dense and not plan.pools):
         pooled = u if plan.is_dense else _scatter_sum(u, plan)
     elif pool == "mean":
         pooled = _pool_mean(u, plan)
@@ -178,6 +178,17 @@ def expand_gate(
     if norm != "none":
         out = _normalise(out, norm_weight, norm_bias, eps, norm)
     return (out * F.silu(z.to(compute))).to(x.dtype)
+
+
+def pool_mean(x: Tensor, plan: ScanPlan) -> Tensor:
+    """Return the mean of each slot's tokens, (B, L, D) in stored order -> (B, P, D)."""
+    x = _to_block_order(x, plan).expand(2, -1, -1, -1)
+    return (_pool_mean(x, plan) if plan.pools else x)[0]
+
+
+def expand(y: Tensor, plan: ScanPlan) -> Tensor:
+    """Give every token the value of its slot, (B, P, D) -> (B, L, D) in stored order."""
+    return _to_stored_order(_expand(y.expand(2, -1, -1, -1), plan)[0], plan)
 
 
 def _compute_type(x: Tensor) -> torch.dtype:

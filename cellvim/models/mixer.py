@@ -1,0 +1,133 @@
+"""The bidirectional pooled mixer: one for every family, told apart only by the plan that it is given."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellvim import ops
+from cellvim.models.config import EncoderConfig
+from cellvim.ops.plan import ScanPlan
+
+
+class Mixer(nn.Module):
+    """Mix tokens by convolution and a selective scan over pooled tokens, in both directions.
+
+    Per direction ``u = SiLU(conv(x))``, ``p = pool(u)``, ``y = scan(p)``, ``o = expand(y) + D·u``; then
+    ``out_proj(norm((o_forward + o_backward) / 2) · SiLU(z))``. FastVim, FastChannelVim, Vim, ChannelVim and FastMaskVim
+    differ in the `ScanPlan` alone.
+
+    Parameters carry the names of the published checkpoints; those of the backward direction end in ``_b``.
+
+    References
+    ----------
+    Kapse et al., Fast Vision Mamba (2025), §3, Fig. 2; Zhu et al., Vision Mamba (2024), Alg. 1.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, E, N, r = config.embed_dim, config.inner_dim, config.d_state, config.delta_rank
+
+        self.in_proj = nn.Linear(D, 2 * E, bias=config.projection_bias)
+        if config.d_conv > 0:
+            self.conv1d = nn.Conv1d(E, E, config.d_conv, groups=E)
+            self.conv1d_b = nn.Conv1d(E, E, config.d_conv, groups=E)
+        if config.pool == "attention":
+            self.pool_score = nn.Linear(E, 1)
+            self.pool_score_b = nn.Linear(E, 1)
+        self.x_proj = nn.Linear(E, r + 2 * N, bias=False)
+        self.x_proj_b = nn.Linear(E, r + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(r, E)
+        self.dt_proj_b = nn.Linear(r, E)
+        self.A_log = nn.Parameter(torch.empty(E, N))
+        self.A_b_log = nn.Parameter(torch.empty(E, N))
+        self.D = nn.Parameter(torch.ones(E))
+        self.D_b = nn.Parameter(torch.ones(E))
+        if config.ssm_norm != "none":
+            self.layernorm = Scale(E, bias=config.ssm_norm == "layer")
+        self.out_proj = nn.Linear(E, D, bias=config.projection_bias)
+        if config.layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((D,), float(config.layer_scale)))
+        self.reset_parameters()
+
+    def forward(self, hidden: Tensor, plan: ScanPlan) -> Tensor:
+        """Mix (B, L, D) tokens in stored order, visited as ``plan`` says; returns (B, L, D)."""
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
+        conv, conv_bias = self._convolution(x)
+        skip = torch.stack([self.D, self.D_b])
+
+        pooled = ops.conv_pool(x, conv, conv_bias, plan, self.config.pool, *self._score())  # (2, B, P, E)
+        y = self._scan(pooled)  # (2, B, P, E)
+        if self.config.skip == "pooled":
+            y, skip = y + skip[:, None, None].to(y.dtype) * pooled, None
+        out = ops.expand_gate(x, z, y, conv, conv_bias, skip, plan, self.config.ssm_norm, *self._norm())  # (B, L, E)
+
+        out = self.out_proj(out)  # (B, L, D)
+        return out * self.gamma if self.config.layer_scale is not None else out
+
+    def _scan(self, pooled: Tensor) -> Tensor:
+        """Project the pooled tokens to Δ, B and C and scan them; (2, B, P, E) -> (2, B, P, E)."""
+        r, N = self.config.delta_rank, self.config.d_state
+        parts = [F.linear(pooled[0], self.x_proj.weight), F.linear(pooled[1], self.x_proj_b.weight)]
+        delta, B, C = torch.stack(parts).split([r, N, N], dim=-1)  # (2, B, P, r), (2, B, P, N) twice
+        delta = torch.stack([F.linear(delta[0], self.dt_proj.weight), F.linear(delta[1], self.dt_proj_b.weight)])
+        delta_bias = torch.stack([self.dt_proj.bias, self.dt_proj_b.bias])
+        A_log = torch.stack([self.A_log, self.A_b_log])
+        A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))  # (2, E, N)
+        return ops.pooled_scan(pooled, delta, delta_bias, A, B, C)
+
+    def _convolution(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Taps (2, E, W) and biases (2, E) of both directions; without convolution one tap of weight 1 (Table 7)."""
+        if self.config.d_conv == 0:
+            return torch.ones(2, x.shape[-1], 1, dtype=self.D.dtype, device=x.device), None
+        weight = torch.stack([self.conv1d.weight[:, 0], self.conv1d_b.weight[:, 0]])
+        return weight, torch.stack([self.conv1d.bias, self.conv1d_b.bias])
+
+    def _score(self) -> tuple[Tensor, ...]:
+        """Weights (2, E) and biases (2,) of attention pooling (Table 20), nothing for the other pools."""
+        if self.config.pool != "attention":
+            return ()
+        heads = (self.pool_score, self.pool_score_b)
+        return torch.stack([h.weight[0] for h in heads]), torch.cat([h.bias for h in heads])
+
+    def _norm(self) -> tuple[Tensor | None, ...]:
+        return (None, None) if self.config.ssm_norm == "none" else (self.layernorm.weight, self.layernorm.bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the published models (golden statistics): A = −1…−N, Δ in [0.001, 0.1] at the start.
+
+        The published code leaves the backward Δ bias at 0, so that Δ starts near 0.7 in that direction; we initialise
+        both directions alike unless ``config.initialization == "reference"``.
+        """
+        config = self.config
+        for A_log in (self.A_log, self.A_b_log):
+            A_log.copy_(torch.arange(1, config.d_state + 1, dtype=A_log.dtype).log().expand_as(A_log))
+        for delta in (self.dt_proj, self.dt_proj_b):
+            nn.init.uniform_(delta.weight, -(config.delta_rank**-0.5), config.delta_rank**-0.5)
+            _initialise_delta_bias(delta.bias)
+        if config.initialization == "reference":
+            self.dt_proj_b.bias.zero_()
+        self.out_proj.weight.div_(math.sqrt(config.depth))
+        for projection in (self.in_proj, self.out_proj):
+            if projection.bias is not None:
+                projection.bias.zero_()
+
+
+class Scale(nn.Module):
+    """The learned factor, and for a LayerNorm the offset, of a norm that a fused op computes."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+
+def _initialise_delta_bias(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
+    """Set the bias so that softplus(bias) is log-uniform in [low, high] (Mamba, §3.6)."""
+    delta = torch.exp(torch.empty_like(bias).uniform_(math.log(low), math.log(high))).clamp_min(floor)
+    bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus

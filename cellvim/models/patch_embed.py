@@ -1,0 +1,209 @@
+"""Images to tokens: one a patch, or one a patch and channel; and the sampling of channels in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellvim.channels import match_channels
+from cellvim.errors import ChannelError, InputError
+from cellvim.models.config import EncoderConfig
+
+Channels = Sequence[int | str] | Sequence[Sequence[int | str]] | Tensor | None
+
+
+class PatchEmbed(nn.Module):
+    """Project every patch to a token, with its channel's embedding when tokens are per channel.
+
+    Per-channel tokens share one p×p projection (paper §3.4). The projection is a matrix product over unfolded patches,
+    so tokens come out in the model's order without another copy.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        p, stride = config.patch_size, config.stride
+        if config.tokens == "per_channel":
+            self.proj = nn.Conv3d(1, config.embed_dim, (1, p, p), (1, stride, stride))
+            self.channel_embed = nn.Embedding(config.in_channels, config.embed_dim)
+        else:
+            self.proj = nn.Conv2d(config.in_channels, config.embed_dim, p, stride)
+
+    def forward(self, images: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Return the tokens as a grid.
+
+        Parameters
+        ----------
+        images
+            (B, C, H, W); sides that are no whole number of patches are zero-padded at the bottom and right.
+        channels
+            (C,) or (B, C) int64 ids of the channels, for per-channel tokens; None for 0 … C − 1.
+
+        Returns
+        -------
+        (B, rows, columns, D) for joint tokens, (B, rows, columns, C, D) channel-first, (B, C, rows, columns, D)
+        spatial-first; rows and columns swapped for ``scan_path="colwise"``.
+        """
+        patches = self.patches(images)  # (B, C, rows, columns, p, p)
+        weight = self.proj.weight.flatten(1)
+        if self.config.tokens == "joint":
+            return F.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3), weight, self.proj.bias)
+        if channels is None:
+            channels = torch.arange(images.shape[1], device=images.device)
+        embedding = self.channel_embed(channels.clamp_min(0))  # (C, D) or (B, C, D)
+        embedding = embedding[:, None, None] if embedding.ndim == 3 else embedding[None, None, None]  # (·, 1, 1, C, D)
+        if self.config.scan_order == "channel_first":
+            return F.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(4), weight, self.proj.bias) + embedding
+        return F.linear(patches.flatten(4), weight, self.proj.bias) + embedding.permute(0, 3, 1, 2, 4)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, rows, columns, p, p), a view but for the padding."""
+        p, stride = self.config.patch_size, self.config.stride
+        height, width = images.shape[-2:]
+        rows, columns = self.config.grid_size(height, width)
+        missing_rows = (rows - 1) * stride + p - height
+        missing_columns = (columns - 1) * stride + p - width
+        if missing_rows or missing_columns:
+            images = F.pad(images, (0, missing_columns, 0, missing_rows))
+        patches = images.unfold(2, p, stride).unfold(3, p, stride)
+        return patches.transpose(2, 3) if self.config.scan_path == "colwise" else patches
+
+
+class ChannelSampler:
+    """Hierarchical channel sampling: draw how many channels, then which, from a generator of its own.
+
+    The generator's state travels with checkpoints, so that a resumed training draws as an uninterrupted one.
+
+    References
+    ----------
+    Bao et al., Channel Vision Transformers (2024), §3.3; design as in FastChannelVim, §3.4: nothing is rescaled.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Start the draws anew."""
+        self._generator.manual_seed(seed)
+
+    def draw(self, count: int, *, ordered: bool, samples: int | None = None) -> Tensor:
+        """Draw n uniform in 1 … ``count``, then n of ``count`` positions without replacement.
+
+        Returns
+        -------
+        (n,) int64, or (samples, n), with the same n for all; ascending if ``ordered``.
+        """
+        n = int(torch.randint(1, count + 1, (), generator=self._generator))
+        rows = [torch.randperm(count, generator=self._generator)[:n] for _ in range(samples or 1)]
+        drawn = torch.stack(rows)
+        if ordered:
+            drawn = drawn.sort(dim=1).values
+        return drawn if samples is not None else drawn[0]
+
+    @property
+    def state(self) -> Tensor:
+        """The generator's state, uint8."""
+        return self._generator.get_state()
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._generator.set_state(state.cpu().to(torch.uint8))
+
+    def __getstate__(self) -> dict[str, Tensor]:
+        return {"state": self.state}
+
+    def __setstate__(self, values: dict[str, Tensor]) -> None:
+        self._generator = torch.Generator()
+        self.state = values["state"]
+
+
+def resolve_channels(channels: Channels, images: Tensor, config: EncoderConfig) -> Tensor | None:
+    """Turn the caller's channels, ids or names, one set or one a sample, into ids.
+
+    Parameters
+    ----------
+    channels
+        None when the images have the model's channels in its order; ids or names of the images' channels; or one such
+        list for each sample, shorter ones for samples whose last image channels are empty.
+    images
+        (B, C, H, W).
+
+    Returns
+    -------
+    None, (C,) int64, or (B, C) int64 with −1 where a sample has no channel.
+
+    Raises
+    ------
+    ChannelError
+        A channel is unknown, given twice for a sample, or the number does not fit the images.
+    """
+    batch, count = images.shape[:2]
+    if channels is None:
+        if count != config.in_channels:
+            raise ChannelError(
+                f"The images have {count} channels, the model {config.in_channels}{_names(config)}. "
+                "Say which they are with channels=[...]."
+            )
+        return None
+    if isinstance(channels, Tensor):
+        ids = channels.to(images.device, torch.int64)
+    elif len(channels) and all(isinstance(c, (list, tuple)) for c in channels):
+        rows = [_ids(row, config) for row in channels]
+        ids = torch.full((len(rows), max(map(len, rows))), -1, device=images.device)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, device=images.device)
+    else:
+        ids = torch.tensor(_ids(channels, config), dtype=torch.int64, device=images.device)
+    _check_ids(ids, batch, count, config)
+    return ids
+
+
+def _ids(channels: Sequence[int | str], config: EncoderConfig) -> list[int]:
+    if all(isinstance(c, str) for c in channels):
+        if config.channel_names is None:
+            raise ChannelError(
+                f"Channels are given by name ({', '.join(channels)}), but the model has no channel names; give ids, "
+                "or create the model with channel_names=(...)."
+            )
+        return match_channels(channels, config.channel_names, where="the model")
+    if not all(isinstance(c, int) for c in channels):
+        raise ChannelError(f"Channels are {list(channels)}; expected all names or all whole numbers.")
+    return list(channels)
+
+
+def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> None:
+    if ids.ndim not in (1, 2) or ids.shape[-1] != count or (ids.ndim == 2 and ids.shape[0] != batch):
+        raise ChannelError(
+            f"channels has shape {tuple(ids.shape)} for images of {count} channels in a batch of {batch}; "
+            f"expected ({count},) or ({batch}, {count})."
+        )
+    if torch.compiler.is_compiling():
+        return  # values are data there; shapes are what can be checked
+    if ids.numel() and int(ids.max()) >= config.in_channels:
+        raise ChannelError(f"Channel {int(ids.max())} is not one of the model's 0 to {config.in_channels - 1}.")
+    lowest = -1 if ids.ndim == 2 else 0
+    if ids.numel() and int(ids.min()) < lowest:
+        raise ChannelError(f"Channel {int(ids.min())} is not one of the model's 0 to {config.in_channels - 1}.")
+    rows = ids if ids.ndim == 2 else ids[None]
+    order = rows.sort(dim=1).values
+    if bool(((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any()):
+        raise ChannelError("A channel is given twice for one image; each can be given once.")
+    if bool(((rows[:, 1:] >= 0) & (rows[:, :-1] < 0)).any()) or bool((rows[:, :1] < 0).any()):
+        raise ChannelError("A sample's absent channels (−1) must come last, after at least one present channel.")
+
+
+def check_images(images: Tensor) -> None:
+    """Raise an `InputError` unless ``images`` is a float batch (B, C, H, W) with at least one pixel."""
+    if images.ndim != 4:
+        raise InputError(f"Images have shape {tuple(images.shape)}; expected (batch, channels, height, width).")
+    if not images.is_floating_point():
+        raise InputError(f"Images are {images.dtype}; expected floating point, normalised per channel.")
+    if 0 in images.shape[1:]:
+        raise InputError(f"Images have shape {tuple(images.shape)}; expected at least one channel and one pixel.")
+
+
+def _names(config: EncoderConfig) -> str:
+    return f" ({', '.join(config.channel_names)})" if config.channel_names else ""

@@ -1,0 +1,117 @@
+"""Names of models: ``family_size_patchN`` -> configuration.
+
+References
+----------
+Sizes: Kapse et al., Fast Vision Mamba (2025), Table 25; ViT: Dosovitskiy et al. (2021), Table 1.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from cellvim.errors import ModelError, suggestion
+from cellvim.models.config import EncoderConfig
+
+if TYPE_CHECKING:
+    from cellvim.models.encoder import Encoder
+
+_MAMBA_SIZES = {  # depth, D
+    "tiny": (24, 192),
+    "small": (24, 384),
+    "base": (24, 768),
+    "large": (48, 1024),
+    "huge": (64, 1280),
+}
+_VIT_SIZES = {  # depth, D, heads
+    "tiny": (12, 192, 3),
+    "small": (12, 384, 6),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+    "huge": (32, 1280, 16),
+}
+_IMAGENET = {"tokens": "joint", "in_channels": 3, "num_classes": 1000}
+_JUMP_CP = {"tokens": "per_channel", "in_channels": 8, "num_classes": 161}
+_UNPOOLED = {"pool": "none", "alternate": False}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "fastvim": _IMAGENET,
+    "vim": _IMAGENET | _UNPOOLED | {"class_token": "middle"},
+    "fastmaskvim": _IMAGENET | {"num_classes": 0},
+    "vit": _IMAGENET | _UNPOOLED | {"mixer": "attention", "class_token": "first"},
+    "fastchannelvim": _JUMP_CP,
+    "channelvim": _JUMP_CP | _UNPOOLED | {"class_token": "middle"},
+    "fastchannelmaskvim": _JUMP_CP,
+    "channelvit": _JUMP_CP | _UNPOOLED | {"mixer": "attention", "class_token": "first"},
+}
+DESCRIPTIONS = {
+    "fastvim": "pooled scan, one token per patch",
+    "vim": "Vision Mamba, every token scanned (baseline)",
+    "fastmaskvim": "FastVim for missing tokens: masked pre-training, irregular grids",
+    "vit": "vision transformer (baseline)",
+    "fastchannelvim": "pooled scan, one token per patch and channel",
+    "channelvim": "Vision Mamba per patch and channel (baseline)",
+    "fastchannelmaskvim": "FastChannelVim for missing tokens and channels: joint supervised and masked training",
+    "channelvit": "transformer per patch and channel (baseline)",
+}
+_NAME = re.compile(r"(?P<family>[a-z]+)_(?P<size>[a-z]+)_patch(?P<patch>\d+)")
+
+
+def list_models() -> list[str]:
+    """Return the names that `create_model` knows; any other patch size works too."""
+    return [f"{family}_{size}_patch{patch}" for family in FAMILIES for size in _MAMBA_SIZES for patch in (16, 8)]
+
+
+def model_config(name: str, **changes: Any) -> EncoderConfig:
+    """Return the configuration of a named model, with some values changed.
+
+    Raises
+    ------
+    ModelError
+        The name or a value is unknown.
+    """
+    match = _NAME.fullmatch(name)
+    if not match or match["family"] not in FAMILIES or match["size"] not in _MAMBA_SIZES:
+        raise ModelError(
+            f"There is no model {name!r}; names are FAMILY_SIZE_patchN with a family of {', '.join(FAMILIES)} and a "
+            f"size of {', '.join(_MAMBA_SIZES)}.{suggestion(name, list_models())} `cellvim models` lists them."
+        )
+    family = FAMILIES[match["family"]]
+    config = EncoderConfig(patch_size=int(match["patch"])).replace(**family)
+    if family.get("mixer") == "attention":
+        depth, width, heads = _VIT_SIZES[match["size"]]
+        config = config.replace(depth=depth, embed_dim=width, num_heads=heads)
+    else:
+        depth, width = _MAMBA_SIZES[match["size"]]
+        config = config.replace(depth=depth, embed_dim=width)
+    if "channel_names" in changes and changes["channel_names"] is not None:
+        changes.setdefault("in_channels", len(changes["channel_names"]))
+    return config.replace(**changes)
+
+
+def create_model(name: str, **changes: Any) -> Encoder:
+    """Create a model with random weights.
+
+    Parameters
+    ----------
+    name
+        Such as ``fastchannelvim_small_patch16``; see `list_models`.
+    **changes
+        Values of `EncoderConfig` that differ from the named model's.
+
+    Returns
+    -------
+    `Encoder`, in training mode as torch modules are; call ``.eval()`` before embedding.
+
+    Raises
+    ------
+    ModelError
+        The name or a value is unknown, or values do not fit together.
+
+    Examples
+    --------
+    >>> model = create_model("fastchannelvim_tiny_patch16", image_size=64, channel_names=("DNA", "GFP"), num_classes=0)
+    """
+    from cellvim.models.encoder import Encoder
+
+    return Encoder(model_config(name, **changes))
