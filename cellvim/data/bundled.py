@@ -28,13 +28,15 @@ def bundled_dataset(name: str = DEMO_DATASET) -> Path:
     """
     known = bundled_datasets()
     if name not in known:
-        raise InputError(f"Dataset '{name}' does not come with CellVim; it has {listing(known)}.{suggestion(name, known)}")
+        raise InputError(
+            f"Dataset '{name}' does not come with CellVim; it has {listing(known)}.{suggestion(name, known)}"
+        )
     return known[name]
 
 
 def _folder() -> Path | None:
     package = Path(cellvim.__file__).parent
-    for folder in (package / "_datasets", package.parent / "datasets"):  # a wheel's, a checkout's
+    for folder in (package / "datasets", package.parent / "datasets"):  # a wheel's, a checkout's
         if folder.is_dir():
             return folder
     return None

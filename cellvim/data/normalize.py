@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,7 +142,7 @@ def _spread(fields: Sequence[Field], count: int, seed: int) -> list[Field]:
         return list(fields)
     edges = np.linspace(0, len(fields), count + 1).astype(int)
     rng = np.random.default_rng(seed)
-    return [fields[rng.integers(start, stop)] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [fields[rng.integers(start, stop)] for start, stop in pairwise(edges)]
 
 
 class _Percentiles:

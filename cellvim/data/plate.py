@@ -571,7 +571,7 @@ def _array_shape_and_type(folder: Path, field: Field) -> tuple[tuple[int, ...], 
         raise field.error(f"its array has the shape {shape!r}")
     try:
         kind = np.dtype(dtype)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise field.error(f"its array has the type {dtype!r}") from error
     if kind.kind not in "uifb":
         raise field.error(f"its pixels are {kind}; expected integers or floats")

@@ -175,7 +175,7 @@ class PlateWriter:
         return self.target
 
     def _image_metadata(self) -> dict[str, Any]:
-        """Return the OME attributes that all fields share; the display window is the plate's, so that fields compare."""
+        """Return the OME attributes that all fields share; the display window is the whole plate's."""
         from yaozarrs import v05
 
         unit = {"unit": "micrometer"} if self.pixel_size_um else {}
