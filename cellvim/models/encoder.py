@@ -77,7 +77,7 @@ class Encoder(nn.Module):
             rows, columns = self._built_grid
             self.pos_embed = nn.Parameter(torch.zeros(1, rows * columns + self._class_has_position, D))
         block = AttentionBlock if config.mixer == "attention" else Block
-        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        rates = [config.drop_path_rate * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.layers = nn.ModuleList(block(config, rate) for rate in rates)
         if config.out_indices:
             for i in range(len(config.out_indices)):
@@ -126,8 +126,8 @@ class Encoder(nn.Module):
     def forward_head(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Read the tokens out and classify them, (B, L, D) -> (B, num_classes); the feature without a head."""
         if self.config.readout == "max" and self.config.num_classes and grid.class_position is None:
-            return _max_over(self.head(tokens), _present(grid))
-        return self.head(self._read(tokens, grid))
+            return _max_over(self._classify(tokens), _present(grid))
+        return self._classify(self._read(tokens, grid))
 
     def forward_intermediates(
         self,
@@ -225,6 +225,9 @@ class Encoder(nn.Module):
         if self.config.readout == "mean":
             return tokens.sum(1) / count[:, None]  # absent tokens are zero
         return tokens[torch.arange(len(tokens), device=tokens.device), count - 1]
+
+    def _classify(self, features: Tensor) -> Tensor:
+        return ops.linear(features, self.head.weight, self.head.bias) if self.config.num_classes else features
 
     def _choose_channels(self, images: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Put joint channels into the model's order; draw per-channel ones in training."""

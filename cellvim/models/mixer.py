@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellvim import ops
@@ -56,7 +55,7 @@ class Mixer(nn.Module):
 
     def forward(self, hidden: Tensor, plan: ScanPlan) -> Tensor:
         """Mix (B, L, D) tokens in stored order, visited as ``plan`` says; returns (B, L, D)."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (B, L, E) each
+        x, z = ops.linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)  # (B, L, E) each
         conv, conv_bias = self._convolution(x)
         skip = torch.stack([self.D, self.D_b])
 
@@ -66,15 +65,15 @@ class Mixer(nn.Module):
             y, skip = y + skip[:, None, None].to(y.dtype) * pooled, None
         out = ops.expand_gate(x, z, y, conv, conv_bias, skip, plan, self.config.ssm_norm, *self._norm())  # (B, L, E)
 
-        out = self.out_proj(out)  # (B, L, D)
+        out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)  # (B, L, D)
         return out * self.gamma if self.config.layer_scale is not None else out
 
     def _scan(self, pooled: Tensor) -> Tensor:
         """Project the pooled tokens to Δ, B and C and scan them; (2, B, P, E) -> (2, B, P, E)."""
         r, N = self.config.delta_rank, self.config.d_state
-        parts = [F.linear(pooled[0], self.x_proj.weight), F.linear(pooled[1], self.x_proj_b.weight)]
+        parts = [ops.linear(pooled[0], self.x_proj.weight), ops.linear(pooled[1], self.x_proj_b.weight)]
         delta, B, C = torch.stack(parts).split([r, N, N], dim=-1)  # (2, B, P, r), (2, B, P, N) twice
-        delta = torch.stack([F.linear(delta[0], self.dt_proj.weight), F.linear(delta[1], self.dt_proj_b.weight)])
+        delta = torch.stack([ops.linear(delta[0], self.dt_proj.weight), ops.linear(delta[1], self.dt_proj_b.weight)])
         delta_bias = torch.stack([self.dt_proj.bias, self.dt_proj_b.bias])
         A_log = torch.stack([self.A_log, self.A_b_log])
         A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))  # (2, E, N)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cellvim import ops
 from cellvim.channels import match_channels
 from cellvim.errors import ChannelError, InputError
 from cellvim.models.config import EncoderConfig
@@ -50,14 +51,14 @@ class PatchEmbed(nn.Module):
         patches = self.patches(images)  # (B, C, rows, columns, p, p)
         weight = self.proj.weight.flatten(1)
         if self.config.tokens == "joint":
-            return F.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3), weight, self.proj.bias)
+            return ops.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3), weight, self.proj.bias)
         if channels is None:
             channels = torch.arange(images.shape[1], device=images.device)
         embedding = self.channel_embed(channels.clamp_min(0))  # (C, D) or (B, C, D)
         embedding = embedding[:, None, None] if embedding.ndim == 3 else embedding[None, None, None]  # (·, 1, 1, C, D)
         if self.config.scan_order == "channel_first":
-            return F.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(4), weight, self.proj.bias) + embedding
-        return F.linear(patches.flatten(4), weight, self.proj.bias) + embedding.permute(0, 3, 1, 2, 4)
+            return ops.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(4), weight, self.proj.bias) + embedding
+        return ops.linear(patches.flatten(4), weight, self.proj.bias) + embedding.permute(0, 3, 1, 2, 4)
 
     def patches(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, rows, columns, p, p), a view but for the padding."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cellvim import ops
 from cellvim.models.config import EncoderConfig
 from cellvim.models.drop_path import drop_path
 from cellvim.ops import reference
@@ -44,16 +45,20 @@ class AttentionBlock(nn.Module):
         residual = hidden if residual is None else residual + hidden
         mixed = self._attend(self.norm1(residual), plan)
         residual = residual + drop_path(mixed, self.drop_rate, self.training)
-        hidden = self.fc2(F.gelu(self.fc1(self.norm2(residual))))
+        hidden = _apply(self.fc2, F.gelu(_apply(self.fc1, self.norm2(residual))))
         return drop_path(hidden, self.drop_rate, self.training), residual
 
     def _attend(self, tokens: Tensor, plan: ScanPlan) -> Tensor:
         if plan.pools:
             tokens = reference.pool_mean(tokens, plan)  # (B, P, D)
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, d)
+        qkv = _apply(self.qkv, tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, d)
         out = F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=_present_keys(plan))
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        out = _apply(self.proj, out.transpose(1, 2).flatten(2))
         return reference.expand(out, plan) if plan.pools else out
+
+
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    return ops.linear(x, layer.weight, layer.bias)
 
 
 def _present_keys(plan: ScanPlan) -> Tensor | None:

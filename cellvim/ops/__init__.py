@@ -9,6 +9,7 @@ from cellvim.ops.dispatch import (
     selected_backend,
     use_backend,
 )
+from cellvim.ops.linear import linear
 from cellvim.ops.plan import ScanPlan, sequence_plan
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "conv_pool",
     "describe_backends",
     "expand_gate",
+    "linear",
     "pooled_scan",
     "selected_backend",
     "sequence_plan",

@@ -131,7 +131,8 @@ def pooled_scan(
     for t in range(pooled.shape[2]):  # the pooled steps are the only loop
         decay = torch.exp(step[:, :, t, :, None] * A)
         state = decay * state + drive[:, :, t, :, None] * B[:, :, t, None, :]
-        outputs.append(torch.einsum("kben,kbn->kbe", state, C[:, :, t]))
+        # Not a matrix product: those may sum in another order for another batch size.
+        outputs.append((state * C[:, :, t, None, :]).sum(-1))
     return _scan_order(torch.stack(outputs, dim=2)).to(pooled.dtype)
 
 
@@ -209,16 +210,15 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: ScanPlan) -> Tensor:
     """Return SiLU(causal convolution) of both directions, (2, B, L, E), in the block's order."""
-    x = _to_block_order(x.to(_compute_type(x)), plan).transpose(1, 2)  # (B, E, L)
-    _, E, taps = weight.shape
-    length = x.shape[-1]
+    x = _to_block_order(x.to(_compute_type(x)), plan)
+    length, (_, E, taps) = x.shape[1], weight.shape
     weight = weight.to(x.dtype)
     bias = x.new_zeros(2, E) if bias is None else bias.to(x.dtype)
-    # Reading backwards, the tap on the current token comes first and the earlier ones lie after it.
-    forward = F.conv1d(F.pad(x, (taps - 1, 0)), weight[0, :, None], bias[0], groups=E)
-    backward = F.conv1d(F.pad(x, (0, taps - 1)), weight[1, :, None].flip(-1), bias[1], groups=E)
-    u = F.silu(torch.stack([forward, backward])).transpose(2, 3)
-    assert u.shape[2] == length
+    padded = F.pad(x, (0, 0, taps - 1, taps - 1))
+    # Tap j meets the token taps − 1 − j steps ago; reading backwards, earlier steps lie after it.
+    forward = sum(weight[0, :, j] * padded[:, j : j + length] for j in range(taps))
+    backward = sum(weight[1, :, j] * padded[:, 2 * (taps - 1) - j :][:, :length] for j in range(taps))
+    u = F.silu(torch.stack([forward + bias[0], backward + bias[1]]))
     return u if plan.is_dense else u * _present(plan)[None, ..., None]
 
 
