@@ -15,6 +15,7 @@ _HOMES = {  # public name -> the module that defines it
     "CellvimError": "cellvim.errors",
     "Encoder": "cellvim.models.encoder",
     "EncoderConfig": "cellvim.models.config",
+    "MaskedAutoencoder": "cellvim.models.mae",
     "create_model": "cellvim.models.registry",
     "embed": "cellvim.embedding",  # not embed.py: importing such a module would hide this function
     "list_models": "cellvim.models.registry",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cellvim.errors import CellvimError
     from cellvim.models.config import EncoderConfig
     from cellvim.models.encoder import Encoder
+    from cellvim.models.mae import MaskedAutoencoder
     from cellvim.models.registry import create_model, list_models
     from cellvim.models.weights import load_checkpoint, load_reference, save_checkpoint
 

@@ -182,8 +182,9 @@ class Encoder(nn.Module):
         tokens, grid
             (B, L, D) and their `TokenGrid`.
         """
-        check_images(images)
-        images, channels = self._choose_channels(images, resolve_channels(channels, images, self.config))
+        return self._embed_chosen(*self._choose_channels(images, channels), keep)
+
+    def _embed_chosen(self, images: Tensor, channels: Tensor | None, keep: Tensor | None) -> tuple[Tensor, TokenGrid]:
         tokens = self.patch_embed(images, channels)  # a grid, see PatchEmbed
         if self.config.position_embedding:
             tokens = tokens + self._position(*self._patch_grid(*images.shape[-2:]))
@@ -229,9 +230,11 @@ class Encoder(nn.Module):
     def _classify(self, features: Tensor) -> Tensor:
         return ops.linear(features, self.head.weight, self.head.bias) if self.config.num_classes else features
 
-    def _choose_channels(self, images: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Put joint channels into the model's order; draw per-channel ones in training."""
+    def _choose_channels(self, images: Tensor, channels: Channels) -> tuple[Tensor, Tensor | None]:
+        """Check the images; put joint channels into the model's order; draw per-channel ones in training."""
         config = self.config
+        check_images(images)
+        channels = resolve_channels(channels, images, config)
         if config.tokens == "joint":
             if channels is not None:
                 if channels.ndim != 1 or channels.shape[0] != config.in_channels:
@@ -268,7 +271,15 @@ class Encoder(nn.Module):
         length = rows * columns * count if kept is None else kept.shape[1]
         positions = {"none": None, "first": 0, "middle": length // 2}
         return TokenGrid(
-            self.config, rows, columns, count, kept, channel_count, positions[self.config.class_token], images.device
+            self.config,
+            rows,
+            columns,
+            count,
+            kept,
+            channel_count,
+            class_position=positions[self.config.class_token],
+            device=images.device,
+            dtype=torch.promote_types(images.dtype, torch.float32),
         )
 
     def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
@@ -282,6 +293,7 @@ class Encoder(nn.Module):
         return self.config.class_token != "none" and self.config.tokens == "joint"
 
     def _class_index(self, length: int) -> int:
+        """Row of the class token in the position table of ``length`` patches."""
         return 0 if self.config.class_token == "first" else length // 2
 
     def _position(self, rows: int, columns: int) -> Tensor:
@@ -290,13 +302,18 @@ class Encoder(nn.Module):
         if self._class_has_position:
             index = self._class_index(position.shape[1] - 1)
             position = torch.cat([position[:, :index], position[:, index + 1 :]], dim=1)
-        grid = position.unflatten(1, self._built_grid)  # (1, rows, columns, D)
-        if (rows, columns) != self._built_grid:
-            grid = F.interpolate(grid.permute(0, 3, 1, 2), (rows, columns), mode="bicubic", align_corners=False)
-            grid = grid.permute(0, 2, 3, 1)
+        grid = self._resize_position(position.unflatten(1, self._built_grid), rows, columns)  # (1, rows, columns, D)
         if self.config.tokens == "joint":
             return grid
         return grid[:, :, :, None] if self.config.scan_order == "channel_first" else grid[:, None]
+
+    @staticmethod
+    def _resize_position(grid: Tensor, rows: int, columns: int) -> Tensor:
+        """Resize a (1, rows, columns, D) table bicubically, unless it fits."""
+        if grid.shape[1:3] == (rows, columns):
+            return grid
+        grid = F.interpolate(grid.permute(0, 3, 1, 2), (rows, columns), mode="bicubic", align_corners=False)
+        return grid.permute(0, 2, 3, 1)
 
     def _insert_class_token(self, tokens: Tensor, place: int) -> Tensor:
         class_token = self.cls_token

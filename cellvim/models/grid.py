@@ -37,6 +37,8 @@ class TokenGrid:
         Where in the stored sequence the class token stands; None for no class token.
     device
         Where the plans' indices lie.
+    dtype
+        Of the plans' weights: float32, or float64 for a model in float64.
     """
 
     config: EncoderConfig
@@ -47,6 +49,7 @@ class TokenGrid:
     channel_count: Tensor | None = None
     class_position: int | None = None
     device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
     _plans: dict[tuple, ScanPlan] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +144,7 @@ class TokenGrid:
         else:
             steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
             slots = ids.shape[1]
-            weight = torch.ones(1, slots, device=ids.device)
+            weight = torch.ones(1, slots, device=ids.device, dtype=self.dtype)
         backward = steps
         if pooled and self.config.mask_reverse == "reference":
             # The published code labels the reversed sequence with the rows of the unreversed one.
@@ -179,9 +182,11 @@ class TokenGrid:
     ) -> Tensor:
         """(B, P): one over the full number of tokens of a slot, or over those kept (paper Table 12)."""
         if self.config.masked_pool == "mean":
-            kept = torch.zeros(steps.shape[0], slots, device=steps.device).scatter_add(1, steps, present.float())
+            kept = torch.zeros(steps.shape[0], slots, device=steps.device, dtype=self.dtype).scatter_add(
+                1, steps, present.to(self.dtype)
+            )
             return self.config.pool_scale / kept.clamp_min(1)
-        full = torch.ones(1, 1, device=steps.device)
+        full = torch.ones(1, 1, device=steps.device, dtype=self.dtype)
         for axis in pooled:
             full = full * lengths[axis]
         return (self.config.pool_scale / full).expand(-1, slots)

@@ -35,7 +35,7 @@ class ScanPlan:
         With ``order``: (2, B or 1, L) int64, the scan step that pools the token, for the forward and the backward
         direction, counted from the grid's start in both; any valid value where ``order`` is −1.
     slot_weight
-        With ``order``: (B or 1, P) float32, the factor on the sum of a slot's tokens.
+        With ``order``: (B or 1, P) float32 (float64 for a model in float64), the factor on the sum of a slot's tokens.
     slot_count
         With ``order``: P. None for a dense grid.
     """

@@ -1,0 +1,284 @@
+"""MaskedAutoencoder: pre-training by predicting masked patches, on the same encoder (FastMaskVim)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cellvim import ops
+from cellvim.errors import InputError, ModelError
+from cellvim.models.config import EncoderConfig
+from cellvim.models.encoder import Block, Encoder, Norm
+from cellvim.models.grid import TokenGrid
+from cellvim.models.patch_embed import Channels
+
+
+@dataclass
+class MaskedOutput:
+    """What a `MaskedAutoencoder` returns.
+
+    Parameters
+    ----------
+    loss
+        Mean squared error over masked patches, a scalar.
+    prediction
+        (B, L, p·p·C) for joint tokens, (B, L, p·p) per channel; L in the model's scan order.
+    mask
+        (B, L) float: 1 where a patch was masked.
+    latent
+        (B, K, D), the kept tokens after the encoder's final norm; K counts a class token.
+    logits
+        (B, num_classes) when the model is supervised as well, else None.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    mask: Tensor
+    latent: Tensor
+    logits: Tensor | None = None
+
+
+class MaskedAutoencoder(Encoder):
+    """An `Encoder` that sees a part of the tokens, and a decoder of plain Vim blocks that predicts the rest.
+
+    Parameters
+    ----------
+    config
+        The encoder's choices. With ``tokens="per_channel"`` this is FastChannelMaskVim.
+    decoder_dim, decoder_depth
+        Width and number of the decoder's blocks.
+    decoder_pool
+        Pool of the decoder's scan: "none" as published, or "mean" to make long sequences cheap.
+    mask_ratio
+        Share of tokens that is masked.
+    channel_mask_ratio
+        Share of channels that is masked whole, for per-channel tokens; at least one channel stays.
+    norm_pixels
+        Normalise each target patch to mean 0 and (unbiased) variance 1.
+    supervised
+        Keep the classification head of ``config`` and return logits of the visible tokens: joint training.
+
+    Notes
+    -----
+    Position tables are fixed sines and cosines. Gradients do not flow into the target.
+
+    References
+    ----------
+    Kapse et al., Fast Vision Mamba (2025), §3.3 (FastMaskVim); He et al., Masked Autoencoders (2022); Pham et al.,
+    ChA-MAEViT (2025) for joint training and channel masking.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        decoder_dim: int = 512,
+        decoder_depth: int = 2,
+        mask_ratio: float = 0.75,
+        norm_pixels: bool = True,
+        *,
+        channel_mask_ratio: float = 0.0,
+        decoder_pool: str = "none",
+        supervised: bool = False,
+    ) -> None:
+        if not 0 <= mask_ratio < 1 or not 0 <= channel_mask_ratio < 1:
+            raise ModelError(
+                f"mask_ratio {mask_ratio} and channel_mask_ratio {channel_mask_ratio} must be at least 0 and below 1."
+            )
+        if channel_mask_ratio and config.tokens == "joint":
+            raise ModelError("channel_mask_ratio needs tokens='per_channel': joint tokens hold all channels.")
+        if config.out_indices:
+            raise ModelError("A masked autoencoder has no out_indices.")
+        if not config.position_embedding:
+            raise ModelError("A masked autoencoder needs position_embedding=True to know what it is to predict.")
+        if supervised and not config.num_classes:
+            raise ModelError("supervised=True needs num_classes of at least 1.")
+        super().__init__(config if supervised else config.replace(num_classes=0))
+        config = self.config
+        self.mask_ratio, self.channel_mask_ratio, self.norm_pixels = mask_ratio, channel_mask_ratio, norm_pixels
+
+        self.decoder_config = config.replace(
+            embed_dim=decoder_dim, pool=decoder_pool, alternate=decoder_pool != "none", drop_path_rate=0.0,
+            dt_rank=None, layer_scale=None, mixer="mamba", num_classes=0, pool_scale=1.0, pool_axes=1,
+        )  # fmt: skip
+        self.decoder_embed = nn.Linear(config.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        if config.tokens == "per_channel":
+            self.decoder_channel_embed = nn.Embedding(config.in_channels, decoder_dim)
+        self.decoder_blocks = nn.ModuleList(Block(self.decoder_config) for _ in range(decoder_depth))
+        self.decoder_norm = Norm(decoder_dim, config.input_norm)
+        pixels = config.patch_size**2 * (config.in_channels if config.tokens == "joint" else 1)
+        self.decoder_pred = nn.Linear(decoder_dim, pixels)
+
+        rows, columns = self._built_grid
+        has_class = config.class_token != "none"
+        self.pos_embed = _fixed(config.embed_dim, rows, columns, self._class_has_position)
+        self.decoder_pos_embed = _fixed(decoder_dim, rows, columns, has_class and self._class_has_position)
+        self._reset_masked_parameters()
+
+    def forward(self, images: Tensor, noise: Tensor | None = None, channels: Channels = None) -> MaskedOutput:
+        """Mask, encode, decode, and compare with the masked pixels.
+
+        Parameters
+        ----------
+        images
+            (B, C, H, W), normalised per channel.
+        noise
+            (B, L), one number a token in scan order; those with the lowest stay. None to draw it.
+        channels
+            Ids or names of the images' channels.
+
+        Raises
+        ------
+        InputError
+            ``noise`` does not fit the tokens.
+        """
+        images, channels = self._choose_channels(images, channels)
+        if channels is not None and bool((channels < 0).any()):
+            raise InputError("A masked autoencoder needs the same number of channels in every sample.")
+        grid = self._grid(images, channels, None)
+        noise = self._noise(images, grid) if noise is None else noise
+        if noise.shape != (len(images), grid.count):
+            raise InputError(f"noise has shape {tuple(noise.shape)}; expected {(len(images), grid.count)}.")
+        count = max(1, int(grid.count * (1 - self.mask_ratio)))
+        count = min(count, int((noise < _NEVER).sum(1).min()))
+        keep = noise.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values  # (B, K)
+        mask = torch.ones_like(noise, dtype=images.dtype).scatter_(1, keep, 0.0)
+
+        hidden, kept_grid = self._embed_chosen(images, channels, keep)
+        latent = self.run_blocks(hidden, kept_grid)  # (B, K, D)
+        prediction = self._decode(latent, keep, grid, channels)  # (B, L, pixels)
+        logits = self.forward_head(latent, kept_grid) if self.config.num_classes else None
+        error = (prediction - self.targets(images)).square().mean(-1)  # (B, L)
+        loss = (error * mask).sum() / mask.sum().clamp_min(1)
+        return MaskedOutput(loss, prediction, mask, latent, logits)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """Return what is to be predicted, (B, L, p·p·C) or (B, L, p·p), in scan order."""
+        patches = self.patch_embed.patches(images)  # (B, C, rows, columns, p, p)
+        if self.config.tokens == "joint":
+            patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)
+        elif self.config.scan_order == "channel_first":
+            patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(4)
+        else:
+            patches = patches.flatten(4)
+        patches = patches.flatten(1, -2)
+        if not self.norm_pixels:
+            return patches
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+    def to_encoder(self, **changes: Any) -> Encoder:
+        """Return an `Encoder` with these weights, for fine-tuning or embedding; its position embedding learns.
+
+        Parameters
+        ----------
+        **changes
+            Values of `EncoderConfig`, such as ``num_classes`` and ``pool_scale=1 - mask_ratio`` (paper §3.3).
+        """
+        encoder = Encoder(self.config.replace(**changes))
+        own = encoder.state_dict()
+        shared = {k: v for k, v in self.state_dict().items() if k in own and not k.startswith("head.")}
+        if self._class_has_position:  # from the table's first row to where an Encoder keeps it
+            index, table = encoder._class_index(self.pos_embed.shape[1] - 1), self.pos_embed
+            shared["pos_embed"] = torch.cat([table[:, 1 : index + 1], table[:, :1], table[:, index + 1 :]], dim=1)
+        encoder.load_state_dict(own | shared)
+        encoder.is_trained = self.is_trained
+        return encoder
+
+    def _class_index(self, length: int) -> int:
+        return 0  # as published, wherever the class token stands in the sequence
+
+    def _noise(self, images: Tensor, grid: TokenGrid) -> Tensor:
+        """One random number a token; those of channels that are masked whole are beyond keeping."""
+        noise = torch.rand(len(images), grid.count, device=images.device)
+        masked = min(round(self.channel_mask_ratio * grid.channels), grid.channels - 1)
+        if masked == 0:
+            return noise
+        rank = torch.rand(len(images), grid.channels, device=images.device).argsort(dim=1).argsort(dim=1)  # (B, C)
+        gone = (rank < masked)[:, None, :].expand(-1, grid.rows * grid.columns, -1)
+        gone = gone if self.config.scan_order == "channel_first" else gone.transpose(1, 2)
+        return noise + _NEVER * gone.flatten(1)
+
+    def _decode(self, latent: Tensor, keep: Tensor, grid: TokenGrid, channels: Tensor | None) -> Tensor:
+        """Put mask tokens where patches are missing and predict every patch, (B, K, D) -> (B, L, pixels)."""
+        tokens = ops.linear(latent, self.decoder_embed.weight, self.decoder_embed.bias)
+        class_token = None
+        if self.config.class_token != "none":
+            place = 0 if self.config.class_token == "first" else keep.shape[1] // 2
+            class_token = tokens[:, place : place + 1]
+            tokens = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], dim=1)
+        full = self.mask_token.to(tokens.dtype).expand(len(tokens), grid.count, -1)
+        full = full.scatter(1, keep[..., None].expand_as(tokens), tokens)
+        full = full + self._decoder_positions(grid, channels)
+        if class_token is not None:  # as published, it stands last here
+            if self._class_has_position:
+                class_token = class_token + self.decoder_pos_embed[:, :1]
+            full = torch.cat([full, class_token], dim=1)
+        decoder_grid = TokenGrid(
+            self.decoder_config, grid.rows, grid.columns, grid.channels,
+            class_position=None if class_token is None else grid.count, device=latent.device, dtype=grid.dtype,
+        )  # fmt: skip
+        hidden, residual = full, None
+        for i, block in enumerate(self.decoder_blocks):
+            hidden, residual = block(hidden, residual, decoder_grid.plan(i))
+        hidden, _ = self.decoder_norm(hidden, residual)
+        return ops.linear(hidden[:, : grid.count], self.decoder_pred.weight, self.decoder_pred.bias)
+
+    def _decoder_positions(self, grid: TokenGrid, channels: Tensor | None) -> Tensor:
+        """(1 or B, L, decoder_dim): position, and for per-channel tokens the channel, of every patch."""
+        positions = self.decoder_pos_embed[:, int(self._class_has_position) :].unflatten(1, self._built_grid)
+        positions = self._resize_position(positions, grid.rows, grid.columns)  # (1, rows, columns, D)
+        if self.config.tokens == "joint":
+            return positions.flatten(1, 2)
+        if channels is None:
+            channels = torch.arange(grid.channels, device=positions.device)
+        embedding = self.decoder_channel_embed(channels if channels.ndim == 2 else channels[None])  # (·, C, D)
+        if self.config.scan_order == "channel_first":
+            return (positions[:, :, :, None] + embedding[:, None, None]).flatten(1, 3)
+        return (positions[:, None] + embedding[:, :, None, None]).flatten(1, 3)
+
+    @torch.no_grad()
+    def _reset_masked_parameters(self) -> None:
+        """Initialise as the published MAE (golden statistics)."""
+        weight = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        bound = weight[0].numel() ** -0.5
+        nn.init.uniform_(self.patch_embed.proj.bias, -bound, bound)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for layer in (self.decoder_embed, self.decoder_pred):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if self.config.tokens == "per_channel":
+            nn.init.trunc_normal_(self.decoder_channel_embed.weight, std=0.02)
+
+
+_NEVER = 2.0  # added to the noise, in [0, 1), of tokens that are not to be kept
+
+
+def _fixed(width: int, rows: int, columns: int, has_class: bool) -> nn.Parameter:
+    """A position table that does not learn: (1, rows·columns, width), after a row of zeros for a class token."""
+    table = sincos_positions(width, rows, columns)
+    if has_class:
+        table = torch.cat([torch.zeros(1, width), table])
+    return nn.Parameter(table[None], requires_grad=False)
+
+
+def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
+    """Return sines and cosines of column, then row, of each patch, (rows · columns, width).
+
+    References
+    ----------
+    He et al., Masked Autoencoders (2022), appendix A; Vaswani et al. (2017), §3.5.
+    """
+    if width % 4:
+        raise ModelError(f"A fixed position embedding needs a width that is a multiple of 4; it is {width}.")
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    parts = [f(axis.reshape(-1, 1) * frequency) for axis in (column, row) for f in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1).float()
