@@ -15,7 +15,7 @@ SMALLEST_NUCLEUS_UM, LARGEST_NUCLEUS_UM = 6.0, 40.0  # diameters; beyond these i
 DEFAULT_DIAMETER_PX = 20.0  # a first guess where the pixel size is not known
 LOCAL_SHARE = 0.85  # of the mean around it: what is darker lies between nuclei
 MIN_CONTRAST = 4.0  # threshold above the background, in its own noise
-MIN_SIDE_PX = 8
+MIN_SIDE_PX = 8  # a smaller image has no room for a nucleus and its background
 
 
 def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.ndarray:
@@ -82,10 +82,13 @@ def _threshold(smooth: np.ndarray) -> float:
     from skimage.filters import threshold_li
 
     # Hot pixels and dust would pull the threshold up: nothing above the brightest 0.1% counts.
-    clipped = np.minimum(smooth, np.percentile(smooth, 99.9))
-    if clipped.max() <= clipped.min():
+    low, high = float(smooth.min()), float(np.percentile(smooth, 99.9))
+    if not high > low:
         return np.inf
-    threshold = float(threshold_li(clipped))
+    # In whole steps, because on floats scikit-image's iteration need not end: it stops at a change of half the
+    # smallest difference between two pixels, and rounding can keep it above that for ever.
+    steps = np.clip((smooth - low) * (4095 / (high - low)), 0, 4095).astype(np.uint16)
+    threshold = low + float(threshold_li(steps)) * (high - low) / 4095
     dark = smooth[smooth <= threshold]
     middle = np.median(dark)
     noise = 1.4826 * np.median(np.abs(dark - middle))
@@ -97,11 +100,12 @@ def _typical_diameter(mask: np.ndarray, expected: float, *, bounded: bool) -> fl
     from scipy import ndimage as ndi
 
     objects, count = ndi.label(mask)
-    area = np.bincount(objects.ravel(), minlength=count + 1)[1:]
-    inscribed = 2 * ndi.maximum(ndi.distance_transform_edt(mask), objects, np.arange(1, count + 1))
+    area = np.bincount(objects[mask], minlength=count + 1)
+    inscribed = np.zeros(count + 1)
+    np.maximum.at(inscribed, objects[mask], 2 * ndi.distance_transform_edt(mask)[mask])
     order = np.argsort(inscribed)
     weight = np.cumsum(area[order])  # by area, so that specks do not count
-    diameter = float(np.asarray(inscribed)[order][np.searchsorted(weight, weight[-1] / 2)])
+    diameter = float(inscribed[order][np.searchsorted(weight, weight[-1] / 2)])
     low, high = (0.5 * expected, 2.0 * expected) if bounded else (6.0, max(mask.shape) / 3)
     return float(np.clip(diameter, low, max(low, high)))
 
@@ -122,9 +126,11 @@ def _keep_sizes(labels: np.ndarray, smallest: float, largest: float) -> np.ndarr
     area = np.bincount(labels.ravel())
     keep = (area >= smallest) & (area <= largest)
     keep[0] = False
-    ids, first = np.unique(labels, return_index=True)  # where each label is met first
-    ids = ids[np.argsort(first)]
-    ids = ids[keep[ids]]
+    inside = np.flatnonzero(labels)
+    met = np.zeros(len(area), np.int64)
+    met[labels.ravel()[inside[::-1]]] = inside[::-1]  # the last write stays: where each label is met first
+    ids = np.flatnonzero(keep)
+    ids = ids[np.argsort(met[ids])]
     numbers = np.zeros(len(area), np.int32)
     numbers[ids] = np.arange(1, len(ids) + 1)
     return numbers[labels]

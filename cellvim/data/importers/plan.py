@@ -66,7 +66,7 @@ def make_plan(files: Iterable[PlaneFile], *, source: Path, format: str) -> Impor
     for file in files:
         here = fields.setdefault((file.well, file.site), {})
         if file.channel in here:
-            first, other = here[file.channel].name, file.path.name
+            first, other = (_below(source, path) for path in (here[file.channel], file.path))
             which = planes[file.well, file.site, file.channel]
             why = (
                 "They are different z planes or time points; one of each can be imported: choose it with --pattern."
@@ -95,6 +95,10 @@ def make_plan(files: Iterable[PlaneFile], *, source: Path, format: str) -> Impor
             f"{listing(lacking, 4)}. Add the files, or leave those sites or the channel out with --pattern."
         )
     return ImportPlan(format, {key: fields[key] for key in ordered}, channel_keys)
+
+
+def _below(source: Path, path: Path) -> str:
+    return path.relative_to(source).as_posix() if path.is_relative_to(source) else path.name
 
 
 def site_name(text: str | None) -> str:

@@ -25,8 +25,9 @@ SUFFIXES = (".tif", ".tiff")
 
 
 def find_tiffs(source: Path) -> list[Path]:
-    """Return the TIFF files in a folder and below it, in a fixed order."""
-    return sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """Return the TIFF files in a folder and below it, in a fixed order; hidden ones (``._a.tif``) are not images."""
+    found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in found if p.is_file())
 
 
 def plan_tiff_folder(source: Path, *, pattern: str | None = None) -> ImportPlan:
