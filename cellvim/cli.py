@@ -81,24 +81,28 @@ def import_command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of TIFFs, as the microscope wrote it.")],
     target: Annotated[Path, typer.Argument(metavar="PLATE.zarr", help="The OME-Zarr plate to make.")],
     metadata: Annotated[
-        Path | None, typer.Option("--metadata", "-m", help="Plate map (CSV or TSV) with a well column.")
+        Path | None, typer.Option("--metadata", "-m", help="Plate map: a table with a column of wells.")
     ] = None,
-    format: Annotated[str, typer.Option(help="What wrote the files; told from their names by default.")] = "auto",
-    pattern: Annotated[
+    channel_names: Annotated[
         str | None,
-        typer.Option(help="Regular expression over file names, with the groups well (or row and column), site, channel."),
+        typer.Option(
+            metavar="KEY=NAME,…", help="What the files' channels show: ch5=DNA,ch4=ER; or jump for JUMP-CP's."
+        ),
     ] = None,
     pixel_size: Annotated[float | None, typer.Option(metavar="UM", help="Side of a pixel in µm.")] = None,
-    channel_names: Annotated[
-        str | None, typer.Option(metavar="KEY=NAME,…", help="What the files' channels show: ch5=DNA,ch4=ER.")
+    pert_type: Annotated[
+        str | None,
+        typer.Option(metavar="RULE", help="Which wells are controls: Compound:DMSO=negcon,Wortmannin=poscon."),
     ] = None,
+    plate_name: Annotated[str | None, typer.Option(help="What to call the plate; as the folder by default.")] = None,
+    format: Annotated[str, typer.Option(help="tiff or phenix; auto tells them apart.")] = "auto",
+    pattern: Annotated[str | None, typer.Option(help="How files are named, when it cannot be told.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make an OME-Zarr plate from a folder of TIFFs."""
-    from cellvim.channels import parse_channel_names
     from cellvim.data.importers import import_plate
 
-    with _progress("Importing", "images") as progress:
+    with _progress("Importing", "") as progress:
         plate = import_plate(
             source,
             target,
@@ -106,7 +110,9 @@ def import_command(
             format=format,
             pattern=pattern,
             pixel_size_um=pixel_size,
-            channel_names=parse_channel_names(channel_names) if channel_names else None,
+            channel_names=channel_names,
+            plate_name=plate_name,
+            pert_type=pert_type,
             overwrite=overwrite,
             progress=progress,
         )
@@ -186,11 +192,16 @@ def embed(
 @app.command()
 def models() -> None:
     """List the models that can be named."""
-    from cellvim.models.registry import list_models
+    from cellvim.models.registry import DESCRIPTIONS, list_models, model_config
 
+    family = None
     for name in list_models():
-        print(name)
-    _say("A name gives random weights: this version ships no trained ones. --model PATH takes a checkpoint.")
+        if name.split("_")[0] != family:
+            family = name.split("_")[0]
+            print(f"{family}: {DESCRIPTIONS[family]}")
+        config = model_config(name)
+        print(f"  {name:<34} {config.depth:>2} blocks of width {config.embed_dim}")
+    print("A name gives random weights: none are shipped yet. `cellvim embed --model PATH` takes trained ones.")
 
 
 @app.command()

@@ -38,7 +38,7 @@ Unit = Literal["cell", "tile", "field"]
 Channels = str | Sequence[str] | Mapping[str, str] | None
 
 UNITS = ("cell", "tile", "field")
-DEFAULT_MODEL = "fastchannelvim_tiny_patch8"
+DEFAULT_MODEL = "fastchannelvim_tiny_patch16"
 CELL_UM = 40.0  # a cell with its surroundings, when the plate says how large a pixel is
 CELL_PX = 64  # and when it does not
 TILE_PX = 224
@@ -135,7 +135,7 @@ class EmbeddingPlan:
     plate: Plate
     fields: list[Field]
     unit: Unit
-    channels: list[str]  # the plate's names
+    channels: list[str]  # the plate's names, in the model's order
     meanings: list[str]  # what each is called towards the model: the plate's name unless the user said otherwise
     channel_ids: list[int]  # the model's numbers for them
     dna: str | None  # the channel that nuclei are found in
@@ -160,6 +160,8 @@ class EmbeddingPlan:
         """Hash of the weights' names, types, shapes and values."""
         digest = sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
+            if name.endswith("_extra_state"):  # of the channel sampling in training, no weight
+                continue
             array = tensor.detach().cpu().contiguous().numpy()
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
@@ -232,6 +234,9 @@ def plan_embedding(
     device = _device(device)
     built_for = _untrained_size(unit, crop_size, plate)
     encoder, model_name = _encoder(model, meanings, image_size=built_for, seed=seed)
+    ids = _channel_ids(encoder, meanings, model_name)
+    order = np.argsort(ids).tolist()  # as in training, and so that the plate's order of channels does not matter
+    names, meanings, ids = ([values[i] for i in order] for values in (names, meanings, ids))
     crop_px = input_px = None
     if unit != "field":
         input_px = encoder.config.image_height
@@ -247,7 +252,7 @@ def plan_embedding(
         unit=unit,
         channels=names,
         meanings=meanings,
-        channel_ids=_channel_ids(encoder, meanings, model_name),
+        channel_ids=ids,
         dna=dna,
         model=encoder.to(device).eval(),
         model_name=model_name,
@@ -461,12 +466,14 @@ def _untrained_size(unit: Unit, crop_size: int | None, plate: Plate) -> int | tu
         return crop_size
     if unit == "tile":
         return TILE_PX
-    return CELL_PX if plate.pixel_size_um is None else max(16, 8 * round(CELL_UM / plate.pixel_size_um / 8))
+    return CELL_PX if plate.pixel_size_um is None else max(16, 16 * round(CELL_UM / plate.pixel_size_um / 16))
 
 
 def _channel_ids(encoder: Encoder, meanings: list[str], model_name: str) -> list[int]:
     """Return the model's numbers for the channels, matched by name."""
     config = encoder.config
+    if config.readout == "tokens":
+        raise ModelError(f"{model_name} gives every token (readout='tokens'); an embedding needs one row a unit.")
     if config.channel_names is None:
         raise ModelError(
             f"{model_name} does not say what its {config.in_channels} channels are, so they cannot be matched by name. "
@@ -558,7 +565,7 @@ def _provenance(plan: EmbeddingPlan, summary: EmbeddingSummary, started: datetim
         "batch_size": plan.batch_size,
         "device": plan.device,
         "versions": {"python": sys.version.split()[0], **_versions("cellvim", "numpy", "scikit-image", "zarr")}
-        | {"torch": torch.__version__},
+        | {"torch": str(torch.__version__)},
         "run": {
             "command": " ".join(sys.argv),
             "started": started.isoformat(timespec="seconds"),

@@ -243,9 +243,9 @@ def _write_empty(group, obs: pd.DataFrame, n_features: int, uns: Mapping[str, ob
     from anndata.experimental import write_dispatched
 
     def with_chunks(write, store, name, element, *, dataset_kwargs, iospec):
-        shape = getattr(element, "shape", ())
-        if shape and shape[0] == 0:  # these grow: give them the chunks that they will need
-            dataset_kwargs = {**dataset_kwargs, "chunks": (ROWS_PER_CHUNK, *shape[1:])}
+        if iospec.encoding_type in ("array", "string-array") and len(element) == 0:
+            # these grow: give them the chunks that they will need
+            dataset_kwargs = {**dataset_kwargs, "chunks": (ROWS_PER_CHUNK, *element.shape[1:])}
         write(store, name, element, dataset_kwargs=dataset_kwargs)
 
     empty = anndata.AnnData(
