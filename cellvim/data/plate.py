@@ -56,9 +56,9 @@ def open_plate(path: str | Path, *, z: int | str | None = None, t: int | None = 
     PlateError
         The path does not exist or is not an OME-Zarr plate.
     """
-    path = Path(path)
     if "://" in str(path):
         raise PlateError(f"{path} is a URL; this version reads plates from local folders. Copy the plate first.")
+    path = Path(path)
     if not path.exists():
         raise PlateError(f"{path} does not exist; expected the folder of an OME-Zarr plate.")
     if not path.is_dir():
@@ -145,7 +145,7 @@ class Plate:
             try:
                 attributes = read_attributes(folder)
             except PlateError as error:
-                self._notes.append(f"well {name} is left out: {error}")
+                self._notes.append(f"the metadata of well {name} is damaged: {error}")
                 attributes = None
             ome = _dig(attributes, "ome") or attributes
             images = _list(_dig(ome, "well", "images"))
@@ -153,9 +153,7 @@ class Plate:
             if not images and folder.is_dir():  # some writers leave the well's own metadata out
                 sites = _image_folders(folder)
                 if sites:
-                    self._notes.append(
-                        f"well {name} has no metadata of its own: its images were found by their folders"
-                    )
+                    self._notes.append(f"well {name} lists no images: they were found by their folders")
             fields = []
             for site in sites:
                 image_folder = _inside(folder, site)
@@ -349,8 +347,8 @@ class Field:
         ) as error:  # every codec has its own kinds; the field and the cause are named, nothing is hidden
             cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise self.error(f"its pixels cannot be read ({cause})") from error
-        if not image.any() and array.nchunks_initialized == 0:
-            # Zarr reads absent chunks as zeros; a field with none at all was never written, or lost.
+        if not image.any() and not layout.holds_data():
+            # Zarr reads absent chunks, and empty files, as zeros; a field of nothing else was never written, or lost.
             raise self.error("none of its chunks is stored")
         return image
 
@@ -419,6 +417,12 @@ class _Layout:
         import zarr
 
         return zarr.open_array(store=str(self.folder), mode="r")
+
+    def holds_data(self) -> bool:
+        """Return whether any chunk of the array is stored."""
+        metadata = ("zarr.json", ".zarray", ".zattrs")
+        files = (p for p in self.folder.rglob("*") if p.name not in metadata and p.is_file())
+        return any(p.stat().st_size > 0 for p in files)
 
     def to_chw(self, array: Any, channels: list[int], *, z: int | str | None, t: int | None) -> np.ndarray:
         """Read the (C, H, W) pixels of some channels, at one z plane (or projected over z) and one time point."""
