@@ -1,11 +1,14 @@
 """Which back-end runs the ops: the fastest one that is there for the tensors' device, or the one that was named.
 
-Nothing is swapped silently: naming an absent back-end is an error, and `describe_backends` (``cellvim backends``) says
-which back-end runs and why the others do not.
+Nothing is swapped silently. A named back-end (`use_backend`, or the environment's ``CELLVIM_BACKEND``) runs every op or
+raises a `BackendError`. Left to itself, CellVim takes "native" for float32 and bfloat16 tensors on the CPU and
+"reference" for the rest: other devices, float64 and float16, more than 4 taps or 64 states, and `torch.export`, whose
+graphs must not hold our own ops. `describe_backends` (``cellvim backends``) says which back-end runs and why.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cellvim.errors import BackendError, listing
-from cellvim.ops import reference
+from cellvim.errors import BackendError, listing, suggestion
+from cellvim.ops import native, reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
 _chosen: str | None = os.environ.get("CELLVIM_BACKEND") or None
+_said: set[str] = set()
+_log = logging.getLogger("cellvim")
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,19 @@ class BackendDescription:
 def describe_backends() -> list[BackendDescription]:
     """Say for every back-end whether it is there, whether it runs, and why."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    selected = selected_backend(device)
     return [
-        BackendDescription(
-            "reference", True, selected_backend(device) == "reference", "plain PyTorch: any device, every dtype"
-        )
+        BackendDescription("native", native.available(), selected == "native", native.reason()),
+        BackendDescription("reference", True, selected == "reference", "plain PyTorch: any device, every dtype"),
     ]
 
 
 def selected_backend(device: torch.device) -> str:
-    """Return the name of the back-end that runs ops on ``device``."""
+    """Return the name of the back-end that runs float32 ops on ``device``."""
     if _chosen is not None:
         _check(_chosen)
         return _chosen
-    return "reference"
+    return "native" if device.type == "cpu" and native.available() else "reference"
 
 
 @contextmanager
@@ -70,28 +75,56 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _check(name: str) -> None:
     if name not in BACKENDS:
-        raise BackendError(f"There is no back-end {name!r}; there are {listing(BACKENDS)}. See `cellvim backends`.")
+        raise BackendError(
+            f"There is no back-end {name!r}; there are {listing(BACKENDS)}.{suggestion(name, BACKENDS)} "
+            "See `cellvim backends`."
+        )
+    if name == "native" and not native.available():
+        raise BackendError(f"The back-end 'native' is not available: {native.reason()}.")
 
 
-def _backend(x: Tensor) -> ModuleType:
-    return BACKENDS[selected_backend(x.device)]
+def _backend(*tokens: Tensor, taps: int = 1, states: int = 1) -> ModuleType:
+    """The named back-end, or the fastest that takes these tensors."""
+    if _chosen is not None:
+        _check(_chosen)
+        return BACKENDS[_chosen]
+    if tokens[0].device.type != "cpu" or _is_exporting():
+        return reference
+    if not native.available():
+        _say_once(f"The plain PyTorch path runs, several times slower: {native.reason()}.")
+        return reference
+    return reference if native.refusal(*tokens, taps=taps, states=states) else native
 
 
-def add_norm(hidden: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+def _is_exporting() -> bool:
+    """Whether `torch.export` traces (a question that torch 2.6 cannot answer yet)."""
+    asked = getattr(torch.compiler, "is_exporting", None)
+    return asked is not None and asked()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
+
+
+def add_norm(hidden: Tensor, residual: Tensor | None, *args, **kwargs) -> tuple[Tensor, Tensor]:
     """See `cellvim.ops.reference.add_norm`."""
-    return _backend(hidden).add_norm(hidden, *args, **kwargs)
+    tokens = (hidden,) if residual is None else (hidden, residual)
+    return _backend(*tokens).add_norm(hidden, residual, *args, **kwargs)
 
 
-def conv_pool(x: Tensor, *args, **kwargs) -> Tensor:
+def conv_pool(x: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
     """See `cellvim.ops.reference.conv_pool`."""
-    return _backend(x).conv_pool(x, *args, **kwargs)
+    return _backend(x, taps=weight.shape[-1]).conv_pool(x, weight, *args, **kwargs)
 
 
-def pooled_scan(pooled: Tensor, *args, **kwargs) -> Tensor:
+def pooled_scan(pooled: Tensor, delta: Tensor, delta_bias: Tensor, A: Tensor, *args, **kwargs) -> Tensor:
     """See `cellvim.ops.reference.pooled_scan`."""
-    return _backend(pooled).pooled_scan(pooled, *args, **kwargs)
+    backend = _backend(pooled, delta, states=A.shape[-1])
+    return backend.pooled_scan(pooled, delta, delta_bias, A, *args, **kwargs)
 
 
-def expand_gate(x: Tensor, *args, **kwargs) -> Tensor:
+def expand_gate(x: Tensor, z: Tensor, y: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
     """See `cellvim.ops.reference.expand_gate`."""
-    return _backend(x).expand_gate(x, *args, **kwargs)
+    return _backend(x, z, y, taps=weight.shape[-1]).expand_gate(x, z, y, weight, *args, **kwargs)

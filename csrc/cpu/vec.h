@@ -1,0 +1,184 @@
+// Vector arithmetic in GCC's and clang's portable vector types: one source for AVX-512, AVX2, SSE and NEON.
+//
+// Every kernel file is compiled once per instruction set, inside the namespace CELLVIM_ISA; nothing here or in the
+// kernels may use inline functions of the standard library, whose copies the linker would share between the sets.
+#pragma once
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef CELLVIM_ISA
+#define CELLVIM_ISA isa_base
+#endif
+
+#define CELLVIM_INLINE static inline __attribute__((always_inline))
+#define CELLVIM_LAMBDA __attribute__((always_inline))
+
+namespace CELLVIM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+CELLVIM_INLINE vf splat(float s) { return s - vf{}; }
+
+CELLVIM_INLINE vf load(const float *p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+CELLVIM_INLINE vf load(const bf16 *p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+CELLVIM_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+// Rounds to nearest even; NaN stays NaN.
+CELLVIM_INLINE vh to_bf16(vf v) {
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const vu nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : nan, vh);
+}
+
+CELLVIM_INLINE void store(bf16 *p, vf v) {
+  const vh h = to_bf16(v);
+  memcpy(p, &h, sizeof h);
+}
+
+// The last vector of a row whose width is no multiple of LANES: missing lanes read as zero.
+template <class T> CELLVIM_INLINE vf load_some(const T *p, int n) {
+  T lanes[LANES];
+  memset(lanes, 0, sizeof lanes);
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class T> CELLVIM_INLINE void store_some(T *p, vf v, int n) {
+  T lanes[LANES];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+template <bool FULL, class T> CELLVIM_INLINE vf load(const T *p, int n) { return FULL ? load(p) : load_some(p, n); }
+
+template <bool FULL, class T> CELLVIM_INLINE void store(T *p, vf v, int n) {
+  if (FULL)
+    store(p, v);
+  else
+    store_some(p, v, n);
+}
+
+// Integers of the same width: which step won a maximum.
+CELLVIM_INLINE vi load_int(const int32_t *p, int n) {
+  vi v = {};
+  memcpy(&v, p, n == LANES ? sizeof v : n * sizeof *p);
+  return v;
+}
+
+CELLVIM_INLINE void store_int(int32_t *p, vi v, int n) { memcpy(p, &v, n == LANES ? sizeof v : n * sizeof *p); }
+
+// Lets a generic lambda choose between whole and partial vectors at compile time.
+template <bool VALUE> struct Choice {
+  static constexpr bool value = VALUE;
+};
+
+CELLVIM_INLINE float sum(vf v) {
+  float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// 2^t split into its integer and fraction; clamped to finite results, NaN passes through.
+CELLVIM_INLINE vf exp2_split(vf t, vi *exponent) {
+  t = t < -126.0f ? splat(-126.0f) : t;
+  t = t > 127.0f ? splat(127.0f) : t;
+  const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+  *exponent = (vi)((vu)shifted << 23);
+  return t - (shifted - 12582912.0f);
+}
+
+CELLVIM_INLINE vf scale_by_exponent(vf p, vi exponent) { return (vf)((vu)p + (vu)exponent); }
+
+// Relative error 2e-9 before rounding, and exactly 1 at 0: safe to multiply over thousands of scan steps.
+CELLVIM_INLINE vf exp2_exact(vf t) {
+  vi exponent;
+  const vf f = exp2_split(t, &exponent);
+  vf p = f * 1.5353362064e-04f + 1.3398874557e-03f;
+  p = p * f + 9.6184373582e-03f;
+  p = p * f + 5.5503324708e-02f;
+  p = p * f + 2.4022647914e-01f;
+  p = p * f + 6.9314720286e-01f;
+  p = p * f + 1.0f;
+  return scale_by_exponent(p, exponent);
+}
+
+// Relative error 1e-7, for the sigmoid.
+CELLVIM_INLINE vf exp2_fast(vf t) {
+  vi exponent;
+  const vf f = exp2_split(t, &exponent);
+  vf p = f * 1.3264727253e-03f + 9.6715127859e-03f;
+  p = p * f + 5.5507337445e-02f;
+  p = p * f + 2.4022242083e-01f;
+  p = p * f + 6.9314697760e-01f;
+  p = p * f + 1.0f;
+  return scale_by_exponent(p, exponent);
+}
+
+constexpr float LOG2E = 1.44269504088896341f;
+
+CELLVIM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp2_fast(x * -LOG2E)); }
+
+CELLVIM_INLINE vf silu(vf x) { return x / (1.0f + exp2_fast(x * -LOG2E)); }
+
+// max(x, 0) + log1p(exp(-|x|)), the logarithm by its atanh series; relative error below 3e-7 everywhere.
+CELLVIM_INLINE vf softplus(vf x) {
+  const vf q = exp2_exact((x < 0.0f ? x : -x) * LOG2E);
+  const vf s = q / (q + 2.0f);
+  const vf z = s * s;
+  vf p = z * 2.8178335237e-01f + 2.7960603012e-01f;
+  p = p * z + 4.0024910232e-01f;
+  p = p * z + 6.6666314684e-01f;
+  p = p * z + 2.0f;
+  return (x > 0.0f ? x : vf{}) + s * p;
+}
+
+// Plain memory that knows whether it was there to be had. Zeroed; aligned to a cache line.
+template <class T> struct Buffer {
+  T *data = nullptr;
+  Buffer() = default;
+  explicit Buffer(int64_t count) { allocate(count); }
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  ~Buffer() { free(data); }
+  bool allocate(int64_t count) {
+    const size_t bytes = ((size_t)(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
+    data = (T *)aligned_alloc(64, bytes);
+    if (data) memset((void *)data, 0, bytes);
+    return data != nullptr;
+  }
+};
+
+CELLVIM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+CELLVIM_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CELLVIM_INLINE int64_t padded(int64_t width) { return divide_up(width, 16) * 16; }
+
+}  // namespace CELLVIM_ISA
