@@ -276,9 +276,7 @@ def _find() -> Path | None:
     """The library beside this module, where an editable install put it, or where CELLVIM_CPU_LIBRARY says."""
     if override := os.environ.get("CELLVIM_CPU_LIBRARY"):
         return Path(override)
-    import cellvim.ops
-
-    folders = [Path(__file__).parent, *map(Path, cellvim.ops.__path__)]
+    folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
     folders += [Path(entry) / "cellvim" / "ops" for entry in sys.path if entry.endswith("-packages")]
     return next((folder / _LIBRARY for folder in folders if (folder / _LIBRARY).is_file()), None)
 
