@@ -375,7 +375,7 @@ def kept_ids(keep: Tensor, batch: int, count: int) -> Tensor:
         raise InputError(f"keep has shape {tuple(keep.shape)}; expected a row for each of the {batch} samples.")
     if keep.dtype != torch.bool:
         ids = torch.where(keep < 0, count, keep).sort(dim=1).values
-        if bool((ids > count).any()) or bool(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < count)).any()):
+        if bool((keep >= count).any()) or bool(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < count)).any()):
             raise InputError(f"keep has ids beyond {count - 1}, or a token twice for one sample.")
         ids = torch.where(ids == count, -1, ids)
     else:

@@ -9,7 +9,7 @@ from cellvim.ops.dispatch import (
     selected_backend,
     use_backend,
 )
-from cellvim.ops.linear import linear
+from cellvim.ops.matmul import linear
 from cellvim.ops.plan import ScanPlan, sequence_plan
 
 __all__ = [
