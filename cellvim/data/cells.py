@@ -21,10 +21,10 @@ MIN_SIDE_PX = 8  # a smaller image has no room for a nucleus and its background
 def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.ndarray:
     """Segment nuclei on a DNA image.
 
-    Smoothing; a global threshold by minimum cross entropy [1]_ together with a local one, so that the gap between
-    touching nuclei counts as background; a watershed on the distance transform to split those that still touch; a
-    filter by size. Lengths scale with the typical nucleus of the image itself. An image without contrast, such as
-    an empty well, has no nuclei.
+    Smoothing; taking off the uneven background; a global threshold by minimum cross entropy [1]_ together with a
+    local one, so that the gap between touching nuclei counts as background; a watershed on the distance transform to
+    split those that still touch; a filter by size. Lengths scale with the typical nucleus of the image itself. An
+    image without contrast, such as an empty well, has no nuclei.
 
     Parameters
     ----------
@@ -53,7 +53,8 @@ def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.nd
     expected = NUCLEUS_DIAMETER_UM / pixel_size_um if pixel_size_um else DEFAULT_DIAMETER_PX
 
     smooth = ndi.gaussian_filter(image, max(0.7, expected / 20))
-    bright = smooth > _threshold(smooth)
+    smooth -= _background(smooth, expected, window=5 * expected if pixel_size_um else max(image.shape) / 4)
+    bright = smooth > _threshold(smooth, least=1e-3 * float(image.max() - image.min()))
     if not bright.any() or bright.all():
         return labels
     diameter = _typical_diameter(bright, expected, bounded=pixel_size_um is not None)
@@ -77,13 +78,47 @@ def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.nd
     return _keep_sizes(labels, np.pi / 4 * smallest**2, np.pi / 4 * largest**2)
 
 
-def _threshold(smooth: np.ndarray) -> float:
+def _background(smooth: np.ndarray, expected: float, *, window: float) -> np.ndarray:
+    """Return the uneven light without nuclei: a trend over the field, and what is wider than the window (px)."""
+    from scipy import ndimage as ndi
+    from skimage.transform import downscale_local_mean, resize
+
+    factor = max(1, round(expected / 6))  # a sixth of a nucleus is fine enough for the background
+    small = downscale_local_mean(
+        np.pad(smooth, [(0, -n % factor) for n in smooth.shape], mode="edge"), (factor, factor)
+    )
+    trend = _trend(small)
+    # The opening alone would take a bright edge of the field for an object, the trend alone misses haze around cells.
+    size = max(3, round(max(window, 5 * expected) / factor)) | 1
+    background = trend + ndi.gaussian_filter(ndi.grey_opening(small - trend, size), size / 6)
+    full = [n * factor for n in small.shape]
+    return resize(background, full, order=1, preserve_range=True)[: smooth.shape[0], : smooth.shape[1]]
+
+
+def _trend(image: np.ndarray) -> np.ndarray:
+    """Fit a quadratic surface to the darker pixels, leaving out in turn what lies well above it."""
+    y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in image.shape), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * y, x**2, y**2], axis=-1)
+    steps = tuple(slice(None, None, max(1, n // 64)) for n in image.shape)  # some 4,000 pixels are plenty
+    values, known = image[steps].ravel().astype(np.float64), terms[steps].reshape(-1, 6)
+    kept = values <= np.percentile(values, 60)
+    for _ in range(6):
+        coefficients = np.linalg.lstsq(known[kept], values[kept], rcond=None)[0]
+        excess = values - known @ coefficients
+        spread = 1.4826 * np.median(np.abs(excess[kept]))
+        kept = np.abs(excess) <= 3 * spread + 1e-6 * np.abs(values).max()
+        if kept.sum() < max(6, 0.05 * kept.size):
+            return np.full(image.shape, np.percentile(values, 5))
+    return terms @ coefficients
+
+
+def _threshold(smooth: np.ndarray, *, least: float) -> float:
     """Return the threshold between background and nuclei; infinite where there is no contrast worth the name."""
     from skimage.filters import threshold_li
 
     # Hot pixels and dust would pull the threshold up: nothing above the brightest 0.1% counts.
     low, high = float(smooth.min()), float(np.percentile(smooth, 99.9))
-    if not high > low:
+    if not high - low > least:
         return np.inf
     # In whole steps, because on floats scikit-image's iteration need not end: it stops at a change of half the
     # smallest difference between two pixels, and rounding can keep it above that for ever.

@@ -58,11 +58,11 @@ class PlateWriter:
         overwrite: bool = False,
     ) -> None:
         self.target = Path(target)
-        self.partial = self.target.with_name(self.target.name + ".partial")
         self.name = name
         self.channel_names = list(channel_names)
         self.pixel_size_um = pixel_size_um
         check_target(self.target, overwrite=overwrite)
+        self.partial = self.target.with_name(self.target.name + ".partial")
         self._overwrite = overwrite
         self._windows: dict[tuple[str, str], np.ndarray] = {}  # (well, site) -> (C, 4) min, low, high, max
         self._finished = False

@@ -1,0 +1,33 @@
+"""What comes with CellVim is there, complete and small, with its source and licence beside it."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from cellvim.data.bundled import bundled_dataset, bundled_datasets
+from cellvim.errors import InputError
+
+
+def test_bundled_plate_is_complete_and_small():
+    folder = bundled_dataset("sbs_translocation")
+    table = pd.read_csv(folder / "platemap.csv")
+    images = sorted((folder / "images").glob("*.tif"))
+    assert table["Metadata_pert_type"].value_counts().to_dict() == {"negcon": 16, "poscon": 8, "trt": 5}
+    wells = {f"{p.stem[-4]}{p.stem[-2:]}" for p in images}
+    assert wells == set(table["Well"]) and len(images) == 2 * len(wells)
+    assert sum(p.stat().st_size for p in images) < 9e6
+
+
+@pytest.mark.parametrize("name", sorted(bundled_datasets()))
+def test_every_dataset_has_its_card_and_licence(name):
+    folder = bundled_dataset(name)
+    card = (folder / "card.md").read_text(encoding="utf-8")
+    for word in ("source", "licence", "channels", "pixel size", "Labels", "Cautions"):
+        assert word in card
+    assert (folder / "LICENSE").is_file()
+
+
+def test_unknown_dataset_lists_what_there_is():
+    with pytest.raises(InputError, match=r"'sbs' does not come with CellVim; it has sbs_translocation"):
+        bundled_dataset("sbs")
