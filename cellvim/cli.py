@@ -5,6 +5,7 @@ Only typer and rich are imported here, so that ``cellvim --help`` answers at onc
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class _Commands(TyperGroup):
             _say(f"Error: {' '.join(str(error).split())}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            _say("Interrupted. Nothing was left under the final name; the same command starts anew.")
+            _say("Interrupted: nothing unfinished bears an output's name. The same command starts anew.")
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -50,6 +51,9 @@ app = typer.Typer(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 not usable, 3 done but for some fields, 130 Ctrl-C."""
+    # Threads that wait for each other then sleep instead of spinning: with anything else running on the machine,
+    # spinning makes a model on the CPU several times slower. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app(args=argv, prog_name="cellvim")
     except SystemExit as stop:

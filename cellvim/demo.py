@@ -13,6 +13,7 @@ import pandas as pd
 
 from cellvim.data.bundled import bundled_dataset
 from cellvim.data.importers import import_plate
+from cellvim.data.normalize import IntensityScale
 from cellvim.data.plate import open_plate
 from cellvim.embedding import DEFAULT_MODEL, plan_embedding, run_embedding
 from cellvim.errors import OutputError
@@ -144,7 +145,7 @@ def _draw(adata: AnnData, plate: Path, picture: Path) -> None:
         [["negative", "cells", "wells"], ["positive", "cells", "wells"]], width_ratios=[1, 2, 2]
     )
     for name, group in (("negative", NEGATIVE), ("positive", POSITIVE)):
-        axes[name].imshow(_composite(plate, adata.obs.loc[adata.obs[LABEL] == group, "Metadata_Well"].iloc[0]))
+        axes[name].imshow(_composite(adata, plate, adata.obs.loc[adata.obs[LABEL] == group, "Metadata_Well"].iloc[0]))
         axes[name].set_title(f"{name} control", fontsize=10)
         axes[name].axis("off")
     umap, wells = _umap(adata), _wells(adata)
@@ -176,11 +177,13 @@ def _draw(adata: AnnData, plate: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def _composite(plate: Path, well: str, size: int = 240) -> np.ndarray:
-    """Return a corner of the well's first field, (size, size, 3): GFP green, DNA blue."""
+def _composite(adata: AnnData, plate: Path, well: str, size: int = 240) -> np.ndarray:
+    """Return a corner of the well's first field as the model sees it, (size, size, 3): GFP green, DNA blue."""
+    scale = IntensityScale.from_dict(adata.uns["cellvim"]["preprocessing"]["intensity"])
     field = next(f for f in open_plate(plate).fields if f.well == well)
-    gfp, dna = ((channel / max(1.0, np.percentile(channel, 99.7))).clip(0, 1) for channel in field.read(["GFP", "DNA"]))
-    return np.stack([0.25 * dna, np.maximum(gfp, 0.25 * dna), dna], axis=-1)[:size, :size]
+    image = dict(zip(scale.channel_names, scale.apply(field.read(scale.channel_names)), strict=True))
+    gfp, dna = ((1.5 * image[name][:size, :size]).clip(0, 1) ** 0.7 for name in ("GFP", "DNA"))
+    return np.stack([0.2 * dna, np.maximum(gfp, 0.2 * dna), dna], axis=-1)
 
 
 def _umap(adata: AnnData) -> np.ndarray:

@@ -1,0 +1,165 @@
+"""Imports go only the way the design says, and heavy ones wait until they are needed; read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cellvim
+
+PACKAGE = Path(cellvim.__file__).parent
+RANK = {  # a part imports parts of a lower rank, and itself
+    "cli": 6,
+    "demo": 5,
+    "embedding": 4,
+    "report": 4,
+    "train": 3,
+    "evaluate": 3,
+    "export": 3,
+    "models": 2,
+    "data": 2,
+    "ops": 1,
+    "channels": 0.5,
+    "errors": 0,
+}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "datasets" not in p.relative_to(PACKAGE).parts)
+
+
+def _name(path: Path) -> str:
+    parts = ("cellvim", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _part(name: str) -> str | None:
+    """Return the part of the package that a module belongs to; None for the package itself and for other packages."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "cellvim" and len(parts) > 1 else None
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Return the modules that a file imports, those for type checkers left out."""
+    return _imports_of(path.read_text(encoding="utf-8"), path, top_level_only=top_level_only)
+
+
+def _imports_of(source: str, path: Path, *, top_level_only: bool = False) -> set[str]:
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = _name(path).split(".")
+            package = package if path.name == "__init__.py" else package[:-1]
+            base = (
+                ".".join([*package[: len(package) - node.level + 1], node.module or ""]) if node.level else node.module
+            )
+            base = base.rstrip(".")
+            found.add(base)
+            if base == "cellvim" or base.startswith("cellvim."):
+                found.update(f"{base}.{alias.name}" for alias in node.names)  # of which some are modules
+        for child in ast.iter_child_nodes(node):
+            is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            if not _is_type_checking(child) and not (top_level_only and is_function):
+                visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def _third_party(path: Path, **options) -> set[str]:
+    return {name.split(".")[0] for name in _imports(path, **options)} - {"cellvim"}
+
+
+def test_every_part_has_its_place():
+    parts = {_part(_name(p)) for p in MODULES} - {None}
+    assert parts <= set(RANK) | {"commands"}, "give the new part a place in the design, and a rank here"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_go_one_way(path):
+    own = _part(_name(path))
+    if own is None:
+        return  # the package's own names are imported when they are asked for
+    wrong = {
+        name
+        for name in _imports(path)
+        if (part := _part(name)) in RANK and part != own and RANK[part] >= RANK.get(own, RANK["cli"])
+    }
+    assert not wrong, f"{_name(path)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("zarr", ("cellvim.data.plate", "cellvim.data.writer", "cellvim.data.importers", "cellvim.export")),
+        ("lightning", ("cellvim.train",)),
+        ("mamba_ssm", ("cellvim.ops.mamba_ssm",)),
+        ("typer", ("cellvim.cli", "cellvim.commands")),
+    ],
+)
+def test_who_may_import(package, allowed):
+    users = {_name(p) for p in MODULES if package in _third_party(p)}
+    assert not {user for user in users if not user.startswith(allowed)}
+
+
+def test_evaluation_sees_tables_and_never_torch():
+    for path in MODULES:
+        if _part(_name(path)) == "evaluate":
+            assert not {"torch", "lightning"} & _third_party(path), _name(path)
+            assert not {"models", "ops"} & {_part(name) for name in _imports(path)}, _name(path)
+
+
+def test_kernels_and_models_need_torch_and_numpy_alone():
+    allowed = {"torch", "numpy", "safetensors"} | set(sys.stdlib_module_names)
+    for path in MODULES:
+        if _part(_name(path)) in ("models", "ops"):
+            assert _third_party(path, top_level_only=True) <= allowed, _name(path)
+
+
+def test_torchvision_and_timm_are_never_imported():
+    """Their mere presence beside a CPU torch breaks other imports."""
+    for path in MODULES:
+        assert not {"torchvision", "timm"} & _third_party(path), _name(path)
+
+
+def test_every_form_of_import_is_seen():
+    """Else the rules above could not fail."""
+    source = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import pandas
+import torch.nn as nn
+from ..models import vit
+def f():
+    from cellvim import report
+    import lightning
+"""
+    found = _imports_of(source, PACKAGE / "data" / "made_up.py")
+    assert {"torch.nn", "cellvim.models", "cellvim.models.vit", "cellvim.report", "lightning"} <= found
+    assert "pandas" not in found
+    assert "lightning" not in _imports_of(source, PACKAGE / "data" / "made_up.py", top_level_only=True)
+
+
+@pytest.mark.parametrize("statement", ["import cellvim", "import cellvim; dir(cellvim)", "import cellvim.cli"])
+def test_importing_is_light(statement):
+    code = f"{statement}; import json, sys; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    heavy = {"torch", "zarr", "anndata", "pandas", "numpy", "scipy", "skimage", "sklearn", "scanpy", "matplotlib"}
+    assert not heavy & set(json.loads(result.stdout))
+
+
+def test_public_names_are_where_the_package_says():
+    for name in cellvim.__all__:
+        assert getattr(cellvim, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'embd'"):
+        _ = cellvim.embd
