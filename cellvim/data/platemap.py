@@ -88,6 +88,8 @@ def join_platemap(table: pd.DataFrame, wells: list[str], *, source: str) -> tupl
 def derive_pert_type(table: pd.DataFrame, rule: str) -> pd.DataFrame:
     """Add ``Metadata_pert_type`` from another column by a rule such as ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
 
+    ``*`` stands for every value not named: ``"Compound:DMSO=negcon,*=trt"``. Wells without a value get no type.
+
     Raises
     ------
     MetadataError
@@ -109,11 +111,13 @@ def derive_pert_type(table: pd.DataFrame, rule: str) -> pd.DataFrame:
     values = table[column]
     text = values.map(_as_written, na_action="ignore")
     unknown = sorted(set(text.dropna()) - set(mapping))
-    if unknown:
+    if unknown and "*" not in mapping:
         raise MetadataError(
-            f"--pert-type has no type for {listing(unknown)} of column '{column}'; it has {listing(mapping)}."
+            f"--pert-type has no type for {listing(unknown)} of column '{column}'; it has {listing(mapping)}. "
+            "Add them, or *=trt for all others."
         )
-    return table.assign(Metadata_pert_type=text.map(mapping, na_action="ignore"))
+    kinds = text.map(lambda value: mapping.get(value, mapping.get("*")), na_action="ignore")
+    return table.assign(Metadata_pert_type=kinds)
 
 
 def _read(path: Path) -> pd.DataFrame:

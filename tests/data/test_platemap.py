@@ -125,6 +125,8 @@ def test_pert_type_by_rule():
         "trt",
         "negcon",
     ]
+    assert derive_pert_type(frame, "c:0=negcon,*=trt")["Metadata_pert_type"].tolist()[:3] == ["trt", "negcon", "trt"]
+    assert derive_pert_type(frame, "c:0=negcon,*=trt")["Metadata_pert_type"].isna().tolist() == [False] * 3 + [True]
     for rule, words in {
         "c": "cannot be read",
         "c:1": "cannot be read",
