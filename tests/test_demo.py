@@ -1,0 +1,124 @@
+"""What comes out is used for real: the demo from TIFFs to scanpy, and the 96-well plate's controls told apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import cellvim
+from cellvim import demo
+from cellvim.cli import main
+from cellvim.data.importers import import_plate
+from cellvim.evaluate.controls import separate_controls
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory) -> Path:
+    """Random weights as the demo's, but four blocks instead of 24: the way is the same and quicker."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    config = cellvim.EncoderConfig(
+        image_size=48,
+        patch_size=16,
+        in_channels=2,
+        channel_names=("DNA", "GFP"),
+        embed_dim=96,
+        depth=4,
+        num_classes=0,
+    )
+    cellvim.save_checkpoint(cellvim.Encoder(config), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(small_model, tmp_path_factory):
+    """The demo's folder after one run through the command line, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "DEFAULT_MODEL", str(small_model))
+        plan = demo.plan_embedding
+        patch.setattr(demo, "plan_embedding", lambda plate, **options: plan(plate, model=small_model, **options))
+        assert main(["demo", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_demo_leaves_an_anndata_of_the_plate(folder):
+    adata = anndata.read_zarr(folder / "embeddings.zarr")
+    assert adata.obs["Metadata_Well"].nunique() == 29
+    assert adata.n_obs > 29 * 100
+    assert set(adata.obs["Metadata_pert_type"]) == {"negcon", "poscon", "trt"}
+    assert np.isfinite(adata.X).all()
+    assert not adata.uns["cellvim"]["weights"]["trained"]
+    assert sorted(os.listdir(folder)) == ["demo.png", "embeddings.zarr", "plate.zarr"]
+
+
+def test_demo_draws_cells_and_a_dot_per_well(folder):
+    """UMAP by scanpy, on the AnnData as it is."""
+    picture = matplotlib.image.imread(folder / "demo.png")
+    assert picture.shape[1] > 1000
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 1000  # drawn, not blank
+
+
+def test_demo_tells_the_controls_apart(folder):
+    adata = anndata.read_zarr(folder / "embeddings.zarr")
+    embedding, *_ = separate_controls(adata, "Metadata_pert_type", negative="negcon", positive="poscon")
+    assert embedding.n_wells == 24
+    _above_chance(embedding)
+
+
+def test_demo_again_keeps_what_is_there(folder, capsys):
+    before = os.stat(folder / "embeddings.zarr").st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_look", lambda *_: None)  # looked at above
+        assert main(["demo", "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "--overwrite" in out and "read_zarr" in out
+    assert os.stat(folder / "embeddings.zarr").st_mtime_ns == before
+
+
+def test_demo_without_scanpy_says_how_to_get_it(folder, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    assert main(["demo", "--output", str(folder)]) == 0
+    assert "pip install 'cellvim[analysis]'" in capsys.readouterr().out
+
+
+def test_demo_where_no_folder_can_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--output", str(tmp_path / "file" / "demo")]) == 2
+    assert capsys.readouterr().err.startswith("Error: The folder")
+
+
+@pytest.mark.filterwarnings("ignore:.*UNTRAINED")
+def test_controls_of_the_96_well_plate_differ(shared_data, tmp_path, capsys):
+    """Four wells of each control, of the whole imported plate; FastChannelVim-T/16 with random weights.
+
+    The figures are printed beside those of mean intensities and of cell counts; nothing is tuned to pass.
+    """
+    source = shared_data / "sbs_fkhr_translocation_96well"
+    plate = import_plate(
+        source,
+        tmp_path / "plate.zarr",
+        metadata=source / "1049_Metadata.csv",
+        channel_names="Channel1=GFP,Channel2=DNA",
+        pert_type="SBS_Controls:-1=negcon,0=trt,1=poscon",
+    )
+    assert len(plate.wells) == 96
+    wells = ["A02", "D01", "F12", "G02", "A12", "D12", "F01", "G01"]
+    adata = cellvim.embed(plate, wells=wells, crop_size=48)
+    results = separate_controls(adata, "Metadata_pert_type", negative="negcon", positive="poscon")
+    with capsys.disabled():
+        print(f"\n96-well plate, {results[0].n_rows} cells of {len(wells)} control wells, wells held out:")
+        for result in results:
+            print(f"  {result}")
+    _above_chance(results[0])
+
+
+def _above_chance(result) -> None:
+    """By two standard errors of the mean over the folds."""
+    assert result.balanced_accuracy - 2 * result.balanced_accuracy_std / np.sqrt(result.n_folds) > 0.5
