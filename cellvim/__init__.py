@@ -18,6 +18,7 @@ _HOMES = {  # public name -> the module that defines it
     "MaskedAutoencoder": "cellvim.models.mae",
     "create_model": "cellvim.models.registry",
     "embed": "cellvim.embedding",  # not embed.py: importing such a module would hide this function
+    "export_onnx": "cellvim.models.onnx",
     "list_models": "cellvim.models.registry",
     "load_checkpoint": "cellvim.models.weights",
     "load_reference": "cellvim.models.weights",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from cellvim.models.config import EncoderConfig
     from cellvim.models.encoder import Encoder
     from cellvim.models.mae import MaskedAutoencoder
+    from cellvim.models.onnx import export_onnx
     from cellvim.models.registry import create_model, list_models
     from cellvim.models.weights import load_checkpoint, load_reference, save_checkpoint
 

@@ -13,6 +13,7 @@ from cellvim.errors import InputError, ModelError, listing
 from cellvim.models.config import EncoderConfig
 from cellvim.models.drop_path import drop_path
 from cellvim.models.grid import TokenGrid
+from cellvim.models.hub import HubModel
 from cellvim.models.mixer import Mixer, Scale
 from cellvim.models.patch_embed import Channels, ChannelSampler, PatchEmbed, check_images, resolve_channels
 from cellvim.models.vit import AttentionBlock
@@ -46,7 +47,7 @@ class Norm(Scale):
         return ops.add_norm(hidden, residual, self.weight, self.bias, kind=self.kind)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, HubModel):
     """Turns images into features: FastVim, FastChannelVim, FastMaskVim, Vim, ChannelVim, ViT or ChannelViT.
 
     Which one is decided by the `EncoderConfig` alone; `cellvim.create_model` has the named ones.

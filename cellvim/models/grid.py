@@ -6,7 +6,6 @@ This is the only place that knows rows, columns and channels. Blocks get a `Scan
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 
 import torch
@@ -39,6 +38,11 @@ class TokenGrid:
         Where the plans' indices lie.
     dtype
         Of the plans' weights: float32, or float64 for a model in float64.
+
+    Attributes
+    ----------
+    is_ragged
+        Whether some samples have fewer tokens than others.
     """
 
     config: EncoderConfig
@@ -50,9 +54,11 @@ class TokenGrid:
     class_position: int | None = None
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
+    is_ragged: bool = field(default=False, init=False)
     _plans: dict[tuple, ScanPlan] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        self.is_ragged = self.kept is not None and bool((self.kept[:, -1:] < 0).any())
         if self.is_ragged and self.config.mask_reverse == "reference":
             raise ModelError(
                 "mask_reverse='reference' needs the same number of tokens in every sample of a batch, as the published "
@@ -80,11 +86,6 @@ class TokenGrid:
     def count(self) -> int:
         """Number of tokens of the full grid, without a class token."""
         return self.rows * self.columns * self.channels
-
-    @cached_property
-    def is_ragged(self) -> bool:
-        """Whether some samples have fewer tokens than others."""
-        return self.kept is not None and bool((self.kept[:, -1:] < 0).any())
 
     def plan(self, block: int) -> ScanPlan:
         """Return how block number ``block`` visits and pools the tokens."""
@@ -118,6 +119,7 @@ class TokenGrid:
                 strides=tuple(strides[a] for a in order),
                 pooled=tuple(a in pooled for a in order),
                 pool_scale=self.config.pool_scale,
+                stored_axes=tuple(order.index(a) for a in self.axes),
             )
         if self.kept is None and not pooled and order == self.axes:
             return sequence_plan(self.count + 1)  # Vim's class token is one more step of the sequence
@@ -139,7 +141,7 @@ class TokenGrid:
         if pooled:
             steps = _mixed_radix([(coordinates[a], lengths[a]) for a in order if a not in pooled])
             steps = steps.gather(1, stored).clamp_min(0)
-            slots = prod(n for a, n in self.sizes.items() if a not in pooled)
+            slots = prod([n for a, n in self.sizes.items() if a not in pooled])
             weight = self._slot_weight(steps, order_present, slots, pooled, lengths)
         else:
             steps = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -8,7 +8,6 @@ reads the same memory in another order. Kernels see a grid of at most three axes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 import torch
@@ -38,6 +37,8 @@ class ScanPlan:
         With ``order``: (B or 1, P) float32 (float64 for a model in float64), the factor on the sum of a slot's tokens.
     slot_count
         With ``order``: P. None for a dense grid.
+    stored_axes
+        The block's axes in the order in which they are stored, slowest first; None to see it by the strides.
     """
 
     sizes: tuple[int, int, int]
@@ -48,30 +49,37 @@ class ScanPlan:
     slot: torch.Tensor | None = None
     slot_weight: torch.Tensor | None = None
     slot_count: int | None = None
+    stored_axes: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.stored_axes is None:
+            # An axis of length 1 may carry any stride; it may stand anywhere.
+            axes = sorted(range(3), key=lambda a: (-self.strides[a], a) if self.sizes[a] > 1 else (1, a))
+            object.__setattr__(self, "stored_axes", tuple(axes))
 
     @property
     def is_dense(self) -> bool:
         """Whether every sample has the same full grid of tokens."""
         return self.order is None
 
-    @cached_property
+    @property
     def slots(self) -> int:
         """P, the number of scan steps."""
         if self.slot_count is not None:
             return self.slot_count
-        return prod(n for n, away in zip(self.sizes, self.pooled, strict=True) if not away)
+        return prod([n for n, away in zip(self.sizes, self.pooled, strict=True) if not away])
 
-    @cached_property
+    @property
     def group(self) -> int:
         """Number of tokens of a dense grid that are pooled together."""
-        return prod(n for n, away in zip(self.sizes, self.pooled, strict=True) if away)
+        return prod([n for n, away in zip(self.sizes, self.pooled, strict=True) if away])
 
     @property
     def pools(self) -> bool:
         """Whether any axis is pooled (False for Vim and ChannelVim)."""
         return any(self.pooled)
 
-    @cached_property
+    @property
     def mean_weight(self) -> float:
         """Factor that turns a dense slot's sum into its (scaled) mean."""
         return self.pool_scale / self.group if self.pools else 1.0

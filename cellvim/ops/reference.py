@@ -126,6 +126,9 @@ def pooled_scan(
     drive = step * pooled.to(compute)
     step, drive, B, C = (_scan_order(t.to(compute)) for t in (step, drive, B, C))
     A = A.to(compute)[:, None]  # (2, 1, E, N)
+    if isinstance(pooled.shape[2], torch.SymInt):  # an exported graph whose number of steps varies
+        states = _scan_by_doubling(torch.exp(step[..., None] * A[:, :, None]), drive[..., None] * B[:, :, :, None])
+        return _scan_order((states * C[:, :, :, None]).sum(-1)).to(pooled.dtype)
     state = A.new_zeros(2, pooled.shape[1], pooled.shape[3], A.shape[-1])  # (2, B, E, N)
     outputs = []
     for t in range(pooled.shape[2]):  # the pooled steps are the only loop
@@ -196,6 +199,23 @@ def _compute_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _scan_by_doubling(decay: Tensor, drive: Tensor) -> Tensor:
+    """Solve h_t = decay_t h_{t−1} + drive_t without a loop over t, for graphs that must not depend on P.
+
+    Both are (2, B, P, E, N), as is the result. In round k every step takes in the 2^k steps before it (Hillis and
+    Steele, 1986); twelve rounds reach 4,096 steps.
+    """
+    rounds = 12
+    torch._check(decay.shape[2] <= 2**rounds, lambda: f"An exported graph scans at most {2**rounds} steps.")
+    t = torch.arange(decay.shape[2], device=decay.device)
+    for k in range(rounds):
+        reaches = (t >= 2**k)[:, None, None]
+        earlier = (t - 2**k).clamp_min(0)
+        drive = drive + decay * drive.index_select(2, earlier) * reaches
+        decay = decay * torch.where(reaches, decay.index_select(2, earlier), 1.0)
+    return drive
+
+
 def _scan_order(t: Tensor) -> Tensor:
     """Reverse the steps of direction 1; its own inverse."""
     return torch.stack([t[0], t[1].flip(1)])
@@ -230,8 +250,8 @@ def _present(plan: ScanPlan) -> Tensor:
 def _to_block_order(x: Tensor, plan: ScanPlan) -> Tensor:
     """(B, L, E) stored order -> the block's order; absent tokens are zero."""
     if plan.is_dense:
-        axes = _stored_axes(plan)
-        if axes == sorted(axes):
+        axes = plan.stored_axes
+        if axes == (0, 1, 2):
             return x
         grid = x.unflatten(1, [plan.sizes[a] for a in axes])
         return grid.permute(0, *(1 + axes.index(a) for a in range(3)), 4).flatten(1, 3)
@@ -242,19 +262,13 @@ def _to_block_order(x: Tensor, plan: ScanPlan) -> Tensor:
 def _to_stored_order(x: Tensor, plan: ScanPlan) -> Tensor:
     """The inverse of `_to_block_order`; a token that no step visits is zero."""
     if plan.is_dense:
-        axes = _stored_axes(plan)
-        if axes == sorted(axes):
+        axes = plan.stored_axes
+        if axes == (0, 1, 2):
             return x
         return x.unflatten(1, plan.sizes).permute(0, *(1 + a for a in axes), 4).flatten(1, 3)
     index = plan.order.clamp_min(0).expand(x.shape[0], -1)
     x = x * _present(plan)[..., None]
     return torch.zeros_like(x).scatter_add(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
-
-
-def _stored_axes(plan: ScanPlan) -> list[int]:
-    """The block's axes in the order in which they are stored, slowest first."""
-    # An axis of length 1 may carry any stride; it stays where it is among its equals.
-    return sorted(range(3), key=lambda a: (-plan.strides[a], a) if plan.sizes[a] > 1 else (1, a))
 
 
 def _pool_axes(plan: ScanPlan) -> list[int]:
