@@ -71,30 +71,28 @@ template <class T, int W, bool FULL> struct Window {
   }
 };
 
-// Points rows[j] at token first - (W - 1) + j for j < steps + 2W - 2, at zeros beyond the ends.
+// Points rows[j] at token first - (W - 1) + j for j < 2 * tile + 2W - 2, at zeros beyond the ends: the rows of this tile
+// and, to be fetched early, of the next.
 template <class T, int W>
-CELLVIM_INLINE void point_rows(const T **rows, const Tokens &tokens, int64_t first, int64_t steps, const T *x,
+CELLVIM_INLINE void point_rows(const T **rows, const Tokens &tokens, int64_t first, int64_t tile, const T *x,
                                int64_t stride, const T *zeros) {
-  for (int64_t j = 0; j < steps + 2 * W - 2; ++j) {
+  for (int64_t j = 0; j < 2 * tile + 2 * W - 2; ++j) {
     const int64_t l = first - (W - 1) + j;
     rows[j] = l >= 0 && l < tokens.count ? x + tokens.token[l] * stride : zeros;
   }
 }
 
-// Calls emit(t, c0, c1) for each of the tile's steps with both directions' convolutions, bias added, before SiLU.
-template <class T, int W, bool FULL, class Emit>
+// Calls emit(t, c0, c1, window) for each of the tile's steps with both directions' convolutions before SiLU, and fetches
+// the rows of the next tile into the cache meanwhile.
+template <int64_t TILE, class T, int W, bool FULL, class Emit>
 CELLVIM_INLINE void convolve(const T *const *rows, int64_t steps, const Taps<W> &taps, int64_t e, int n, Emit emit) {
   Window<T, W, FULL> window;
   window.start(rows, e, n);
   for (int64_t t = 0; t < steps; ++t) {
     window.step(rows[t + 2 * W - 2] + e, n);
+    __builtin_prefetch(rows[t + 2 * W - 2 + TILE] + e);
     emit(t, window.forward(taps), window.backward(taps), window);
   }
-}
-
-CELLVIM_INLINE void prefetch_rows(const void *const *rows, int64_t count, int64_t byte, int64_t bytes) {
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)rows[t] + byte + i);
 }
 
 // Runs the body for each vector of [from, to): whole vectors first, then the last, partial one.

@@ -49,10 +49,10 @@ template <class T, int W> struct AdjointItem {
     for (int64_t r = 0; r < adjoint_rows<W>(); ++r)
       for (int64_t e = from; e < from + CHUNK && e < stride; ++e) sums[r * stride + e] = 0.0f;
     memset(dc, 0, sizeof dc);
-    const T *rows[ADJOINT_TILE + HISTORY + 1];
+    const T *rows[2 * ADJOINT_TILE + 2 * W];
     for (int64_t first = 0; first < tokens.count; first += ADJOINT_TILE) {
       const int64_t steps = least(ADJOINT_TILE, tokens.count - first);
-      point_rows<T, W>(rows, tokens, first, steps, x, x_token, zeros);
+      point_rows<T, W>(rows, tokens, first, ADJOINT_TILE, x, x_token, zeros);
       CELLVIM_FOR_VECTORS(e, from, to, (gather<MODE, true>(source, rows, first, steps, e, LANES)),
                           (gather<MODE, false>(source, rows, first, steps, e, (int)(to - e))));
       spread(first, steps);
@@ -79,7 +79,7 @@ template <class T, int W> struct AdjointItem {
       extra[k] = load(sum_row + (2 * W + 2 + k) * stride);
       row[k] = source.row[k] ? load(source.row[k] + e) : vf{};
     }
-    convolve<T, W, FULL>(rows, steps, taps, e, n,
+    convolve<ADJOINT_TILE, T, W, FULL>(rows, steps, taps, e, n,
                          [&](int64_t t, vf c0, vf c1, const Window<T, W, FULL> &window) CELLVIM_LAMBDA {
       const int64_t l = first + t;
       vf mixed = vf{};

@@ -40,7 +40,7 @@ void pool_tile(const cellvim_conv_pool &a, const Tokens &tokens, const PackedTap
                int64_t b, int64_t first, int64_t steps, int64_t e, int n, int64_t column, Scratch scratch) {
   const Taps<W> taps = Taps<W>::at(packed, e);
   const int64_t P = a.plan.slots, E = a.width, L = a.plan.length;
-  convolve<T, W, FULL>(rows, steps, taps, e, n,
+  convolve<TILE, T, W, FULL>(rows, steps, taps, e, n,
                        [&](int64_t t, vf c0, vf c1, const Window<T, W, FULL> &) CELLVIM_LAMBDA {
     const int64_t l = first + t;
     for (int k = 0; k < 2; ++k) {
@@ -75,10 +75,10 @@ void pool_chunk(const cellvim_conv_pool &a, const Walk &walk, const PackedTaps &
       scratch.acc[i] = MODE == Mode::MAX ? -__builtin_inff() : 0.0f;
       if (MODE == Mode::MAX) scratch.best[i] = -1;
     }
-  const T *rows[TILE + 2 * W];
+  const T *rows[2 * TILE + 2 * W];
   for (int64_t first = 0; first < tokens.count; first += TILE) {
     const int64_t steps = least(TILE, tokens.count - first);
-    point_rows<T, W>(rows, tokens, first, steps, x, a.x_token, zeros);
+    point_rows<T, W>(rows, tokens, first, TILE, x, a.x_token, zeros);
     CELLVIM_FOR_VECTORS(
         e, from, to,
         (pool_tile<T, W, MODE, true>(a, tokens, packed, rows, b, first, steps, e, LANES, e - from, scratch)),
@@ -116,13 +116,13 @@ template <class T, int W, bool PER_SLOT>
 void dot_tile(const cellvim_conv_pool &a, const Tokens &tokens, const PackedTaps &packed, const T *zeros, int64_t b,
               int64_t first, const float *row, float *out) {
   const int64_t steps = least(SCORE_TILE, tokens.count - first), E = a.width, P = a.plan.slots, L = a.plan.length;
-  const T *rows[SCORE_TILE + 2 * W];
-  point_rows<T, W>(rows, tokens, first, steps, (const T *)a.x + b * a.x_batch, a.x_token, zeros);
+  const T *rows[2 * SCORE_TILE + 2 * W];
+  point_rows<T, W>(rows, tokens, first, SCORE_TILE, (const T *)a.x + b * a.x_batch, a.x_token, zeros);
   vf total[2][SCORE_TILE] = {};
   auto add = [&](auto full, int64_t e, int n) CELLVIM_LAMBDA {
     constexpr bool FULL = decltype(full)::value;
     const Taps<W> taps = Taps<W>::at(packed, e);
-    convolve<T, W, FULL>(rows, steps, taps, e, n,
+    convolve<SCORE_TILE, T, W, FULL>(rows, steps, taps, e, n,
                          [&](int64_t t, vf c0, vf c1, const Window<T, W, FULL> &) CELLVIM_LAMBDA {
       for (int k = 0; k < 2; ++k) {
         const vf u = silu(k ? c1 : c0);
@@ -168,7 +168,7 @@ void softmax_by_slot(const cellvim_conv_pool &a, const Walk &walk, float *work) 
       const int n = (int)least(LANES, tokens.count - l);
       float lanes[LANES] = {};
       for (int i = 0; i < n; ++i) lanes[i] = share[l + i] - top[slot[l + i]];
-      store(lanes, exp2_exact(load(lanes) * LOG2E));
+      store(lanes, exp2<false>(load(lanes) * LOG2E));
       for (int i = 0; i < n; ++i) total[slot[l + i]] += share[l + i] = lanes[i];
     }
     for (int64_t l = 0; l < tokens.count; ++l) share[l] /= total[slot[l]];

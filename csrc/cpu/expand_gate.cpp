@@ -35,7 +35,7 @@ void mix_vector(const Parameters &parameters, const T *const *rows,
   }
   const Taps<W> taps = Taps<W>::at(parameters.taps, e);
   const vf d0 = load(parameters.half_skip.data + e), d1 = load(parameters.half_skip.data + stride + e);
-  convolve<T, W, FULL>(rows, steps, taps, e, n,
+  convolve<TILE, T, W, FULL>(rows, steps, taps, e, n,
                        [&](int64_t t, vf c0, vf c1, const Window<T, W, FULL> &) CELLVIM_LAMBDA {
     const vf expanded = (load<FULL>(y[0][t] + e, n) + load<FULL>(y[1][t] + e, n)) * 0.5f;
     store(mixed + t * stride + e, expanded + d0 * silu(c0) + d1 * silu(c1));
@@ -48,9 +48,9 @@ void mix_tile(const cellvim_expand_gate &a, const Parameters &parameters, const 
   const int64_t visited = least(steps, tokens.count - first);
   if (visited < steps) memset(mixed, 0, sizeof(float) * steps * parameters.taps.stride);
   if (visited <= 0) return;
-  const T *rows[TILE + 2 * W];
+  const T *rows[2 * TILE + 2 * W];
   const T *y[2][TILE];
-  if (SKIP) point_rows<T, W>(rows, tokens, first, visited, (const T *)a.x + b * a.x_batch, a.x_token, zeros);
+  if (SKIP) point_rows<T, W>(rows, tokens, first, TILE, (const T *)a.x + b * a.x_batch, a.x_token, zeros);
   for (int k = 0; k < 2; ++k)
     for (int64_t t = 0; t < visited; ++t)
       y[k][t] = (const T *)a.y + ((k * a.batch + b) * a.plan.slots + tokens.slot[k][first + t]) * a.width;

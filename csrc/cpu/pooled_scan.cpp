@@ -61,7 +61,7 @@ void scan_vector(const cellvim_pooled_scan &a, const float *delta_bias, int k, i
     const float *b = in.b + t * in.b_step, *c = in.c + t * in.c_step;
     vf y = vf{};
     for (int s = 0; s < states; ++s) {
-      h[s] = exp2_exact(dt * decay_rate[s]) * h[s] + drive * b[s];
+      h[s] = exp2<false>(dt * decay_rate[s]) * h[s] + drive * b[s];
       y += h[s] * c[s];
     }
     store<FULL>(out + t * a.width, y, n);
@@ -120,7 +120,7 @@ CELLVIM_INLINE void advance(const cellvim_pooled_scan &a, const Steps<T> &in, co
     const vf drive = dt * load<FULL>(in.pooled + t * in.pooled_step, n);
     const float *b = in.b + t * in.b_step;
     for (int s = 0; s < states; ++s) {
-      const vf decay = exp2_exact(dt * decay_rate[s]);
+      const vf decay = exp2<false>(dt * decay_rate[s]);
       h[s] = decay * h[s] + drive * b[s];
       if (KEEP) scratch.decay[i * states + s] = decay, scratch.state[i * states + s] = h[s];
     }

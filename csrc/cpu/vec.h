@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #ifndef CELLVIM_ISA
 #define CELLVIM_ISA isa_base
 #endif
@@ -107,51 +111,70 @@ CELLVIM_INLINE float sum(vf v) {
   return lanes[0];
 }
 
-// 2^t split into its integer and fraction; clamped to finite results, NaN passes through.
-CELLVIM_INLINE vf exp2_split(vf t, vi *exponent) {
-  t = t < -126.0f ? splat(-126.0f) : t;
-  t = t > 127.0f ? splat(127.0f) : t;
+// The few operations that the portable types lack, or that compilers do not find: maximum and minimum whose NaN in t
+// passes through, 2^n for whole n, rounding, and the reciprocal (its estimate and Newton steps beat a division).
+#if defined(__AVX512F__)
+CELLVIM_INLINE vf at_least(vf t, float low) { return (vf)_mm512_max_ps(_mm512_set1_ps(low), (__m512)t); }
+CELLVIM_INLINE vf at_most(vf t, float high) { return (vf)_mm512_min_ps(_mm512_set1_ps(high), (__m512)t); }
+CELLVIM_INLINE vf reciprocal(vf d) {
+  const vf r = (vf)_mm512_rcp14_ps((__m512)d);
+  return r * (2.0f - d * r);
+}
+#elif defined(__AVX__)
+CELLVIM_INLINE vf at_least(vf t, float low) { return (vf)_mm256_max_ps(_mm256_set1_ps(low), (__m256)t); }
+CELLVIM_INLINE vf at_most(vf t, float high) { return (vf)_mm256_min_ps(_mm256_set1_ps(high), (__m256)t); }
+CELLVIM_INLINE vf reciprocal(vf d) {
+  vf r = (vf)_mm256_rcp_ps((__m256)d);
+  return r * (2.0f - d * r);
+}
+#else
+CELLVIM_INLINE vf at_least(vf t, float low) { return t < low ? splat(low) : t; }
+CELLVIM_INLINE vf at_most(vf t, float high) { return t > high ? splat(high) : t; }
+CELLVIM_INLINE vf reciprocal(vf d) { return 1.0f / d; }
+#endif
+
+// 2^f for |f| <= 1/2. FAST: relative error 1e-7, for the sigmoid; else 2e-9 before rounding. Both are exactly 1 at 0: safe
+// to multiply over thousands of scan steps.
+template <bool FAST> CELLVIM_INLINE vf exp2_fraction(vf f) {
+  vf p;
+  if (FAST) {
+    p = f * 1.3264727253e-03f + 9.6715127859e-03f;
+    p = p * f + 5.5507337445e-02f;
+    p = p * f + 2.4022242083e-01f;
+    p = p * f + 6.9314697760e-01f;
+  } else {
+    p = f * 1.5353362064e-04f + 1.3398874557e-03f;
+    p = p * f + 9.6184373582e-03f;
+    p = p * f + 5.5503324708e-02f;
+    p = p * f + 2.4022647914e-01f;
+    p = p * f + 6.9314720286e-01f;
+  }
+  return p * f + 1.0f;
+}
+
+// 2^t, at most 2^126 so that sums and reciprocals of it stay finite. NaN passes through.
+template <bool FAST> CELLVIM_INLINE vf exp2(vf t) {
+  t = at_most(t, 126.0f);
+#if defined(__AVX512F__)
+  const __m512 n = _mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vf)_mm512_scalef_ps((__m512)exp2_fraction<FAST>(t - (vf)n), n);
+#else
+  t = at_least(t, -126.0f);
   const vf shifted = t + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  *exponent = (vi)((vu)shifted << 23);
-  return t - (shifted - 12582912.0f);
-}
-
-CELLVIM_INLINE vf scale_by_exponent(vf p, vi exponent) { return (vf)((vu)p + (vu)exponent); }
-
-// Relative error 2e-9 before rounding, and exactly 1 at 0: safe to multiply over thousands of scan steps.
-CELLVIM_INLINE vf exp2_exact(vf t) {
-  vi exponent;
-  const vf f = exp2_split(t, &exponent);
-  vf p = f * 1.5353362064e-04f + 1.3398874557e-03f;
-  p = p * f + 9.6184373582e-03f;
-  p = p * f + 5.5503324708e-02f;
-  p = p * f + 2.4022647914e-01f;
-  p = p * f + 6.9314720286e-01f;
-  p = p * f + 1.0f;
-  return scale_by_exponent(p, exponent);
-}
-
-// Relative error 1e-7, for the sigmoid.
-CELLVIM_INLINE vf exp2_fast(vf t) {
-  vi exponent;
-  const vf f = exp2_split(t, &exponent);
-  vf p = f * 1.3264727253e-03f + 9.6715127859e-03f;
-  p = p * f + 5.5507337445e-02f;
-  p = p * f + 2.4022242083e-01f;
-  p = p * f + 6.9314697760e-01f;
-  p = p * f + 1.0f;
-  return scale_by_exponent(p, exponent);
+  const vf p = exp2_fraction<FAST>(t - (shifted - 12582912.0f));
+  return (vf)((vu)p + ((vu)shifted << 23));
+#endif
 }
 
 constexpr float LOG2E = 1.44269504088896341f;
 
-CELLVIM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp2_fast(x * -LOG2E)); }
+CELLVIM_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp2<true>(x * -LOG2E)); }
 
-CELLVIM_INLINE vf silu(vf x) { return x / (1.0f + exp2_fast(x * -LOG2E)); }
+CELLVIM_INLINE vf silu(vf x) { return x * reciprocal(1.0f + exp2<true>(x * -LOG2E)); }
 
 // max(x, 0) + log1p(exp(-|x|)), the logarithm by its atanh series; relative error below 3e-7 everywhere.
 CELLVIM_INLINE vf softplus(vf x) {
-  const vf q = exp2_exact((x < 0.0f ? x : -x) * LOG2E);
+  const vf q = exp2<false>((x < 0.0f ? x : -x) * LOG2E);
   const vf s = q / (q + 2.0f);
   const vf z = s * s;
   vf p = z * 2.8178335237e-01f + 2.7960603012e-01f;
