@@ -90,7 +90,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, by what is wrong with the file
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{path} cannot be read as plain weights ({reason}). It is damaged, or holds pickled code, which CellVim "
             "never runs; save its state dict alone and load that."

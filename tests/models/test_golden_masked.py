@@ -34,7 +34,7 @@ def build(name: str) -> tuple[MaskedAutoencoder, dict]:
 
 
 @pytest.mark.parametrize("name", MASKED_CASES)
-def test_masked_autoencoder_equals_published_numbers(name: str) -> None:
+def test_masked_autoencoder_equals_published_numbers(name: str, backend: str) -> None:
     model, arrays = build(name)
     assert_close(model.pos_embed, arrays["init/pos_embed"], "position table")
     assert_close(model.decoder_pos_embed, arrays["init/decoder_pos_embed"], "decoder's position table")

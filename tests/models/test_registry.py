@@ -53,3 +53,15 @@ def test_unknown_name_is_refused_with_what_there_is(name: str) -> None:
 def test_unknown_value_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ModelError, match="Did you mean embed_dim"):
         create_model("fastvim_tiny_patch16", embeddim=3)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_parameter_of_every_model_learns(name: str) -> None:
+    """Two of the model's blocks, so that the widest fit into memory; a third axis of pooling has none of its own."""
+    torch.manual_seed(0)
+    model = create_model(name, depth=2, image_size=32, in_channels=3, channel_sampling="none")
+    out = model(torch.randn(2, 3, 32, 32))
+    assert out.shape == (2, model.config.num_classes or model.config.embed_dim)
+    out.square().sum().backward()
+    without = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without, f"no gradient: {', '.join(without)}"
