@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cellvim.errors import ChannelError, InputError, listing
 
@@ -213,3 +213,78 @@ def _match_one(name: str, available: Sequence[str], where: str) -> int:
                 f"{name}={available[found[-1]]}."
             )
     raise ChannelError(f"Channel '{name}' is not in {where}; it has {listing(available)}. Choose with --channels.")
+
+
+def map_plates(
+    plates: Mapping[str, Sequence[str]], wanted: Sequence[str] | None = None, overrides: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str]]:
+    """Match the same channels on several plates that name or order theirs differently.
+
+    Parameters
+    ----------
+    plates
+        Plate's name -> its channel names.
+    wanted
+        What to look for on each: channel names or stains. By default the stains that all plates have, in the order of
+        the first one.
+    overrides
+        Wanted name -> the plate's channel, for plates on which the name is not enough. One plate is meant by
+        ``PLATE:CHANNEL``; a channel alone is meant for every plate that has it.
+
+    Returns
+    -------
+    dict
+        Plate's name -> {wanted name: that plate's channel}, to be stored with the result.
+
+    Raises
+    ------
+    ChannelError
+        A plate lacks a channel, a name fits several of its channels, or the plates have no stain in common.
+
+    Examples
+    --------
+    >>> map_plates({"phenix": ["ch5", "ER"], "scope": ["ConA", "Hoechst"]}, ["DNA", "ER"], {"DNA": "phenix:ch5"})
+    {'phenix': {'DNA': 'ch5', 'ER': 'ER'}, 'scope': {'DNA': 'Hoechst', 'ER': 'ConA'}}
+    """
+    overrides = dict(overrides or {})
+    if wanted is None:
+        meanings = {name: [canonical_name(c) or c for c in channels] for name, channels in plates.items()}
+        first = next(iter(meanings.values()), [])
+        wanted = [m for m in dict.fromkeys(first) if all(m in others for others in meanings.values())]
+        if not wanted:
+            each = "; ".join(f"{name}: {listing(channels)}" for name, channels in plates.items())
+            raise ChannelError(
+                f"The plates have no channel in common by name ({each}). Say what each shows with --channels, as in "
+                "DNA=PLATE:ch5."
+            )
+    unused = [name for name in overrides if name not in wanted]
+    if unused:
+        raise ChannelError(
+            f"--channels says what '{unused[0]}' is, but it is not wanted; wanted are {listing(wanted)}."
+        )
+    return {
+        plate: dict(
+            zip(
+                wanted,
+                [
+                    channels[i]
+                    for i in match_channels(
+                        [_on(plate, name, overrides, channels) for name in wanted], channels, where=plate
+                    )
+                ],
+                strict=True,
+            )
+        )
+        for plate, channels in plates.items()
+    }
+
+
+def _on(plate: str, name: str, overrides: Mapping[str, str], channels: Sequence[str]) -> str:
+    """Return what to look for on one plate: the override where it is meant for this plate, else the name itself."""
+    given = overrides.get(name)
+    if given is None:
+        return name
+    head, colon, channel = given.partition(":")
+    if colon and given not in channels:
+        return channel if head == plate else name
+    return given if given in channels else name

@@ -13,6 +13,7 @@ from cellvim.channels import (
     canonical_name,
     display_color,
     find_dna_channel,
+    map_plates,
     match_channels,
     parse_channel_names,
     parse_channel_overrides,
@@ -120,3 +121,42 @@ def test_every_channel_has_a_colour():
 def test_module_is_light():
     code = "import sys, cellvim.channels; print(sorted({'numpy', 'pandas', 'torch', 'zarr'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_plates_that_differ_are_mapped_each_by_its_own_names():
+    jump = ["Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield"]
+    scope = ["Hoechst 33342", "ConA", "SYTO14", "Phalloidin/WGA", "MitoTracker"]
+    maps = map_plates({"jump": jump, "scope": scope})
+    assert maps["jump"] == {n: n for n in ("Mito", "AGP", "RNA", "ER", "DNA")}
+    assert maps["scope"] == dict(zip(maps["jump"], [scope[i] for i in (4, 3, 2, 1, 0)], strict=True))
+    numbered = [f"ch{i}" for i in range(1, 6)]
+    maps = map_plates({"jump": jump, "raw": numbered}, ["DNA", "ER"], {"DNA": "ch5", "ER": "raw:ch4"})
+    assert maps == {"jump": {"DNA": "DNA", "ER": "ER"}, "raw": {"DNA": "ch5", "ER": "ch4"}}
+
+
+@pytest.mark.parametrize(
+    ("plates", "wanted", "overrides", "words"),
+    [
+        ({"a": ["DNA"], "b": ["ER"]}, None, None, r"no channel in common by name \(a: DNA; b: ER\)"),
+        ({"a": ["DNA", "ER"], "b": ["DNA"]}, ["DNA", "ER"], None, "Channel 'ER' is not in b; it has DNA"),
+        ({"a": ["DAPI", "Hoechst"]}, ["DNA"], None, "fits 2 channels of a: DAPI, Hoechst"),
+        ({"a": ["DNA"]}, ["DNA"], {"ER": "ch1"}, "'ER' is, but it is not wanted"),
+    ],
+)
+def test_plates_that_cannot_be_mapped_say_which(plates, wanted, overrides, words):
+    with pytest.raises(ChannelError, match=words):
+        map_plates(plates, wanted, overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "stain"),
+    [
+        *[("OrigBrightfield", "Brightfield"), ("OrigHighZBF", "HighZBF"), ("OrigLowZBF", "LowZBF")],
+        *[("Brightfield High", "HighZBF"), ("brightfield_low", "LowZBF"), ("BF", "Brightfield"), ("OrigDNA", "DNA")],
+        *[("HOECHST 33342", "DNA"), ("SYTO 14", "RNA"), ("MitoTracker Deep Red", "Mito"), ("Concanavalin A", "ER")],
+        *[("Phalloidin/WGA", "AGP"), ("568 Phalloidin + WGA", "AGP"), ("F-actin", "AGP"), ("Alexa 488", None)],
+        *[("FITC", None), ("488 long", None), ("ch5", None), ("w1", None)],
+    ],
+)
+def test_stains_of_cell_painting_and_brightfield_planes(name, stain):
+    assert canonical_name(name) == stain

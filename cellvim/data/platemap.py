@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ _ROW = ("row", "wellrow", "metadatarow", "platerow", "wellrowname", "imagemetada
 _COLUMN = ("column", "col", "wellcolumn", "wellcol", "metadatacolumn", "metadatacol", "platecolumn")
 _PLATE = ("plate", "metadataplate", "assayplatebarcode", "platename", "plateid", "barcode", "platebarcode")
 _DELIMITERS = ",;\t|"
+_LONGEST_HEADER = 1 << 20  # characters
 
 
 def read_platemap(path: str | Path, *, plate_name: str | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -85,6 +88,103 @@ def join_platemap(table: pd.DataFrame, wells: list[str], *, source: str) -> tupl
     return table.reindex(wells), notes
 
 
+def join_perturbations(
+    table: pd.DataFrame, path: str | Path, *, source: str, on: str | None = None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Add what a table of compounds or genes says of each well's perturbation, as JUMP's two tables are joined.
+
+    Parameters
+    ----------
+    table
+        A plate map, as `read_platemap` returns it.
+    path
+        One row a perturbation: CSV, TSV or semicolon-separated, such as ``JUMP-Target-1_compound_metadata.tsv``.
+    source
+        What to call the plate map in messages.
+    on
+        Column that both have; by default the one of the shared columns that names each perturbation once.
+
+    Returns
+    -------
+    table : pandas.DataFrame
+        The plate map with the perturbations' columns added. JUMP's ``pert_type`` and ``control_type`` become
+        ``Metadata_pert_type`` (trt, poscon, negcon), and its ``Metadata_JCP2022`` is kept as it is.
+    notes : list of str
+        Wells whose perturbation has no row, rows that repeat and contradict each other, columns that both tables have
+        with different values.
+
+    Raises
+    ------
+    MetadataError
+        The table cannot be read, or no column connects the two.
+
+    Notes
+    -----
+    A well whose perturbation is empty in the plate map takes the row whose key is empty or ``NA`` too: that is how
+    JUMP writes DMSO. Where there is no such row, and the table has a ``pert_type``, the well is ``empty``.
+    """
+    path = Path(path)
+    other = _read(path)
+    names = [c for c in other.columns if c in table.columns] if on is None else [on]
+    keys = [c for c in names if c in other.columns and c in table.columns]
+    if not keys:
+        raise MetadataError(
+            f"{path} has no column in common with {source}: it has {listing(other.columns)}; the plate map has "
+            f"{listing(table.columns)}. Name a column the same in both."
+        )
+    # the one that tells perturbations apart, not one such as a source that all rows share
+    key = max(keys, key=lambda c: (len(set(_key(table[c])) & set(_key(other[c]))), other[c].nunique()))
+    known = other.set_index(_key(other[key])).drop(columns=key)
+    for name in known.columns:
+        known[name] = _typed(known[name])
+    notes: list[str] = []
+    if known.index.has_duplicates:
+        differs = known.groupby(level=0).nunique(dropna=False).gt(1).any(axis=1)
+        if differs.any():
+            ids = listing(differs.index[differs])
+            notes.append(f"{path.name} contradicts itself for {int(differs.sum())} {key}: {ids}. The first row counts")
+        known = known[~known.index.duplicated()]
+    values = _key(table[key])
+    without = ~values.isin(known.index)
+    if without.any():
+        missing = values[without]
+        named = listing(sorted(set(missing[missing != ""])), 6)
+        wells = listing(missing.index)
+        if (missing == "").all():
+            notes.append(f"{len(missing)} wells have no {key} in {source}: {wells}")
+        else:
+            notes.append(f"{len(missing)} wells have a {key} without a row in {path.name} ({named}): {wells}")
+    added = known.reindex(values).set_axis(table.index, axis=0)
+    if "pert_type" in added:
+        added["pert_type"] = added["pert_type"].mask(without & (values == ""), "empty")
+    for name in [c for c in added.columns if c in table.columns]:
+        clash = table[name].notna() & added[name].notna() & (table[name].astype(str) != added[name].astype(str))
+        if clash.any():
+            notes.append(
+                f"{source} and {path.name} contradict each other in '{name}' for {listing(table.index[clash])}: "
+                "the plate map's value is kept"
+            )
+        added[name] = table[name].where(table[name].notna(), added[name])
+    joined = table.drop(columns=[c for c in added.columns if c in table.columns]).join(added)
+    return _jump_pert_type(joined), notes
+
+
+def _jump_pert_type(table: pd.DataFrame) -> pd.DataFrame:
+    """Say in one column what JUMP says in two: trt, or the kind of control."""
+    if "Metadata_pert_type" in table or "pert_type" not in table:
+        return table
+    kind = table["pert_type"]
+    if "control_type" in table:
+        kind = table["control_type"].where(kind.eq("control") & table["control_type"].notna(), kind)
+    # JUMP tells positive controls by how many compounds they share: poscon_cp, poscon_diverse, poscon_orf
+    return table.assign(Metadata_pert_type=kind.replace(r"^(poscon|negcon).*", r"\1", regex=True))
+
+
+def _key(column: pd.Series) -> pd.Series:
+    text = column.map(_as_written, na_action="ignore").fillna("").astype(str).str.strip()
+    return text.mask(text.isin(["NA", "N/A", "nan", "NaN"]), "")
+
+
 def derive_pert_type(table: pd.DataFrame, rule: str) -> pd.DataFrame:
     """Add ``Metadata_pert_type`` from another column by a rule such as ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
 
@@ -124,14 +224,21 @@ def _read(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     if not path.is_file():
-        raise MetadataError(f"{path} is not a file; expected a plate map (CSV or TSV) with a column of wells.")
+        raise MetadataError(f"{path} is not a file; expected a table (CSV or TSV), such as a plate map.")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            header = file.readline(_LONGEST_HEADER)
         delimiter = max(_DELIMITERS, key=header.count)
         # as text first: a column "01" must not become 1, nor a row "NA" of a 1536-well plate a missing value
         table = pd.read_csv(path, sep=delimiter, encoding="utf-8-sig", dtype=str, keep_default_na=False)
-    except (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (
+        UnicodeDecodeError,
+        EOFError,
+        zlib.error,
+        csv.Error,
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+    ) as error:
         raise MetadataError(f"{path} cannot be read as a table: {error}.") from error
     except OSError as error:
         raise MetadataError(f"{path} cannot be read: {error.strerror or error}.") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+
 import pandas as pd
 import pytest
 
-from cellvim.data.platemap import derive_pert_type, join_platemap, read_platemap
+from cellvim.data.platemap import derive_pert_type, join_perturbations, join_platemap, read_platemap
 from cellvim.errors import MetadataError
 
 
@@ -148,3 +150,55 @@ def test_published_maps_are_read(shared_data):
     assert frame.index[0] == "B03" and frame.loc["B03", "my_metadata"] == "example"
     frame, _ = read_platemap(shared_data / "nf1_schwann_plate2_3ch/platemap_NF1_plate2.csv")
     assert frame.loc["D06", "genotype"] == "WT"
+
+
+@pytest.mark.parametrize(
+    ("name", "negcon", "empty"),
+    [
+        ("JUMP-Target/JUMP-Target-1_compound", 64, 0),
+        ("JUMP-Target/JUMP-Target-2_compound", 64, 0),
+        ("JUMP-Target/JUMP-Target-1_crispr", 60, 4),
+        ("JUMP-Target/JUMP-Target-1_orf", 60, 4),
+        ("JUMP-MOA/JUMP-MOA_compound", 24, 0),
+    ],
+)
+def test_published_perturbation_tables_join_to_their_plate_maps(shared_data, name, negcon, empty):
+    folder = shared_data / "jump_metadata"
+    frame, _ = read_platemap(folder / f"{name}_platemap.tsv")
+    joined, notes = join_perturbations(frame, folder / f"{name}_metadata.tsv", source="map.tsv")
+    kinds = joined["Metadata_pert_type"].value_counts()
+    assert list(joined.index) == list(frame.index) and len(joined) == 384
+    assert kinds["negcon"] == negcon and kinds.get("empty", 0) == empty and kinds.sum() == 384
+    assert notes == ([] if not empty else ["4 wells have no broad_sample in map.tsv: E01, G04, J05, L08"])
+    raw = pd.read_csv(folder / f"{name}_metadata.tsv", sep="\t", keep_default_na=False)
+    raw = raw.drop_duplicates("broad_sample").set_index("broad_sample")
+    what = "pert_iname" if "pert_iname" in raw else "gene"
+    wells = joined.index[joined["broad_sample"].notna()][::7]
+    expected = [raw.loc[joined.loc[w, "broad_sample"], what] for w in wells]
+    assert [value if isinstance(value, str) else "" for value in joined.loc[wells, what]] == expected
+
+
+def test_jump_wells_and_compounds_join_by_their_id(table, tmp_path):
+    wells = (
+        "Metadata_Source,Metadata_Plate,Metadata_Well,Metadata_JCP2022\nsource_4,P1,A01,JCP_1\nsource_4,P1,A2,JCP_9\n"
+    )
+    path = tmp_path / "well.csv.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(wells + "source_4,P2,A01,JCP_2\n")
+    frame, _ = read_platemap(path, plate_name="P1")
+    controls = table(
+        "Metadata_JCP2022,Metadata_pert_type,Metadata_Source\nJCP_1,negcon,other\nJCP_1,negcon,x\nJCP_3,poscon,\n"
+    )
+    joined, notes = join_perturbations(frame, controls, source="well.csv.gz")
+    assert joined.loc["A01", "Metadata_pert_type"] == "negcon" and joined["Metadata_pert_type"].isna()["A02"]
+    assert joined["Metadata_Source"].tolist() == ["source_4", "source_4"]
+    assert [n.split(":")[0] for n in notes] == [
+        f"{controls.name} contradicts itself for 1 Metadata_JCP2022",
+        f"1 wells have a Metadata_JCP2022 without a row in {controls.name} (JCP_9)",
+        f"well.csv.gz and {controls.name} contradict each other in 'Metadata_Source' for A01",
+    ]
+    with pytest.raises(MetadataError, match="no column in common"):
+        join_perturbations(frame, table("gene\nx\n"), source="well.csv.gz")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(MetadataError, match="cannot be read"):
+        read_platemap(path)
