@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -150,16 +151,15 @@ def resolve_channels(channels: Channels, images: Tensor, config: EncoderConfig) 
             )
         return None
     if isinstance(channels, Tensor):
-        ids = channels.to(images.device, torch.int64)
+        ids = channels.to(torch.int64)
     elif len(channels) and all(isinstance(c, (list, tuple)) for c in channels):
         rows = [_ids(row, config) for row in channels]
-        ids = torch.full((len(rows), max(map(len, rows))), -1, device=images.device)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, device=images.device)
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
     else:
-        ids = torch.tensor(_ids(channels, config), dtype=torch.int64, device=images.device)
+        ids = torch.tensor(_ids(channels, config), dtype=torch.int64)
     _check_ids(ids, batch, count, config)
-    return ids
+    return ids.to(images.device)
 
 
 def _ids(channels: Sequence[int | str], config: EncoderConfig) -> list[int]:
@@ -170,9 +170,10 @@ def _ids(channels: Sequence[int | str], config: EncoderConfig) -> list[int]:
                 "or create the model with channel_names=(...)."
             )
         return match_channels(channels, config.channel_names, where="the model")
-    if not all(isinstance(c, int) for c in channels):
-        raise ChannelError(f"Channels are {list(channels)}; expected all names or all whole numbers.")
-    return list(channels)
+    try:
+        return [index(c) for c in channels]
+    except TypeError:
+        raise ChannelError(f"Channels are {list(channels)}; expected all names or all whole numbers.") from None
 
 
 def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> None:
@@ -181,8 +182,8 @@ def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> No
             f"channels has shape {tuple(ids.shape)} for images of {count} channels in a batch of {batch}; "
             f"expected ({count},) or ({batch}, {count})."
         )
-    if torch.compiler.is_compiling():
-        return  # values are data there; shapes are what can be checked
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return  # in a graph values are data; on an accelerator a look at them would stop it
     if ids.numel() and int(ids.max()) >= config.in_channels:
         raise ChannelError(f"Channel {int(ids.max())} is not one of the model's 0 to {config.in_channels - 1}.")
     lowest = -1 if ids.ndim == 2 else 0
