@@ -51,9 +51,9 @@ app = typer.Typer(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 not usable, 3 done but for some fields, 130 Ctrl-C."""
-    # Threads that wait for each other then sleep instead of spinning: with anything else running on the machine,
-    # spinning makes a model on the CPU several times slower. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads of torch and of our kernels wait for each other by spinning; for long, where other programs want the
+    # processor too, and a model on the CPU is then up to ten times slower. Shorter costs nothing on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app(args=argv, prog_name="cellvim")
     except SystemExit as stop:
@@ -121,7 +121,8 @@ def import_command(
             progress=progress,
         )
     print(
-        f"{len(plate.wells)} wells, {len(plate.fields)} fields, channels {', '.join(plate.channel_names)} → {target}\n"
+        f"{_count(len(plate.wells), 'well')}, {_count(len(plate.fields), 'field')}, "
+        f"channels {', '.join(plate.channel_names)} → {target}\n"
         f"Next: cellvim embed {target} -o embeddings.zarr"
     )
 
@@ -133,13 +134,13 @@ def info(plate: PlatePath) -> None:
 
     found = describe(open_plate(plate))
     pixel = found["pixel_size_um"]
-    per_well = ", ".join(f"{fields} in {wells} wells" for fields, wells in found["fields_per_well"].items())
+    per_well = ", ".join(f"{fields} in each of {_count(w, 'well')}" for fields, w in found["fields_per_well"].items())
     for name, value in {
         "plate": f"{found['name']} (OME-Zarr {found['ome_zarr_version']})",
         "wells": f"{found['n_wells']} ({_first_and_last(found['wells'])})",
         "fields": f"{found['n_fields']} ({per_well})",
         "channels": ", ".join(found["channel_names"]),
-        "size": ", ".join(f"{size} ({n} fields)" for size, n in found["sizes"].items()),
+        "size": ", ".join(f"{size} ({_count(n, 'field')})" for size, n in found["sizes"].items()),
         "pixels": ", ".join(found["dtypes"]),
         "µm/px": "unknown" if pixel is None else f"{pixel:g}",
         "plate map": ", ".join(found["well_metadata_columns"]) or "none",
@@ -252,6 +253,10 @@ def _warn(line: str) -> None:
     from rich.text import Text
 
     Console(stderr=True, soft_wrap=True).print(Text("Warning: " + line, style="bold yellow"))
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 def _first_and_last(wells: list[str]) -> str:

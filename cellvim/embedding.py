@@ -134,6 +134,7 @@ class EmbeddingPlan:
 
     plate: Plate
     fields: list[Field]
+    lost_wells: list[str]  # that the plate lists, but has no field of
     unit: Unit
     channels: list[str]  # the plate's names, in the model's order
     meanings: list[str]  # what each is called towards the model: the plate's name unless the user said otherwise
@@ -177,21 +178,20 @@ class EmbeddingSummary:
     n_fields: int
     n_units: int = 0
     seconds: float = 0.0
-    failed: list[tuple[Field, str]] = default(default_factory=list)
+    failed: list[tuple[str, str]] = default(default_factory=list)  # name of the field, and why
     untrained: str | None = None  # what to say about the weights
 
     def __str__(self) -> str:
         rate = self.n_units / self.seconds if self.seconds else 0.0
-        return (
-            f"{self.n_units:,} {self.unit}s from {self.n_fields - len(self.failed):,} fields in {self.seconds:.1f} s "
-            f"({rate:,.1f} {self.unit}s/s) → {self.output}"
-        )
+        counts = ((self.n_units, self.unit), (self.n_fields - len(self.failed), "field"))
+        units, fields = (f"{n:,} {name}{'s' * (n != 1)}" for n, name in counts)
+        return f"{units} from {fields} in {self.seconds:.1f} s ({rate:,.1f} {self.unit}s/s) → {self.output}"
 
     def remarks(self) -> list[str]:
         """Return what the user must know about the result, a line each; empty if all is as it should be."""
         lines = [self.untrained] if self.untrained else []
         if self.failed:
-            names = listing(f.name for f, _ in self.failed)
+            names = listing(name for name, _ in self.failed)
             lines.append(
                 f"{len(self.failed)} of {self.n_fields} fields could not be read and are missing from the output: "
                 f'{names}. First reason: {self.failed[0][1]} All reasons: uns["cellvim"]["failed_fields"].'
@@ -228,7 +228,7 @@ def plan_embedding(
 
     _check_choices(unit, crop_size, batch_size)
     plate = open_plate(plate) if isinstance(plate, str | Path) else plate
-    fields = _fields_of(plate, wells)
+    fields, lost_wells = _fields_of(plate, wells)
     names, meanings = _plate_channels(plate, channels)
     dna = _nuclear_channel(plate, names, meanings) if unit == "cell" else None
     device = _device(device)
@@ -249,6 +249,7 @@ def plan_embedding(
     return EmbeddingPlan(
         plate=plate,
         fields=fields,
+        lost_wells=lost_wells,
         unit=unit,
         channels=names,
         meanings=meanings,
@@ -284,7 +285,7 @@ def run_embedding(
     overwrite
         Replace ``output`` when it exists.
     progress
-        Called after each field with the fields done, the fields in all and the rows so far.
+        Called at the start and after each field with the fields done, the fields in all and the rows so far.
 
     Raises
     ------
@@ -295,13 +296,18 @@ def run_embedding(
 
     start, started = time.perf_counter(), datetime.now(UTC)
     summary = EmbeddingSummary(Path(output), plan.unit, len(plan.fields), untrained=_untrained_remark(plan))
+    for well in plan.lost_wells:
+        summary.n_fields += 1
+        summary.failed.append((well, f"Well {well} is listed by the plate, but has no field."))
     width = plan.model.config.embed_dim
     with AnnDataWriter(output, _field_table(plan), width, overwrite=overwrite) as writer:
+        if progress is not None:
+            progress(0, len(plan.fields), 0)
         for index, field in enumerate(plan.fields):
             try:
                 embeddings, objects, spatial = embed_field(plan, field)
             except (FieldReadError, ChannelError) as error:  # one bad field never stops a plate
-                summary.failed.append((field, str(error)))
+                summary.failed.append((field.name, str(error)))
             else:
                 writer.append(index, embeddings, objects, spatial)
                 summary.n_units += len(objects)
@@ -387,16 +393,17 @@ def _check_choices(unit: str, crop_size: int | None, batch_size: int) -> None:
         raise InputError(f"The batch size is {batch_size}; expected at least 1.")
 
 
-def _fields_of(plate: Plate, wells: Sequence[str] | None) -> list[Field]:
-    if wells is None:
-        return list(plate.fields)
+def _fields_of(plate: Plate, wells: Sequence[str] | None) -> tuple[list[Field], list[str]]:
+    """Return the fields of the wells, and the wells that have none."""
     from cellvim.data.wells import canonical_well
 
-    wanted = [canonical_well(well) for well in wells]
+    wanted = plate.wells if wells is None else [canonical_well(well) for well in wells]
     unknown = [well for well in wanted if well not in plate.wells]
     if unknown:
         raise InputError(f"{Path(plate.path).name} has no well {listing(unknown)}; it has {listing(plate.wells)}.")
-    return [f for f in plate.fields if f.well in wanted]
+    fields = [field for field in plate.fields if field.well in wanted]
+    present = {field.well for field in fields}
+    return fields, [well for well in plate.wells if well in wanted and well not in present]
 
 
 def _plate_channels(plate: Plate, channels: Channels) -> tuple[list[str], list[str]]:
@@ -557,7 +564,7 @@ def _provenance(plan: EmbeddingPlan, summary: EmbeddingSummary, started: datetim
         "spatial_unit": "pixel" if pixel_size_um is None else "micrometer",
         "failed_fields": pd.DataFrame(
             {
-                "field": np.array([f.name for f, _ in summary.failed], dtype=object),
+                "field": np.array([name for name, _ in summary.failed], dtype=object),
                 "reason": np.array([reason for _, reason in summary.failed], dtype=object),
             }
         ),
