@@ -261,7 +261,7 @@ def plan_embedding(
         crop_px=crop_px,
         input_px=input_px,
         scale=estimate_intensity_scale(plate, names, seed=seed),
-        batch_size=batch_size,
+        batch_size=1 if unit == "field" else batch_size,
         device=device,
         seed=seed,
     )
@@ -375,11 +375,15 @@ def _cut(plan: EmbeddingPlan, image: np.ndarray, centers: np.ndarray) -> np.ndar
 
 
 def _features(plan: EmbeddingPlan, crops: np.ndarray) -> np.ndarray:
+    """Return the model's features of up to a batch of crops, (n, C, h, w) -> (n, D)."""
     import torch
 
+    missing = 0 if plan.device == "cpu" else plan.batch_size - len(crops)
+    images = torch.from_numpy(np.ascontiguousarray(crops)).to(plan.device)
+    if missing:  # a GPU's libraries choose kernels by the batch size; kept constant, a cell's row is always the same
+        images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
     with torch.inference_mode():
-        images = torch.from_numpy(np.ascontiguousarray(crops)).to(plan.device)
-        return plan.model.forward_features(images, channels=plan.channel_ids).float().cpu().numpy()
+        return plan.model.forward_features(images, channels=plan.channel_ids)[: len(crops)].float().cpu().numpy()
 
 
 def _check_choices(unit: str, crop_size: int | None, batch_size: int) -> None:
@@ -449,7 +453,7 @@ def _encoder(
     if not isinstance(model, str | Path):
         return model, "the given model"
     path = Path(model)
-    if path.exists() or path.suffix == ".safetensors":
+    if path.exists() or path.suffix in (".safetensors", ".pth", ".ckpt"):
         from cellvim.models.weights import load_checkpoint
 
         return load_checkpoint(path), path.name

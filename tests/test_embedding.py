@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -150,6 +151,17 @@ def test_a_field_does_not_depend_on_the_others(plate_path, encoder, adata):
     np.testing.assert_array_equal(embeddings, adata.X[rows])
     np.testing.assert_array_equal(spatial, adata.obsm["spatial"][rows])
     np.testing.assert_array_equal(objects["area_um2"], adata.obs["area_um2"][rows])
+
+
+def test_batches_off_the_cpu_are_always_full(plate_path, adata):
+    """There a library's choice of kernel, and so the last digits, would follow the batch size."""
+    encoder, sizes = small_encoder(), set()
+    features = encoder.forward_features
+    encoder.forward_features = lambda images, **options: sizes.add(len(images)) or features(images, **options)
+    plan = replace(plan_embedding(plate_path, model=encoder, batch_size=4), device="cpu:0")
+    embeddings, objects, _ = embed_field(plan, plan.fields[3])
+    assert sizes == {4} and len(objects) == 7
+    np.testing.assert_array_equal(embeddings, adata.X[(adata.obs["Metadata_Well"] == "A02").to_numpy()])
 
 
 def test_checkpoint_gives_what_the_model_in_memory_gives(plate_path, encoder, adata, tmp_path):
