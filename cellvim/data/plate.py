@@ -1,7 +1,8 @@
 """Opening an OME-Zarr plate and reading its fields: the only module that opens Zarr images.
 
 Metadata is read when it is asked for: `open_plate` reads the plate's and its wells', a field's own is read with
-the field. Both OME-Zarr 0.4 (Zarr v2) and 0.5 (Zarr v3) are read, with any of the axes T, C, Z, Y, X.
+the field. Both OME-Zarr 0.4 (Zarr v2) and 0.5 (Zarr v3) are read, with any of the axes T, C, Z, Y, X, from a folder,
+a zip file or a URL.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellvim.channels import match_channels
+from cellvim.data.plate_store import Folder, Location, Remote, locate, open_array
 from cellvim.data.wells import natural_key, well_name, well_position
 from cellvim.errors import FieldReadError, MetadataError, PlateError, listing
 
@@ -35,9 +37,18 @@ MICROMETER = {  # unit of an OME-Zarr axis -> µm
     "meter": 1e6,
 }
 MAX_FIELD_BYTES = 8 << 30  # a declared size beyond this is a mistake or an attack, not a field
+SUSPICIOUS_BYTES = 256 << 20  # from here on what is declared is held against what is stored
+MAX_COMPRESSION = 10_000  # even a black field is not stored smaller than this
 
 
-def open_plate(path: str | Path, *, z: int | str | None = None, t: int | None = None) -> Plate:
+def open_plate(
+    path: str | Path,
+    *,
+    z: int | str | None = None,
+    t: int | None = None,
+    level: int = 0,
+    storage_options: dict[str, Any] | None = None,
+) -> Plate:
     """Open an OME-Zarr plate for reading.
 
     A plain OME-Zarr image opens as a plate of one field in well A01.
@@ -45,27 +56,25 @@ def open_plate(path: str | Path, *, z: int | str | None = None, t: int | None = 
     Parameters
     ----------
     path
-        Folder of the plate, such as ``plate.zarr``.
+        Folder of the plate, such as ``plate.zarr``, a zip file of it, or a URL (``s3://``, ``https://`` and others
+        that fsspec knows; ``pip install 'cellvim[cloud]'``).
     z
         Which plane of a z-stack to read, or ``"max"`` for the maximum projection. Needed only where there are several.
     t
         Which time point to read. Needed only where there are several.
+    level
+        Which resolution to read: 0 is the full one, 1 the next smaller. The pixel size is that level's.
+    storage_options
+        For fsspec, with a URL: ``{"anon": True}``. A public S3 bucket needs none.
 
     Raises
     ------
     PlateError
         The path does not exist or is not an OME-Zarr plate.
     """
-    if "://" in str(path):
-        raise PlateError(f"{path} is a URL; this version reads plates from local folders. Copy the plate first.")
-    path = Path(path)
-    if not path.exists():
-        raise PlateError(f"{path} does not exist; expected the folder of an OME-Zarr plate.")
-    if not path.is_dir():
-        raise PlateError(
-            f"{path} is a file; expected the folder of an OME-Zarr plate. Make one from TIFFs with `cellvim import`."
-        )
-    return Plate(path, z=z, t=t)
+    if not isinstance(level, int) or isinstance(level, bool) or level < 0:
+        raise PlateError(f"level={level!r} was asked for; expected 0, the full resolution, or a number above.")
+    return Plate(locate(path, storage_options), z=z, t=t, level=level)
 
 
 def describe(plate: Plate) -> dict[str, Any]:
@@ -93,10 +102,13 @@ def describe(plate: Plate) -> dict[str, Any]:
 class Plate:
     """A plate: wells, their fields, the channels, and the plate map's columns. Made by `open_plate`."""
 
-    def __init__(self, path: Path, *, z: int | str | None = None, t: int | None = None) -> None:
+    def __init__(
+        self, path: Path | Location, *, z: int | str | None = None, t: int | None = None, level: int = 0
+    ) -> None:
+        path = path if isinstance(path, Location) else Folder(path)
         self.path = str(path)
         self._root = path
-        self._z, self._t = z, t
+        self._z, self._t, self._level = z, t, level
         self._notes: list[str] = []
         attributes = read_attributes(path)
         if attributes is None:
@@ -114,10 +126,10 @@ class Plate:
             self._wells["A01"] = [Field(self, "A01", "0", path)]
         elif "bioformats2raw.layout" in ome:
             self._notes.append("a set of images without a plate: shown as sites of well A01")
-            self._wells["A01"] = [Field(self, "A01", image, path / image) for image in _image_folders(path)]
+            self._wells["A01"] = [Field(self, "A01", image, path.child(image)) for image in _image_folders(path)]
         else:
             raise _not_a_plate(path)
-        self.name = str(_dig(ome, "plate", "name") or "").strip() or path.resolve().name.removesuffix(".ome.zarr")
+        self.name = str(_dig(ome, "plate", "name") or "").strip() or _own_name(path).removesuffix(".ome.zarr")
         self.name = self.name.removesuffix(".zarr")
         self.wells: list[str] = sorted(self._wells, key=well_position)
         self.fields: list[Field] = [f for well in self.wells for f in self._wells[well]]
@@ -134,7 +146,7 @@ class Plate:
         rows, columns = ([str(_dig(entry, "name")) for entry in _list(plate.get(key))] for key in ("rows", "columns"))
         for entry in entries:
             well_path = str(_dig(entry, "path") or "")
-            folder = _inside(self._root, well_path)
+            folder = self._root.inside(well_path)
             if folder is None:
                 raise PlateError(f"{self.path} lists a well at '{well_path}'; expected a path such as A/1 inside it.")
             name = _well_of(entry, well_path, rows, columns)
@@ -150,13 +162,13 @@ class Plate:
             ome = _dig(attributes, "ome") or attributes
             images = _list(_dig(ome, "well", "images"))
             sites = [str(_dig(image, "path")) for image in images]
-            if not images and folder.is_dir():  # some writers leave the well's own metadata out
+            if not images and folder.exists():  # some writers leave the well's own metadata out
                 sites = _image_folders(folder)
                 if sites:
                     self._notes.append(f"well {name} lists no images: they were found by their folders")
             fields = []
             for site in sites:
-                image_folder = _inside(folder, site)
+                image_folder = folder.inside(site)
                 if image_folder is None:
                     raise PlateError(f"{self.path}: well {name} lists an image at '{site}', outside of the well.")
                 fields.append(Field(self, name, site, image_folder))
@@ -211,7 +223,7 @@ class Plate:
 
     def oddities(self, *, max_fields: int = 6) -> list[str]:
         """Return what is unusual about the plate, one sentence each; reads pixels of up to ``max_fields`` fields."""
-        odd = list(self._notes)
+        odd = [*self._notes, *self._against_specification()]
         odd += [str(note) for note in _list(self.cellvim_attributes.get("notes"))]
         layouts = self.layouts()
         unreadable = [f.name for f, layout in zip(self.fields, layouts, strict=True) if layout is None]
@@ -246,6 +258,28 @@ class Plate:
                 odd.append(f"several channels have the same name: {listing(repeated)}")
         return odd + self._odd_pixels([f for f, _ in known], max_fields)
 
+    def _against_specification(self) -> list[str]:
+        """Return where the metadata of the plate, its first well and its first field is not as OME-Zarr says."""
+        from pydantic import ValidationError
+        from yaozarrs import validate_ome_object
+
+        folders = {"plate": self._root}
+        if isinstance(self.fields[0]._folder, type(self._root)) and str(self.fields[0]._folder) != str(self._root):
+            folders[f"field {self.fields[0].name}"] = self.fields[0]._folder
+        odd = []
+        for what, folder in folders.items():
+            try:
+                attributes = read_attributes(folder) or {}
+                validate_ome_object(attributes.get("ome", attributes))
+            except PlateError:
+                continue  # told elsewhere
+            except (ValidationError, TypeError, ValueError, KeyError) as error:
+                first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+                where = ".".join(str(part) for part in first["loc"] if "-" not in str(part) or str(part) == "-")
+                reason = " ".join(str(first["msg"]).split())[:160]
+                odd.append(f"the metadata of the {what} is not as OME-Zarr {self.ome_version} says ({where}: {reason})")
+        return odd
+
     def _odd_pixels(self, fields: list[Field], max_fields: int) -> list[str]:
         step = max(1, len(fields) // max_fields)
         constant: Counter[str] = Counter()
@@ -276,11 +310,11 @@ class Plate:
 class Field:
     """One field of view of a well. Its metadata is read when first asked for, its pixels with `read`."""
 
-    def __init__(self, plate: Plate, well: str, site: str, folder: Path) -> None:
+    def __init__(self, plate: Plate, well: str, site: str, folder: Location) -> None:
         self.well, self.site = well, site
         self._folder = folder
         self._plate_path = plate.path
-        self._z, self._t = plate._z, plate._t
+        self._z, self._t, self._level = plate._z, plate._t, plate._level
 
     def __repr__(self) -> str:
         return f"<Field {self.name}>"
@@ -352,6 +386,56 @@ class Field:
             raise self.error("none of its chunks is stored")
         return image
 
+    @cached_property
+    def label_names(self) -> list[str]:
+        """Names of the label images that the field has."""
+        try:
+            attributes = read_attributes(self._folder.child("labels"))
+        except PlateError as error:
+            raise self.error(str(error).rstrip(".")) from error
+        return [str(name) for name in _list(_dig(_dig(attributes, "ome") or attributes, "labels"))]
+
+    def read_labels(self, name: str) -> np.ndarray:
+        """Read a label image, at the resolution that the plate was opened at.
+
+        Returns
+        -------
+        np.ndarray
+            (H, W) whole numbers, 0 is background. Labels that are stored coarser than the image are repeated to its
+            size, finer ones are thinned out.
+
+        Raises
+        ------
+        FieldReadError
+            There is no such label image, or it cannot be read.
+        """
+        folder = self._folder.child("labels").inside(name) if name in self.label_names else None
+        if folder is None:
+            raise self.error(f"it has no label image '{name}'; it has {listing(self.label_names)}")
+        holder = Field.__new__(Field)
+        holder.well, holder.site, holder._folder, holder._plate_path = self.well, self.site, folder, self._plate_path
+        holder._z, holder._t, holder._level = self._z, self._t, 0
+        height, width = self.layout.height, self.layout.width
+        try:
+            n_levels = holder.layout.n_levels
+            for level in range(n_levels):  # the finest one that is no finer than the image
+                holder._level = level
+                holder.__dict__.pop("layout", None)
+                if holder.layout.height <= height:
+                    break
+            labels = holder.read()[0]
+        except FieldReadError as error:
+            raise self.error(f"its labels '{name}': {str(error).partition('unreadable: ')[2].rstrip('.')}") from error
+        if labels.dtype.kind not in "uib":
+            raise self.error(f"its labels '{name}' are {labels.dtype}; expected whole numbers")
+        if labels.shape == (height, width):
+            return labels
+        rows, columns = (
+            np.minimum((np.arange(n) + 0.5) * m / n, m - 1).astype(np.intp)
+            for n, m in zip((height, width), labels.shape, strict=True)
+        )
+        return labels[rows[:, None], columns]
+
     def error(self, found: str) -> FieldReadError:
         """Return the error that says what was found in this field."""
         return FieldReadError(f"Field {self.name} of {Path(self._plate_path).name} is unreadable: {found}.")
@@ -387,10 +471,14 @@ class _Layout:
             raise field.error("there is no OME-Zarr image in its folder")
         ome = attributes.get("ome") if isinstance(attributes.get("ome"), dict) else attributes
         multiscale = _dig(ome, "multiscales", 0)
-        dataset = _dig(multiscale, "datasets", 0)
+        levels = _list(_dig(multiscale, "datasets"))
+        dataset = _dig(levels, field._level)
+        if levels and dataset is None:
+            raise field.error(f"level={field._level} was asked for; it has level = 0 to {len(levels) - 1}")
         if not isinstance(dataset, dict):
             raise field.error("its metadata has no multiscales dataset")
-        folder = _inside(field._folder, str(dataset.get("path")))
+        self.n_levels = len(levels)
+        folder = field._folder.inside(str(dataset.get("path")))
         if folder is None:
             raise field.error(f"its array lies at '{dataset.get('path')}', outside of the field")
         self.folder = folder
@@ -402,7 +490,9 @@ class _Layout:
         n_channels = sizes.get("c", 1)
         if 0 in stored_shape:
             raise field.error(f"its array is empty, of shape {stored_shape}")
-        if n_channels * self.height * self.width * self.dtype.itemsize > MAX_FIELD_BYTES:
+        planes = n_channels if field._z != "max" else max(n_channels, self.n_z)
+        self.n_bytes = planes * self.height * self.width * self.dtype.itemsize
+        if self.n_bytes > MAX_FIELD_BYTES:
             raise field.error(f"its declared shape {stored_shape} is larger than any field")
         self.notes: list[str] = []
         self.channel_names, self.channel_colors = _channels(ome, n_channels, self.notes)
@@ -413,16 +503,18 @@ class _Layout:
             self.notes.append(f"fields are series of {self.n_t} time points: open the plate with t=... to choose")
 
     def open(self) -> Any:
-        """Open the array of the full resolution with Zarr."""
-        import zarr
-
-        return zarr.open_array(store=str(self.folder), mode="r")
+        """Open the array of the chosen resolution with Zarr."""
+        if self.n_bytes > SUSPICIOUS_BYTES and self.n_bytes > MAX_COMPRESSION * (stored := self.folder.stored_bytes()):
+            raise self._field_error(f"it declares {self.n_bytes:,} bytes of pixels and stores {stored:,}")
+        array = open_array(self.folder)
+        chunk = int(np.prod(array.chunks, dtype=float)) * self.dtype.itemsize
+        if chunk > SUSPICIOUS_BYTES and chunk > 4 * self.n_bytes:
+            raise self._field_error(f"its chunks {array.chunks} are far larger than its pixels")
+        return array
 
     def holds_data(self) -> bool:
         """Return whether any chunk of the array is stored."""
-        metadata = ("zarr.json", ".zarray", ".zattrs")
-        files = (p for p in self.folder.rglob("*") if p.name not in metadata and p.is_file())
-        return any(p.stat().st_size > 0 for p in files)
+        return self.folder.stored_bytes() > 0
 
     def to_chw(self, array: Any, channels: list[int], *, z: int | str | None, t: int | None) -> np.ndarray:
         """Read the (C, H, W) pixels of some channels, at one z plane (or projected over z) and one time point."""
@@ -458,7 +550,7 @@ class _Layout:
         return chosen
 
 
-def read_attributes(folder: Path) -> dict[str, Any] | None:
+def read_attributes(folder: Location) -> dict[str, Any] | None:
     """Return the attributes of the Zarr group in a folder (v3 or v2), or None if there is no group.
 
     Raises
@@ -466,46 +558,50 @@ def read_attributes(folder: Path) -> dict[str, Any] | None:
     PlateError
         The metadata file is there but is not a JSON object.
     """
-    document = _read_json(folder / "zarr.json")
+    document = _read_json(folder, "zarr.json")
     if document is not None:
         if document.get("node_type") != "group":
             return None
         attributes = document.get("attributes")
         return attributes if isinstance(attributes, dict) else {}
-    if not (folder / ".zgroup").is_file() and not (folder / ".zattrs").is_file():
-        return None
-    return _read_json(folder / ".zattrs") or {}
+    attributes = _read_json(folder, ".zattrs")
+    return attributes if attributes is not None or folder.read(".zgroup") is None else {}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+def _read_json(folder: Location, name: str) -> dict[str, Any] | None:
+    content = folder.read(name)
+    if content is None:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlateError(f"{path} cannot be read: {error}.") from error
     try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise PlateError(f"{path} is not JSON ({error}); the plate's metadata is damaged.") from error
+        document = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PlateError(f"{folder}/{name} is not JSON ({error}); the plate's metadata is damaged.") from error
     if not isinstance(document, dict):
-        raise PlateError(f"{path} holds a JSON {type(document).__name__}; expected an object.")
+        raise PlateError(f"{folder}/{name} holds a JSON {type(document).__name__}; expected an object.")
     return document
 
 
-def _not_a_plate(path: Path) -> PlateError:
-    arrays = sorted(p.parent.name for p in [*path.glob("*/zarr.json"), *path.glob("*/.zarray")])[:5]
+def _not_a_plate(path: Location) -> PlateError:
+    names = path.folders()
+    arrays = [n for n in names if path.child(n).read("zarr.json") or path.child(n).read(".zarray")]
     if read_attributes(path) is not None or arrays:
         return PlateError(
-            f"{path} is Zarr but not an OME-Zarr plate or image (it holds {listing(arrays)}); expected "
+            f"{path} is Zarr but not an OME-Zarr plate or image (it holds {listing(sorted(arrays)[:5])}); expected "
             "'plate' or 'multiscales' metadata. Convert it, or import its images with `cellvim import`."
         )
-    if (path / "zarr.json").is_file() or (path / ".zarray").is_file():
+    if path.read("zarr.json") is not None or path.read(".zarray") is not None:
         return PlateError(f"{path} is a single Zarr array; expected the folder of a plate or of an OME-Zarr image.")
-    suffixes = {p.suffix.lower() for p in path.iterdir()} if path.is_dir() else set()
-    if suffixes & {".tif", ".tiff"}:
+    if isinstance(path, Folder) and {p.suffix.lower() for p in path.path.iterdir()} & {".tif", ".tiff"}:
         return PlateError(f"{path} is a folder of TIFFs; make a plate of it first: cellvim import {path} plate.zarr")
+    if isinstance(path, Remote):
+        return PlateError(
+            f"{path} is not an OME-Zarr plate, or cannot be reached: it has neither zarr.json nor .zgroup."
+        )
     return PlateError(f"{path} is not an OME-Zarr plate: it has neither zarr.json nor .zgroup.")
+
+
+def _own_name(path: Location) -> str:
+    return path.path.resolve().name if isinstance(path, Folder) else path.name
 
 
 def _dig(node: Any, *keys: str | int) -> Any:
@@ -524,17 +620,6 @@ def _list(node: Any) -> list[Any]:
     return node if isinstance(node, list) else []
 
 
-def _inside(folder: Path, relative: str) -> Path | None:
-    """Return folder/relative, or None where the path is empty or leads out of the folder."""
-    parts = relative.replace("\\", "/").split("/")
-    if not relative or relative == "None" or any(p in ("", ".", "..") or ":" in p for p in parts):
-        return None
-    target = folder.joinpath(*parts)
-    if target.exists() and not target.resolve().is_relative_to(folder.resolve()):
-        return None  # a link out of the plate
-    return target
-
-
 def _well_of(entry: Any, path: str, rows: list[str], columns: list[str]) -> str | None:
     """Return the canonical name of a well from its path (``A/1``), or else from its indices."""
     row, _, column = path.partition("/")
@@ -551,21 +636,19 @@ def _well_of(entry: Any, path: str, rows: list[str], columns: list[str]) -> str 
     return None
 
 
-def _image_folders(folder: Path) -> list[str]:
+def _image_folders(folder: Location) -> list[str]:
     """Return the sub-folders that are images, by number."""
-    names = [p.name for p in folder.iterdir() if p.is_dir() and p.name != "OME"]
-    images = [
-        name
-        for name in names
-        if (attributes := read_attributes(folder / name)) is not None
-        and "multiscales" in (_dig(attributes, "ome") or attributes)
-    ]
+    images = []
+    for name in folder.folders():
+        attributes = read_attributes(folder.child(name)) if name != "OME" else None
+        if attributes is not None and "multiscales" in (_dig(attributes, "ome") or attributes):
+            images.append(name)
     return sorted(images, key=natural_key)
 
 
-def _array_shape_and_type(folder: Path, field: Field) -> tuple[tuple[int, ...], np.dtype]:
+def _array_shape_and_type(folder: Location, field: Field) -> tuple[tuple[int, ...], np.dtype]:
     try:
-        document = _read_json(folder / "zarr.json") or _read_json(folder / ".zarray")
+        document = _read_json(folder, "zarr.json") or _read_json(folder, ".zarray")
     except PlateError as error:
         raise field.error(str(error).rstrip(".")) from error
     if document is None:
