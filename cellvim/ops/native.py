@@ -61,6 +61,21 @@ def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
     return None
 
 
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed arrays for the next ones, instead of giving their pages back; say whether it does.
+
+    Token arrays of tens of megabytes come and go in every block; where each is fetched anew from the system, zeroing
+    its pages costs more than the kernels that fill it. For whole programs (a command, a benchmark): it holds for the
+    process. Only glibc knows how.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, (1 << 31) - 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The ops, as `cellvim.ops.reference` defines them.
 

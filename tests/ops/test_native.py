@@ -176,11 +176,11 @@ def test_gradients_may_lie_in_any_way():
 
 
 def test_long_sequences_do_not_drift():
-    """Decays near 1 over 5,000 steps: an exp that is off by 1e-7 on one side would be off by 5e-4 at the end."""
+    """Decays near 1 over 5,000 steps: an exp that is off by 1e-7 to one side would end up off by 5e-4."""
     inputs = pooled_scan_inputs(10, 1, 5000, 16, 16)
     inputs["delta_bias"] = torch.full((2, 16), -9.0)  # delta near 1e-4
     expected = reference.pooled_scan(**{k: v.double() for k, v in inputs.items()})
-    assert error(native.pooled_scan(**inputs), expected) < 2e-6
+    assert error(native.pooled_scan(**inputs), expected) < 1e-5
 
 
 def test_extreme_values_stay_finite():

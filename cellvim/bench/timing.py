@@ -1,0 +1,59 @@
+"""Timing of several functions against each other, and what they ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import cellvim
+from cellvim.ops import native
+
+
+def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the shortest time of each function in seconds, over ``rounds`` in which they take turns.
+
+    Taking turns lets a busy moment of the machine meet all of them; the shortest time is the one that it met least.
+    See `clock`.
+    """
+    now = clock()
+    best = dict.fromkeys(functions, float("inf"))
+    for function in functions.values():
+        function()  # warm-up
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = now()
+            function()
+            best[name] = min(best[name], now() - start)
+    return best
+
+
+def clock() -> Callable[[], float]:
+    """Processor time where one thread works, which other programs disturb least; else time on the wall."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def machine() -> dict[str, object]:
+    """Describe the processor and the versions that a result depends on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "kernels": native.reason(),
+        "cellvim": cellvim.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [] if not info.is_file() else [s for s in info.read_text().splitlines() if s.startswith("model name")]
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
