@@ -266,6 +266,7 @@ def test_an_unreadable_field_is_recorded_and_the_rest_goes_on(images, tmp_path, 
     assert any("A01/1" in remark for remark in summary.remarks())
 
 
+@pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 def test_a_well_that_vanished_is_recorded_too(images, tmp_path, encoder):
     path = write_plate(tmp_path / "drawn.zarr", images, CHANNELS)
     shutil.rmtree(path / "A" / "1")
@@ -275,6 +276,7 @@ def test_a_well_that_vanished_is_recorded_too(images, tmp_path, encoder):
     assert result.obs["Metadata_Well"].unique().tolist() == ["A02"]
 
 
+@pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 def test_no_cell_anywhere_is_said_and_gives_an_empty_anndata(tmp_path, encoder):
     path = write_plate(tmp_path / "p.zarr", {"A01": [draw_field(0, 0)]}, CHANNELS, plate_map=PLATE_MAP)
     with pytest.warns(UserWarning, match="No cell was found"):

@@ -92,6 +92,7 @@ def test_many_small_blocks_equal_one(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(a.obs, b.obs)
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")  # of anndata, about its own default
 def test_reading_gives_what_anndata_itself_would_write(tmp_path):
     _write(tmp_path / "ours.zarr")
     ours = anndata.read_zarr(tmp_path / "ours.zarr")
