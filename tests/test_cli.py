@@ -295,7 +295,7 @@ def test_help_lists_only_what_works(run):
     out = run("--help")[1]
     for command in ("import", "info", "embed", "models", "backends", "demo"):
         assert command in out
-    for command in ("train", "profile", "evaluate", "report", "bench"):
+    for command in ("train", "profile", "evaluate", "report"):
         assert f"  {command} " not in out
 
 
