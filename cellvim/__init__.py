@@ -26,7 +26,21 @@ _HOMES = {  # public name -> the module that defines it
     "save_checkpoint": "cellvim.models.weights",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "CellvimError",
+    "Encoder",
+    "EncoderConfig",
+    "MaskedAutoencoder",
+    "__version__",
+    "create_model",
+    "embed",
+    "export_onnx",
+    "list_models",
+    "load_checkpoint",
+    "load_reference",
+    "open_plate",
+    "save_checkpoint",
+]
 
 if TYPE_CHECKING:
     from cellvim.data.plate import open_plate

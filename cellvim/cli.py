@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from cellvim import __version__
-from cellvim.errors import CellvimError, InputError
+from cellvim.errors import CellvimError, InputError, ModelError, listing, suggestion
 
 if TYPE_CHECKING:
     from cellvim.embedding import EmbeddingSummary
@@ -47,6 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench_app = typer.Typer(help="Print the figures that the docs quote.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +75,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    """Options before the command."""
 
 
 PlatePath = Annotated[Path, typer.Argument(metavar="PLATE.zarr", help="An OME-Zarr plate.")]
@@ -195,17 +197,32 @@ def embed(
 
 
 @app.command()
-def models() -> None:
-    """List the models that can be named."""
-    from cellvim.models.registry import DESCRIPTIONS, list_models, model_config
+def models(
+    family: Annotated[str | None, typer.Argument(help="Only this family, such as fastchannelvim.")] = None,
+) -> None:
+    """List the models that can be named, with their parameters and operations."""
+    from rich.console import Console
+    from rich.table import Table
 
-    family = None
-    for name in list_models():
-        if name.split("_")[0] != family:
-            family = name.split("_")[0]
-            print(f"{family}: {DESCRIPTIONS[family]}")
-        config = model_config(name)
-        print(f"  {name:<34} {config.depth:>2} blocks of width {config.embed_dim}")
+    from cellvim.models.flops import count_flops, count_parameters
+    from cellvim.models.registry import DESCRIPTIONS, FAMILIES, list_models, model_config
+
+    if family is not None and family not in FAMILIES:
+        raise ModelError(f"There is no family {family!r}; there are {listing(FAMILIES)}.{suggestion(family, FAMILIES)}")
+    for one in FAMILIES if family is None else (family,):
+        table = Table("name", title=f"{one}: {DESCRIPTIONS[one]}", title_justify="left", box=None)
+        for column in ("blocks × width", "parameters", "operations"):
+            table.add_column(column, justify="right")
+        for name in (n for n in list_models() if n.split("_")[0] == one):
+            config = model_config(name)
+            table.add_row(
+                name,
+                f"{config.depth} × {config.embed_dim}",
+                f"{count_parameters(config) / 1e6:,.1f} M",
+                f"{count_flops(config)['total'] / 1e9:,.2f} G",
+            )
+        Console().print(table, "")
+    print("Operations are of one image of 224 × 224 pixels, 3 channels or 8 with a token a channel (docs/models.md).")
     print("A name gives random weights: none are shipped yet. `cellvim embed --model PATH` takes trained ones.")
 
 
@@ -217,6 +234,40 @@ def backends() -> None:
     for backend in describe_backends():
         state = "runs" if backend.selected else "there" if backend.available else "not there"
         print(f"{backend.name:<12} {state:<10} {backend.reason}")
+
+
+@bench_app.command("flops")
+def bench_flops(
+    size: Annotated[str, typer.Option(help="Size of the models: tiny, small, base, large or huge.")] = "tiny",
+) -> None:
+    """Operations of FastVim, Vim and ViT against image size (the paper's Figure 4)."""
+    from rich.console import Console
+
+    from cellvim.bench import flops
+
+    Console().print(flops.table(flops.run(size)))
+
+
+@bench_app.command("cpu")
+def bench_cpu(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions: about a minute.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Speed of the CPU kernels, as ratios within one run."""
+    import json
+
+    from rich.console import Console
+
+    from cellvim.bench import cpu
+
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"The folder {output.parent} for the figures does not exist.")
+    results = cpu.run(quick=quick)
+    for table in cpu.tables(results):
+        Console().print(table)
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"Wrote {output}")
 
 
 @app.command()

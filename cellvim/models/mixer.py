@@ -103,6 +103,8 @@ class Mixer(nn.Module):
         The published code leaves the backward Δ bias at 0, so that Δ starts near 0.7 in that direction; we initialise
         both directions alike unless ``config.initialization == "reference"``.
         """
+        if self.A_log.is_meta:
+            return  # a model of shapes alone
         config = self.config
         for A_log in (self.A_log, self.A_b_log):
             A_log.copy_(torch.arange(1, config.d_state + 1, dtype=A_log.dtype).log().expand_as(A_log))
