@@ -1,35 +1,158 @@
-"""Cutting crops: windows of one size around cells or tiles, from a whole field at once."""
+"""Cutting crops: windows of one size around cells or tiles, from a whole field at once, on the CPU or on a device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cellvim.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
+BORDERS = ("pad", "reflect", "shift", "drop")
+DEFAULT_TILE_PX = 224
+
 
 @dataclass(frozen=True)
 class CropSpec:
-    """What one embedding is of: a ``cell`` or a ``tile`` of ``size_px`` pixels, or the whole ``field``.
+    """What one embedding is of: a ``cell`` or a ``tile`` of a given side, or the whole ``field``.
+
+    Attributes
+    ----------
+    unit
+        cell, tile or field.
+    size_px
+        Side of a crop in pixels: of the plate, or, with ``um_per_px``, of the resampled field.
+    size_um
+        Side of a crop in µm, instead of ``size_px``.
+    um_per_px
+        Common pixel size to which fields are resampled before anything is cut; None: as stored.
+    overlap
+        Of neighbouring tiles, as a share of their side: 0 to below 1.
+    border
+        What to do with a cell's window that reaches beyond the field: ``pad`` it with 0, ``reflect`` the image,
+        ``shift`` the window inside, or ``drop`` the cell.
+    mask_neighbours
+        Set to 0 what belongs to other cells.
 
     Raises
     ------
     InputError
-        The unit is none of these, or a cell or tile has no positive size.
+        A value is not one of these.
     """
 
     unit: str
     size_px: int | None = None
+    size_um: float | None = None
+    um_per_px: float | None = None
+    overlap: float = 0.0
+    border: str = "pad"
+    mask_neighbours: bool = False
 
     def __post_init__(self) -> None:
         if self.unit not in ("cell", "tile", "field"):
             raise InputError(f"--unit '{self.unit}' is not known; choose cell, tile or field.")
-        if self.unit != "field" and (self.size_px is None or self.size_px < 1):
+        if self.size_px is not None and self.size_um is not None:
+            raise InputError(f"A crop's size is given as {self.size_px} px and as {self.size_um} µm; give one of them.")
+        if self.unit != "field" and self.size_um is None and (self.size_px is None or self.size_px < 1):
             raise InputError(f"A {self.unit} needs a crop size of at least 1 px; found {self.size_px}.")
+        for name, value in (("crop size", self.size_um), ("common pixel size", self.um_per_px)):
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise InputError(f"The {name} is {value} µm; expected a length above 0.")
+        if self.border not in BORDERS:
+            raise InputError(f"--border '{self.border}' is not known; choose {', '.join(BORDERS)}.")
+        if not 0 <= self.overlap < 1:
+            raise InputError(f"The overlap of tiles is {self.overlap}; expected 0 to below 1.")
+        if self.mask_neighbours and self.unit != "cell":
+            raise InputError(f"Neighbours can be masked for cells only; the unit is {self.unit}.")
+
+    def pixels(self, pixel_size_um: float | None) -> tuple[float, int | None]:
+        """Return how a field of this pixel size is cut: the factor to resample it by, and a crop's side in px then.
+
+        Raises
+        ------
+        InputError
+            A length in µm was asked for, and the plate does not say how large its pixels are.
+        """
+        if pixel_size_um is None and (self.size_um is not None or self.um_per_px is not None):
+            raise InputError(
+                "Sizes are asked for in µm, and the plate has no pixel size: import it with --pixel-size, or give "
+                "sizes in pixels."
+            )
+        factor = 1.0 if self.um_per_px is None else pixel_size_um / self.um_per_px
+        if self.size_um is None:
+            return factor, self.size_px
+        return factor, max(1, round(self.size_um / (self.um_per_px or pixel_size_um)))
+
+    @property
+    def stride(self) -> float:
+        """Distance between tiles as a share of their side."""
+        return 1.0 - self.overlap
 
 
-def cut_crops(image: np.ndarray, centers: np.ndarray, size_px: int) -> np.ndarray:
+def place_windows(
+    centers: np.ndarray, size_px: int, shape: tuple[int, int], *, border: str = "pad"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the top left pixel of each window, and which windows there are.
+
+    A window of S pixels has its pixel S // 2 on the center rounded to the nearest pixel.
+
+    Parameters
+    ----------
+    centers
+        (n, 2) as (y, x) in pixels, where pixel 0's middle is 0.0.
+    size_px
+        S.
+    shape
+        (H, W) of the field.
+    border
+        One of `BORDERS`: ``shift`` moves windows inside, ``drop`` leaves out those that reach beyond.
+
+    Returns
+    -------
+    first : np.ndarray
+        (m, 2) int64 as (y, x), of the windows that are kept; negative where one begins before the field.
+    kept : np.ndarray
+        (n,) bool.
+
+    Raises
+    ------
+    ValueError
+        A center is not finite, or lies a whole window outside of the field.
+    """
+    centers = np.asarray(centers, dtype=np.float64).reshape(-1, 2)
+    if not np.isfinite(centers).all():
+        raise ValueError("every center must be finite")
+    first = np.floor(centers + 0.5).astype(np.int64) - size_px // 2
+    limit = np.array(shape) - size_px  # the last place that is still inside
+    kept = np.ones(len(first), bool)
+    if border == "drop":
+        kept = ((first >= 0) & (first <= limit)).all(axis=1)
+    elif border == "shift":
+        first = np.clip(first, np.minimum(0, limit // 2), np.maximum(limit, limit // 2))
+    elif border not in BORDERS:
+        raise ValueError(f"a border is one of {BORDERS}, not {border!r}")
+    first = first[kept]
+    too_far = int(max((-first).max(initial=0), (first - limit).max(initial=0)))
+    if too_far > size_px:  # such a window would be all zero, and its padding could be of any size
+        raise ValueError(
+            f"a center lies {too_far - size_px} px or more outside of the field of {shape[0]} x {shape[1]}"
+        )
+    return first, kept
+
+
+def cut_crops(
+    image: np.ndarray,
+    centers: np.ndarray,
+    size_px: int,
+    *,
+    border: str = "pad",
+    labels: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
+) -> np.ndarray:
     """Cut one window around each center; what lies outside of the field is zero.
 
     A window of S pixels has its pixel S // 2 on the center rounded to the nearest pixel.
@@ -42,6 +165,12 @@ def cut_crops(image: np.ndarray, centers: np.ndarray, size_px: int) -> np.ndarra
         (n, 2) as (y, x) in pixels, where pixel 0's middle is 0.0.
     size_px
         S.
+    border
+        One of `BORDERS`; with ``drop``, crops are fewer than centers, see `place_windows` for which.
+    labels
+        (H, W) whole numbers: what belongs to another cell than the crop's own becomes 0.
+    numbers
+        (n,) the crops' own labels.
 
     Returns
     -------
@@ -53,25 +182,127 @@ def cut_crops(image: np.ndarray, centers: np.ndarray, size_px: int) -> np.ndarra
     ValueError
         A shape does not fit, or a center is not finite.
     """
-    centers = np.asarray(centers, dtype=np.float64).reshape(-1, 2)
     if image.ndim != 3 or size_px < 1:
         raise ValueError(f"expected an image (C, H, W) and a size of at least 1, not {image.shape} and {size_px}")
-    if not np.isfinite(centers).all():
-        raise ValueError("every center must be finite")
-    n_channels, height, width = image.shape
-    if not len(centers):
-        return np.empty((0, n_channels, size_px, size_px), image.dtype)
-    first = np.floor(centers + 0.5).astype(np.int64) - size_px // 2  # top left pixel of each window
+    first, kept = place_windows(centers, size_px, image.shape[1:], border=border)
+    crops = _windows(image, first, size_px, border)
+    if labels is None:
+        return crops
+    if labels.shape != image.shape[1:] or numbers is None or len(numbers) != len(kept):
+        raise ValueError("neighbours are masked by labels of the field's size and one number a center")
+    others = _windows(labels[None], first, size_px, border)  # (n, 1, S, S)
+    own = np.asarray(numbers)[kept][:, None, None, None]
+    crops[np.broadcast_to((others != 0) & (others != own), crops.shape)] = 0
+    return crops
+
+
+def _windows(image: np.ndarray, first: np.ndarray, size_px: int, border: str) -> np.ndarray:
+    height, width = image.shape[1:]
+    if not len(first):
+        return np.empty((0, len(image), size_px, size_px), image.dtype)
     before = np.maximum(0, -first.min(axis=0))
     after = np.maximum(0, first.max(axis=0) + size_px - (height, width))
     if before.any() or after.any():
-        too_far = int(max(before.max(), after.max()))
-        if too_far > size_px:  # such a window would be all zero, and its padding could be of any size
-            raise ValueError(f"a center lies {too_far - size_px} px or more outside of the field of {height} x {width}")
-        image = np.pad(image, ((0, 0), (before[0], after[0]), (before[1], after[1])))
+        mode = "symmetric" if border == "reflect" else "constant"
+        image = np.pad(image, ((0, 0), (before[0], after[0]), (before[1], after[1])), mode=mode)
         first = first + before
     windows = np.lib.stride_tricks.sliding_window_view(image, (size_px, size_px), axis=(1, 2))
     return np.ascontiguousarray(windows.transpose(1, 2, 0, 3, 4)[first[:, 0], first[:, 1]])  # (n, C, S, S)
+
+
+def cut_on_device(
+    image: torch.Tensor,
+    first: torch.Tensor,
+    size_px: int,
+    *,
+    border: str = "pad",
+    labels: torch.Tensor | None = None,
+    numbers: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cut windows from a field that is on the device: one gather, nothing is copied but the crops.
+
+    Parameters
+    ----------
+    image
+        (C, H, W).
+    first
+        (n, 2) int64 top left pixels from `place_windows`, on the same device.
+    size_px
+        S.
+    border
+        ``reflect`` to mirror the field beyond its edge; anything else fills with 0.
+    labels, numbers
+        (H, W) and (n,): what belongs to another cell becomes 0.
+
+    Returns
+    -------
+    torch.Tensor
+        (n, C, S, S), the same numbers as `cut_crops` gives.
+    """
+    import torch
+
+    n_channels, height, width = image.shape
+    if not len(first):
+        return image.new_empty((0, n_channels, size_px, size_px))
+    offset = torch.arange(size_px, device=image.device)
+    y, x = first[:, :1] + offset, first[:, 1:] + offset  # (n, S)
+    outside = None
+    if border == "reflect":
+        y, x = _mirrored(y, height), _mirrored(x, width)
+    else:
+        out_y, out_x = (y < 0) | (y >= height), (x < 0) | (x >= width)
+        if bool(out_y.any()) or bool(out_x.any()):
+            outside = out_y[:, :, None] | out_x[:, None, :]  # (n, S, S)
+        y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    place = y[:, :, None] * width + x[:, None, :]  # (n, S, S)
+    crops = image.reshape(n_channels, -1)[:, place.reshape(-1)].reshape(n_channels, *place.shape).transpose(0, 1)
+    blank = outside
+    if labels is not None:
+        others = labels.reshape(-1)[place]
+        foreign = (others != 0) & (others != numbers[:, None, None])
+        blank = foreign if blank is None else blank | foreign
+    if blank is not None:
+        crops = crops.masked_fill(blank[:, None], 0)
+    return crops.contiguous()
+
+
+def _mirrored(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Return where a mirrored field (edge pixels twice, as NumPy's symmetric) has these places."""
+    index = index % (2 * length)
+    return index.minimum(2 * length - 1 - index)
+
+
+def resample_field(image: torch.Tensor, factor: float) -> tuple[torch.Tensor, tuple[float, float]]:
+    """Resample a field to another pixel size: bilinear, without aliasing when shrinking.
+
+    Parameters
+    ----------
+    image
+        (C, H, W) float32.
+    factor
+        New pixels for one old one: old µm/px divided by new µm/px.
+
+    Returns
+    -------
+    image : torch.Tensor
+        (C, H', W'), at least one pixel.
+    factors : tuple
+        What the sides were really multiplied by, (y, x): whole pixels allow no more. For `resampled_centers`.
+    """
+    import torch
+
+    if abs(factor - 1) < 1e-9:
+        return image, (1.0, 1.0)
+    size = tuple(max(1, round(n * factor)) for n in image.shape[1:])
+    resampled = torch.nn.functional.interpolate(
+        image[None], size=size, mode="bilinear", align_corners=False, antialias=True
+    )[0]
+    return resampled, (size[0] / image.shape[1], size[1] / image.shape[2])
+
+
+def resampled_centers(centers: np.ndarray, factors: tuple[float, float]) -> np.ndarray:
+    """Return where centers (n, 2), given as (y, x), lie in the field that `resample_field` made."""
+    return (np.asarray(centers, np.float64) + 0.5) * np.asarray(factors) - 0.5
 
 
 def tile_centers(height: int, width: int, size_px: int, stride_px: int | None = None) -> np.ndarray:

@@ -349,6 +349,14 @@ class Field:
         """Side of a pixel in µm, or None if the plate does not say."""
         return self.layout.pixel_size_um
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the field's metadata can be read; its pixels may still be missing."""
+        try:
+            return self.layout is not None
+        except FieldReadError:
+            return False
+
     def read(self, channels: Sequence[str | int] | None = None) -> np.ndarray:
         """Read the pixels.
 

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellvim.data.crops import CropSpec, cut_crops, resize_crops, tile_centers
+from cellvim.data.crops import (
+    CropSpec,
+    cut_crops,
+    cut_on_device,
+    place_windows,
+    resample_field,
+    resampled_centers,
+    resize_crops,
+    tile_centers,
+)
 from cellvim.errors import InputError
 
 
@@ -124,3 +133,126 @@ def test_a_field_of_cells_is_cut_in_milliseconds():
     cut_crops(image, centers, 64)
     # 25 MB: about 20 ms here; a loop over pixels takes a thousand times as long
     assert time.perf_counter() - start < 1.0
+
+
+def naive_crop(image, center, size, border):
+    """Cut one window pixel by pixel."""
+    _, height, width = image.shape
+    y0, x0 = (int(np.floor(c + 0.5)) - size // 2 for c in center)
+    if border == "shift":
+        y0, x0 = min(max(y0, 0), height - size), min(max(x0, 0), width - size)
+    out = np.zeros((len(image), size, size), image.dtype)
+    for i in range(size):
+        for j in range(size):
+            y, x = y0 + i, x0 + j
+            if border == "reflect":
+                y, x = (-1 - v if v < 0 else 2 * n - 1 - v if v >= n else v for v, n in ((y, height), (x, width)))
+            if 0 <= y < height and 0 <= x < width:
+                out[:, i, j] = image[:, y, x]
+    return out
+
+
+CENTERS = np.array([[0.0, 0.0], [10.4, 12.6], [19.0, 25.0], [7.5, 3.49], [18.2, 1.0]])
+
+
+@pytest.mark.parametrize("border", ["pad", "reflect", "shift", "drop"])
+@pytest.mark.parametrize("size", [5, 8])
+def test_borders_are_as_defined_on_both_devices_paths(border, size):
+    image = np.random.default_rng(0).integers(1, 99, (2, 20, 26)).astype("float32")
+    crops = cut_crops(image, CENTERS, size, border=border)
+    first, kept = place_windows(CENTERS, size, (20, 26), border=border)
+    assert len(crops) == kept.sum() == (len(CENTERS) if border != "drop" else 1 + (size == 5))
+    expected = np.stack([naive_crop(image, c, size, border) for c in CENTERS[kept]])
+    np.testing.assert_array_equal(crops, expected)
+    np.testing.assert_array_equal(
+        cut_on_device(torch.from_numpy(image), torch.from_numpy(first), size, border=border).numpy(), expected
+    )
+
+
+@pytest.mark.parametrize("border", ["pad", "reflect", "shift"])
+def test_field_smaller_than_the_window(border):
+    image = np.arange(1, 13, dtype="float32").reshape(1, 3, 4)
+    crops = cut_crops(image, np.array([[1.0, 2.0]]), 6, border=border)
+    first, _ = place_windows(np.array([[1.0, 2.0]]), 6, (3, 4), border=border)
+    on_device = cut_on_device(torch.from_numpy(image), torch.from_numpy(first), 6, border=border)
+    np.testing.assert_array_equal(on_device.numpy(), crops)
+    assert set(image.ravel()) <= set(crops.ravel())  # all of it is there
+
+
+def test_neighbours_are_masked_and_the_cell_is_not():
+    image = np.full((2, 20, 26), 7.0, "float32")
+    labels = np.zeros((20, 26), "int32")
+    labels[4:9, 4:9], labels[4:9, 10:14] = 3, 9
+    centers, numbers = np.array([[6.0, 6.0], [6.0, 12.0]]), np.array([3, 9])
+    crops = cut_crops(image, centers, 12, labels=labels, numbers=numbers)
+    for crop, center, own in zip(crops, centers, numbers, strict=True):
+        around = naive_crop(labels[None], center, 12, "pad")[0]
+        inside = naive_crop(image, center, 12, "pad")[0] > 0
+        np.testing.assert_array_equal(crop[0] > 0, inside & ((around == 0) | (around == own)))
+    first, _ = place_windows(centers, 12, (20, 26))
+    on_device = cut_on_device(
+        torch.from_numpy(image),
+        torch.from_numpy(first),
+        12,
+        labels=torch.from_numpy(labels),
+        numbers=torch.from_numpy(numbers),
+    )
+    np.testing.assert_array_equal(on_device.numpy(), crops)
+    with pytest.raises(ValueError, match="one number a center"):
+        cut_crops(image, centers, 12, labels=labels)
+
+
+def test_sizes_in_um_and_a_common_pixel_size():
+    assert CropSpec("cell", size_um=40.0).pixels(0.5) == (1.0, 80)
+    assert CropSpec("cell", size_um=40.0, um_per_px=1.0).pixels(0.5) == (0.5, 40)
+    assert CropSpec("tile", 64, um_per_px=0.25).pixels(0.5) == (2.0, 64)
+    assert CropSpec("field").pixels(None) == (1.0, None)
+    with pytest.raises(InputError, match="the plate has no pixel size"):
+        CropSpec("cell", size_um=40.0).pixels(None)
+    for wrong, words in (
+        ({"size_px": 8, "size_um": 4.0}, "give one of them"),
+        ({"size_px": 8, "border": "wrap"}, "choose pad, reflect, shift, drop"),
+        ({"size_px": 8, "overlap": 1.0}, "expected 0 to below 1"),
+        ({"size_um": -4.0}, "expected a length above 0"),
+        ({"size_px": 8, "unit": "tile", "mask_neighbours": True}, "for cells only"),
+    ):
+        with pytest.raises(InputError, match=words):
+            CropSpec(**({"unit": "cell"} | wrong))
+
+
+def test_fields_of_two_pixel_sizes_show_the_same_cells_at_a_common_one():
+    """A disc of 6 µm radius, seen at 0.5 and at 0.8 µm/px, is as large and in the same place at 1 µm/px."""
+    crops = []
+    for pixel in (0.5, 0.8):
+        n = round(100 / pixel)
+        y, x = (np.mgrid[:n, :n] + 0.5) * pixel
+        disc = ((y - 40) ** 2 + (x - 60) ** 2 < 36).astype("float32")
+        factor, size = CropSpec("cell", size_um=24.0, um_per_px=1.0).pixels(pixel)
+        field, factors = resample_field(torch.from_numpy(disc[None]), factor)
+        center = resampled_centers(np.array([[40 / pixel - 0.5, 60 / pixel - 0.5]]), factors)
+        np.testing.assert_allclose(center, [[39.5, 59.5]])
+        first, _ = place_windows(center, size, tuple(field.shape[1:]))
+        crops.append(cut_on_device(field, torch.from_numpy(first), size)[0, 0].numpy())
+    assert crops[0].shape == crops[1].shape == (24, 24)
+    for crop in crops:
+        assert crop.sum() == pytest.approx(np.pi * 36, rel=0.04)  # the drawn discs themselves differ by 3%
+    np.testing.assert_allclose(*crops, atol=0.45)  # an edge pixel may differ, by less than half
+    assert np.abs(crops[0] - crops[1]).mean() < 0.02
+
+
+def test_resampling_by_one_changes_nothing():
+    image = torch.rand(2, 7, 9)
+    same, factors = resample_field(image, 1.0)
+    assert same is image and factors == (1.0, 1.0)
+
+
+def test_overlapping_tiles_cover_and_overlap():
+    spec = CropSpec("tile", 64, overlap=0.5)
+    centers = tile_centers(200, 300, 64, round(64 * spec.stride))
+    first, kept = place_windows(centers, 64, (200, 300))
+    assert kept.all() and first.min() == 0 and (first.max(axis=0) == (200 - 64, 300 - 64)).all()
+    assert set(np.diff(np.unique(first[:, 0]))) <= {32, 200 - 64 - 128}
+    seen = np.zeros((200, 300), int)
+    for y, x in first:
+        seen[y : y + 64, x : x + 64] += 1
+    assert seen.min() >= 1 and np.median(seen) == 4

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
-from cellvim.data.normalize import IntensityScale, estimate_intensity_scale
+from cellvim.data import normalize
+from cellvim.data.normalize import (
+    IntensityScale,
+    cached_intensity_scale,
+    estimate_intensity_scale,
+    reference_wells,
+)
 from cellvim.data.plate import open_plate
 from cellvim.data.writer import PlateWriter
-from cellvim.errors import ChannelError, PlateError
+from cellvim.errors import ChannelError, InputError, MetadataError, PlateError
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int32"])
@@ -112,3 +120,108 @@ def test_large_float_images_are_thinned(tmp_path):
     scale = estimate_intensity_scale(open_plate(tmp_path / "p.zarr"), ["DNA"], low_percentile=2, high_percentile=98)
     # quantiles of a normal distribution; the sample of 900,000 is good to about 0.005
     np.testing.assert_allclose([scale.low[0], scale.high[0]], [-2.0537, 2.0537], atol=0.02)
+
+
+def varied_plate(tmp_path, n_wells=96, size=64, seed=0, **finish):
+    """Write a plate whose fields differ in level, as wells do, and are alike in noise."""
+    rng = np.random.default_rng(seed)
+    levels = rng.normal(1000, 60, n_wells)
+    with PlateWriter(tmp_path / "p.zarr", name="p", channel_names=["DNA", "ER"], pixel_size_um=1.0) as writer:
+        for i, level in enumerate(levels):
+            image = np.stack([rng.normal(level, 150, (size, size)), rng.normal(2 * level, 100, (size, size))])
+            writer.write_field(f"{chr(65 + i // 12)}{i % 12 + 1}", "1", image.clip(0).astype("uint16"))
+        writer.finish(**finish)
+    return open_plate(tmp_path / "p.zarr")
+
+
+def test_zscore_is_mean_and_standard_deviation(make_plate):
+    plate = open_plate(make_plate(dtype="uint8"))
+    pixels = np.stack([f.read(["ER"]) for f in plate.fields]).astype(float)
+    scale = estimate_intensity_scale(plate, ["ER"], method="zscore")
+    assert scale.low[0] == pytest.approx(pixels.mean()) and scale.high[0] - scale.low[0] == pytest.approx(pixels.std())
+    scaled = scale.apply(pixels[0].astype("uint8"))
+    np.testing.assert_allclose(scaled, (pixels[0] - pixels.mean()) / pixels.std(), atol=1e-5)
+    image = np.array([[[np.nan, 1e9, -1e9]]])
+    np.testing.assert_array_equal(scale.apply(image), [[[0, 10, -10]]])
+    back = IntensityScale.from_dict(json.loads(json.dumps(scale.to_dict())))
+    np.testing.assert_array_equal(back.apply(image), scale.apply(image))
+    with pytest.raises(InputError, match="'minmax' is not known; choose percentile, zscore"):
+        estimate_intensity_scale(plate, ["ER"], method="minmax")
+
+
+@pytest.mark.parametrize("method", ["percentile", "zscore"])
+def test_sampling_error_is_bounded_and_honest(tmp_path, method):
+    plate = varied_plate(tmp_path)
+    whole = estimate_intensity_scale(plate, ["DNA", "ER"], method=method, max_fields=96)
+    width = whole.high - whole.low
+    misses = []
+    for seed in range(6):
+        scale = estimate_intensity_scale(plate, ["DNA", "ER"], method=method, max_fields=8, tolerance=0.05, seed=seed)
+        assert scale.sampling["relative_error"] <= 0.05 and 8 <= scale.sampling["n_fields"] < 96
+        misses += (np.abs(np.stack([scale.low - whole.low, scale.high - whole.high])) / width).ravel().tolist()
+    assert np.sqrt(np.mean(np.square(misses))) < 0.05  # the root mean square of what it is the bound of
+    all_of_it = estimate_intensity_scale(plate, ["DNA"], method=method, max_fields=8, tolerance=1e-9)
+    assert all_of_it.sampling == {"n_fields": 96, "n_fields_in_all": 96, "relative_error": 0.0}
+    assert all_of_it.low[0] == whole.low[0] and all_of_it.high[0] == whole.high[0]
+
+
+def test_scale_from_controls_looks_at_them_alone(tmp_path):
+    wells = [f"{chr(65 + i // 12)}{i % 12 + 1:02d}" for i in range(24)]
+    kinds = ["negcon" if w.endswith("2") else "trt" for w in wells]
+    table = pd.DataFrame({"Metadata_pert_type": kinds}, index=wells)
+    plate = varied_plate(tmp_path, 24, well_metadata=table)
+    chosen = reference_wells(plate)
+    assert chosen == ["A02", "A12", "B02", "B12"]
+    scale = estimate_intensity_scale(plate, ["DNA"], wells=chosen, low_percentile=5, high_percentile=95)
+    pixels = np.stack([f.read(["DNA"]) for f in plate.fields if f.well in chosen])
+    assert [scale.low[0], scale.high[0]] == np.percentile(pixels, (5, 95), method="inverted_cdf").tolist()
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"Compound": ["DMSO", "x", "y"]}, ["A01"]),
+        ({"control_type": ["negcon", None, "poscon_cp"]}, ["A01"]),
+        ({"solvent": ["DMSO", "DMSO", "water"]}, None),
+        ({"dose": [1, 2, 3]}, None),
+    ],
+)
+def test_controls_are_told_by_the_plate_map(make_plate, columns, expected):
+    plate = open_plate(make_plate(well_metadata=pd.DataFrame(columns, index=["A01", "A02", "B03"])))
+    if expected is None:
+        with pytest.raises(MetadataError, match="names no negative controls"):
+            reference_wells(plate)
+    else:
+        assert reference_wells(plate) == expected
+
+
+def test_scale_is_estimated_once_and_anew_when_anything_differs(make_plate, tmp_path, monkeypatch):
+    path = make_plate()
+    calls = []
+    original = normalize.estimate_intensity_scale
+    monkeypatch.setattr(normalize, "estimate_intensity_scale", lambda *a, **k: calls.append(1) or original(*a, **k))
+    cache = tmp_path / "out" / "scale.json"
+    first = cached_intensity_scale(open_plate(path), ["DNA"], cache)
+    again = cached_intensity_scale(open_plate(path), ["DNA"], cache)
+    assert calls == [1] and first.to_dict() == again.to_dict()
+    cached_intensity_scale(open_plate(path), ["DNA"], cache, method="zscore")
+    cached_intensity_scale(open_plate(path), ["ER"], cache, method="zscore")
+    cached_intensity_scale(open_plate(make_plate("plate2.zarr", wells=("A01",))), ["ER"], cache, method="zscore")
+    assert len(calls) == 4
+    cache.write_text("{")
+    assert cached_intensity_scale(open_plate(path), ["DNA"], cache).to_dict() == first.to_dict() and len(calls) == 5
+    assert [p.name for p in cache.parent.iterdir()] == ["scale.json"]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16"])
+def test_scale_on_the_device_is_the_same(dtype):
+    image = np.random.default_rng(0).integers(0, 255, (2, 9, 11)).astype(dtype)
+    for scale in (
+        IntensityScale(("a", "b"), [10, 100], [200, 100]),
+        IntensityScale(("a", "b"), [50, 100], [60, 130], 10.0, -10.0, "zscore"),
+    ):
+        on_device = scale.apply_on_device(torch.from_numpy(image.copy()))
+        np.testing.assert_array_equal(on_device.numpy(), scale.apply(image))
+    floats = np.array([[[np.nan, np.inf, -np.inf, 0.5]]], "float32")
+    scale = IntensityScale(("a",), [0], [1])
+    np.testing.assert_array_equal(scale.apply_on_device(torch.from_numpy(floats)).numpy(), scale.apply(floats))
