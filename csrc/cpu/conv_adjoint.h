@@ -145,8 +145,8 @@ template <class T, int W> struct AdjointItem {
 };
 
 // Sums (B, rows, padded E) over the batch into grad_weight (2, E, W) and the (2, E) rows; null outputs are left out.
-CELLVIM_INLINE void reduce_adjoint(const float *sums, int64_t batch, int64_t width, int64_t taps, int threads,
-                                   float *grad_weight, float *grad_bias, float *grad_extra) {
+CELLVIM_INLINE void reduce_adjoint(const float *sums, int64_t batch, int64_t width, int64_t taps,
+                                   [[maybe_unused]] int threads, float *grad_weight, float *grad_bias, float *grad_extra) {
   const int64_t stride = padded(width), rows = 2 * taps + 4;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {

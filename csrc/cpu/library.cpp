@@ -1,6 +1,9 @@
 // The C interface: picks the kernels of the best instruction set that this machine has, once.
 #include "cellvim_cpu.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 #define CELLVIM_DECLARE(isa)                          \
   namespace isa {                                     \
   int add_norm(const cellvim_add_norm &, bool);       \
@@ -32,13 +35,23 @@ CELLVIM_DECLARE(isa_v4)
 
 namespace {
 
+#ifdef CELLVIM_HAS_X86_LEVELS
+// CELLVIM_CPU_ISA=AVX2 or SSE2 leaves the wider sets out, so that one machine can test them all.
+bool allowed(const char *isa) {
+  const char *most = getenv("CELLVIM_CPU_ISA");
+  if (!most || !strcmp(most, "AVX-512")) return true;
+  return strcmp(isa, "AVX-512") && !strcmp(most, "AVX2");
+}
+#endif
+
 Kernels choose() {
 #ifdef CELLVIM_HAS_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (allowed("AVX-512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return CELLVIM_KERNELS(isa_v4, "AVX-512");
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+  if (allowed("AVX2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
     return CELLVIM_KERNELS(isa_v3, "AVX2");
   return CELLVIM_KERNELS(isa_base, "SSE2");
 #elif defined(__aarch64__)

@@ -1,0 +1,114 @@
+// The depthwise convolution of both directions in registers, walking along the block's sequence.
+//
+// Direction 0 looks back from a token, direction 1 ahead: a window of 2 * TAPS - 1 tokens serves both. Fewer taps than
+// TAPS are padded with zeros in front. Tokens before the first step and after the last are zeros.
+#pragma once
+#include "plan.cuh"
+#include "reduce.cuh"
+
+namespace cellvim {
+
+constexpr int TAPS = 4;
+constexpr int REACH = TAPS - 1;  // tokens that a convolution sees beside the current one
+
+// The tensors that every convolution reads.
+struct ConvSource {
+  const void *x;
+  int64_t x_batch;
+  int x_token, width, taps;
+  const float *weight, *bias;  // (2, E, taps), (2, E) or null
+  bool whole;                  // rows of x, and of every other token array, start on a boundary of VEC values
+
+  __device__ __forceinline__ Access access(int e) const { return {whole && e + VEC <= width, min(width - e, VEC)}; }
+};
+
+struct Taps {
+  Vec w[2][TAPS], bias[2];
+};
+
+__device__ __forceinline__ Taps load_taps(const ConvSource &from, int e) {
+  Taps taps;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+#pragma unroll
+    for (int j = 0; j < TAPS; ++j) {
+      taps.w[k][j] = splat(0.0f);
+      const int tap = j - (TAPS - from.taps);
+      if (tap >= 0)
+#pragma unroll
+        for (int i = 0; i < VEC; ++i)
+          if (e + i < from.width) taps.w[k][j][i] = from.weight[(int64_t)(k * from.width + e + i) * from.taps + tap];
+    }
+    taps.bias[k] = load_row(from.bias ? from.bias + k * from.width : nullptr, e, from.width, 0.0f);
+  }
+  return taps;
+}
+
+// Tokens of STEPS consecutive steps and REACH on either side. Everything is indexed by constants once the loops over the
+// steps are unrolled, so that it stays in registers and nothing is moved but the overlap of two turns.
+template <class T, int STEPS> struct Window {
+  Vec x[STEPS + 2 * REACH];
+  int token[STEPS + 2 * REACH];
+
+  // The overlap before the step at which `ahead` stands; moves `ahead` REACH steps past it.
+  __device__ __forceinline__ void start(const T *x_of_sample, const ConvSource &from, int e, Cursor &ahead) {
+    load_rows<2 * REACH>(x_of_sample, from, e, ahead, STEPS);
+  }
+  // The next STEPS steps: x[REACH + t] is then the current token of the t-th.
+  __device__ __forceinline__ void turn(const T *x_of_sample, const ConvSource &from, int e, Cursor &ahead) {
+#pragma unroll
+    for (int j = 0; j < 2 * REACH; ++j) x[j] = x[STEPS + j], token[j] = token[STEPS + j];
+    load_rows<STEPS>(x_of_sample, from, e, ahead, 2 * REACH);
+  }
+  // Convolution at the t-th step, before SiLU.
+  __device__ __forceinline__ Vec conv(const Taps &taps, int k, int t) const {
+    Vec c = taps.bias[k];
+#pragma unroll
+    for (int j = 0; j < TAPS; ++j)
+#pragma unroll
+      for (int i = 0; i < VEC; ++i)
+        c[i] = fmaf(taps.w[k][j][i], x[k ? t + 2 * REACH - j : t + j][i], c[i]);
+    return c;
+  }
+
+ private:
+  // All loads are issued before the first is waited for.
+  template <int COUNT>
+  __device__ __forceinline__ void load_rows(const T *x_of_sample, const ConvSource &from, int e, Cursor &ahead, int to) {
+    Raw<T> raw[COUNT];
+    const Access access = from.access(e);
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j, ahead.next()) token[to + j] = ahead.token();
+    if (access.whole) {
+#pragma unroll
+      for (int j = 0; j < COUNT; ++j)
+        if (token[to + j] >= 0) raw[j] = load_whole(x_of_sample + (int64_t)token[to + j] * from.x_token + e);
+    } else {
+#pragma unroll
+      for (int j = 0; j < COUNT; ++j)
+        if (token[to + j] >= 0) raw[j] = assemble(x_of_sample + (int64_t)token[to + j] * from.x_token + e, access.count);
+    }
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) x[to + j] = unpack(raw[j]);
+  }
+};
+
+template <class T> __device__ __forceinline__ Vec silu(const Vec &c) {
+  Vec u;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) u[i] = silu<T>(c[i]);
+  return u;
+}
+
+// Steps that a turn of the window takes: more of them hide more latency, as far as registers go.
+template <class T> constexpr int STEPS_PER_TURN = 8;
+template <> constexpr int STEPS_PER_TURN<float> = 4;
+
+inline ConvSource conv_source(const void *x, int64_t x_batch, int64_t x_token, int64_t width, int64_t taps,
+                              int32_t dtype, const float *weight, const float *bias) {
+  const size_t vector = VEC * size_of(dtype);
+  const bool whole = width % VEC == 0 && x_batch % VEC == 0 && x_token % VEC == 0 && is_aligned(x, vector);
+  return {x, x_batch, (int)x_token, (int)width, (int)taps, weight, bias, whole};
+}
+
+}  // namespace cellvim

@@ -1,0 +1,122 @@
+// ScanPlan on the device: the order in which a block visits the stored tokens of a sample, the scan step (slot) that
+// pools each of them, and the tokens of a slot.
+//
+// Dense grids are walked by counting, three axes at most. Irregular sets of tokens come as 64-bit indices, which a small
+// kernel turns into 32-bit tables and, where an op needs them, into lists of steps by slot.
+#pragma once
+#include "launch.cuh"
+
+namespace cellvim {
+
+struct Plan {
+  int length, stored, slots, samples;  // samples: of the tables, 1 for all samples alike
+  // Dense
+  int sizes[3], token_stride[3], slot_stride[3];
+  int kept_size[3], kept_step[3], group_size[3], group_step[3];  // slot -> its first step, member -> further steps
+  int group;                                                     // tokens of a slot
+  float mean_weight;
+  // Indexed
+  bool indexed;
+  const int32_t *token;      // (samples, L), -1 where there is none
+  const int32_t *slot;       // (2, samples, L)
+  const int32_t *count;      // (samples)
+  const int32_t *start;      // (2, samples, P + 1), into `steps`
+  const int32_t *steps;      // (2, samples, L): steps ordered by slot
+  const float *slot_weight;  // (samples, P)
+
+  __device__ __forceinline__ int sample(int b) const { return samples == 1 ? 0 : b; }
+  __device__ __forceinline__ int steps_of(int b) const { return indexed ? count[sample(b)] : length; }
+};
+
+// Walks the steps one by one. Where there is no such step, `token` is -1 (and `slot` not to be used).
+class Cursor {
+ public:
+  __device__ __forceinline__ Cursor(const Plan &plan, int b, int step) : plan_(plan), step_(step) {
+    count_ = plan.steps_of(b);
+    if (plan.indexed) {
+      token_table_ = plan.token + (int64_t)plan.sample(b) * plan.length;
+      slot_table_ = plan.slot + (int64_t)plan.sample(b) * plan.length;
+    } else {
+      const int at = step < 0 ? 0 : step;
+      i2_ = at % plan.sizes[2];
+      const int rest = at / plan.sizes[2];
+      i1_ = rest % plan.sizes[1];
+      const int i0 = rest / plan.sizes[1];
+      token_ = i0 * plan.token_stride[0] + i1_ * plan.token_stride[1] + i2_ * plan.token_stride[2];
+      slot_ = i0 * plan.slot_stride[0] + i1_ * plan.slot_stride[1] + i2_ * plan.slot_stride[2];
+    }
+  }
+  __device__ __forceinline__ bool exists() const { return step_ >= 0 && step_ < count_; }
+  __device__ __forceinline__ int step() const { return step_; }
+  __device__ __forceinline__ int token() const {
+    if (!exists()) return -1;
+    return plan_.indexed ? token_table_[step_] : token_;
+  }
+  __device__ __forceinline__ int slot(int k) const {
+    if (!plan_.indexed) return slot_;
+    return slot_table_[(int64_t)k * plan_.samples * plan_.length + step_];
+  }
+  __device__ __forceinline__ void next() {
+    if (step_++ < 0 || plan_.indexed) return;
+    token_ += plan_.token_stride[2], slot_ += plan_.slot_stride[2];
+    if (++i2_ < plan_.sizes[2]) return;
+    i2_ = 0;
+    token_ += plan_.token_stride[1] - plan_.sizes[2] * plan_.token_stride[2];
+    slot_ += plan_.slot_stride[1] - plan_.sizes[2] * plan_.slot_stride[2];
+    if (++i1_ < plan_.sizes[1]) return;
+    i1_ = 0;
+    token_ += plan_.token_stride[0] - plan_.sizes[1] * plan_.token_stride[1];
+    slot_ += plan_.slot_stride[0] - plan_.sizes[1] * plan_.slot_stride[1];
+  }
+
+ private:
+  const Plan &plan_;
+  int step_, count_;
+  int i1_ = 0, i2_ = 0, token_ = 0, slot_ = 0;
+  const int32_t *token_table_ = nullptr, *slot_table_ = nullptr;
+};
+
+// The steps that one slot pools, ascending.
+class Members {
+ public:
+  __device__ __forceinline__ Members(const Plan &plan, int k, int b, int p) : plan_(plan) {
+    if (plan.indexed) {
+      const int64_t row = (int64_t)k * plan.samples + plan.sample(b);
+      const int32_t *start = plan.start + row * (plan.slots + 1) + p;
+      first_ = start[0], count_ = start[1] - start[0];
+      list_ = plan.steps + row * plan.length + first_;
+    } else {
+      const int p2 = p % plan.kept_size[2], rest = p / plan.kept_size[2];
+      const int p1 = rest % plan.kept_size[1], p0 = rest / plan.kept_size[1];
+      first_ = p0 * plan.kept_step[0] + p1 * plan.kept_step[1] + p2 * plan.kept_step[2];
+      count_ = plan.group;
+    }
+  }
+  __device__ __forceinline__ int count() const { return count_; }
+  __device__ __forceinline__ int step(int i) const {
+    if (plan_.indexed) return list_[i];
+    const int i2 = i % plan_.group_size[2], rest = i / plan_.group_size[2];
+    const int i1 = rest % plan_.group_size[1], i0 = rest / plan_.group_size[1];
+    return first_ + i0 * plan_.group_step[0] + i1 * plan_.group_step[1] + i2 * plan_.group_step[2];
+  }
+
+ private:
+  const Plan &plan_;
+  int first_, count_;
+  const int32_t *list_ = nullptr;
+};
+
+// The stored token of any step that exists.
+__device__ __forceinline__ int token_at(const Plan &plan, int b, int step) {
+  if (plan.indexed) return plan.token[(int64_t)plan.sample(b) * plan.length + step];
+  const int i2 = step % plan.sizes[2], rest = step / plan.sizes[2];
+  return rest / plan.sizes[1] * plan.token_stride[0] + rest % plan.sizes[1] * plan.token_stride[1] +
+         i2 * plan.token_stride[2];
+}
+
+// Fills `plan` and, for an indexed one, takes its tables from the workspace. `needs_groups`: Members will be used.
+int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace, Plan &plan);
+// Enqueues the kernel that fills the tables; nothing for a dense plan.
+int fill_tables(const cellvim_plan &from, bool needs_groups, const Plan &plan, const cellvim_cuda_call &call);
+
+}  // namespace cellvim
