@@ -22,6 +22,7 @@ from cellvim.errors import BackendError, listing, suggestion
 from cellvim.ops import native, reference
 
 BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
+_FASTEST = {"cpu": "native"}  # by device type; elsewhere the reference runs
 _chosen: str | None = os.environ.get("CELLVIM_BACKEND") or None
 _said: set[str] = set()
 _log = logging.getLogger("cellvim")
@@ -42,8 +43,10 @@ def describe_backends() -> list[BackendDescription]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     selected = selected_backend(device)
     return [
-        BackendDescription("native", native.available(), selected == "native", native.reason()),
-        BackendDescription("reference", True, selected == "reference", "plain PyTorch: any device, every dtype"),
+        BackendDescription(name, True, name == selected, "plain PyTorch: any device, every dtype")
+        if backend is reference
+        else BackendDescription(name, backend.available(), name == selected, backend.reason())
+        for name, backend in BACKENDS.items()
     ]
 
 
@@ -52,7 +55,8 @@ def selected_backend(device: torch.device) -> str:
     if _chosen is not None:
         _check(_chosen)
         return _chosen
-    return "native" if device.type == "cpu" and native.available() else "reference"
+    fastest = _FASTEST.get(device.type, "reference")
+    return fastest if fastest == "reference" or BACKENDS[fastest].available() else "reference"
 
 
 @contextmanager
@@ -79,8 +83,9 @@ def _check(name: str) -> None:
             f"There is no back-end {name!r}; there are {listing(BACKENDS)}.{suggestion(name, BACKENDS)} "
             "See `cellvim backends`."
         )
-    if name == "native" and not native.available():
-        raise BackendError(f"The back-end 'native' is not available: {native.reason()}.")
+    backend = BACKENDS[name]
+    if backend is not reference and not backend.available():
+        raise BackendError(f"The back-end {name!r} is not available: {backend.reason()}.")
 
 
 def _backend(*tokens: Tensor, taps: int = 1, states: int = 1) -> ModuleType:
@@ -88,12 +93,14 @@ def _backend(*tokens: Tensor, taps: int = 1, states: int = 1) -> ModuleType:
     if _chosen is not None:
         _check(_chosen)
         return BACKENDS[_chosen]
-    if tokens[0].device.type != "cpu" or _is_exporting():
+    fastest = _FASTEST.get(tokens[0].device.type)
+    if fastest is None or _is_exporting():
         return reference
-    if not native.available():
-        _say_once(f"The plain PyTorch path runs, several times slower: {native.reason()}.")
+    backend = BACKENDS[fastest]
+    if not backend.available():
+        _say_once(f"The plain PyTorch path runs, several times slower: {backend.reason()}.")
         return reference
-    return reference if native.refusal(*tokens, taps=taps, states=states) else native
+    return reference if backend.refusal(*tokens, taps=taps, states=states) else backend
 
 
 def _is_exporting() -> bool:
