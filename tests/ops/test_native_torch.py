@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import conv_pool_inputs, dense_plan, expand_gate_inputs, indexed_plan, pooled_scan_inputs, tensors
 
-from cellvim.ops import native
+from cellvim.ops import kernels, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 
@@ -23,7 +23,7 @@ def leaves(inputs: dict) -> dict:
 def test_opcheck_conv_pool(plan, pool):
     t = leaves(conv_pool_inputs(0, 2, 24, 16, 4))
     scores = (t["score_weight"], t["score_bias"]) if pool == "attention" else (None, None)
-    arguments = (t["x"], t["weight"], t["bias"], *scores, *native._plan_arguments(plan, plan.slots), pool)
+    arguments = (t["x"], t["weight"], t["bias"], *scores, *kernels.plan_arguments(plan, plan.slots), pool)
     torch.library.opcheck(torch.ops.cellvim_native.conv_pool.default, arguments)
 
 
@@ -32,7 +32,7 @@ def test_opcheck_expand_gate(with_skip):
     t = leaves(expand_gate_inputs(0, 2, 24, DENSE.slots, 16, 4))
     arguments = (
         *(t["x"], t["z"], t["y"], t["weight"], t["bias"], t["skip"] if with_skip else None),
-        *native._plan_arguments(DENSE, DENSE.slots),
+        *kernels.plan_arguments(DENSE, DENSE.slots),
         *("layer", t["norm_weight"], t["norm_bias"], 1e-5),
     )
     torch.library.opcheck(torch.ops.cellvim_native.expand_gate.default, arguments)
