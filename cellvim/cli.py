@@ -34,8 +34,7 @@ class _Commands(TyperGroup):
             _say(f"Error: {' '.join(str(error).split())}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            _say("Interrupted: nothing unfinished bears an output's name. The same command starts anew.")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(_interrupted()) from None
 
 
 app = typer.Typer(
@@ -60,7 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         app(args=argv, prog_name="cellvim")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:  # before a command ran, or after
+        return _interrupted()
     return 0
+
+
+def _interrupted() -> int:
+    _say("Interrupted: nothing unfinished bears an output's name. The same command starts anew.")
+    return INTERRUPTED
 
 
 def _version(wanted: bool) -> None:
