@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+import threading
+import warnings
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellvim.channels import display_color
-from cellvim.data.wells import natural_key, well_position
-from cellvim.errors import OutputError
+from cellvim.data.wells import canonical_well, natural_key, well_position
+from cellvim.errors import FieldReadError, OutputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK_SIDE = 2048  # px: a field up to this size is one chunk a channel, larger ones are divided evenly
 ZSTD_LEVEL = 3
+JOURNAL = "written.jsonl"  # in the partial plate: what is written already
 
 
 class PlateWriter:
@@ -41,6 +46,9 @@ class PlateWriter:
         Side of a pixel, or None when unknown.
     overwrite
         Replace an OME-Zarr that lies at ``target``. Anything else is never replaced.
+    job
+        What tells this writing from any other, such as a hash of the files it is made of. Fields that the same job
+        left under ``<target>.partial`` when it was killed are kept, and are in `done`.
 
     Raises
     ------
@@ -56,6 +64,7 @@ class PlateWriter:
         channel_names: Sequence[str],
         pixel_size_um: float | None = None,
         overwrite: bool = False,
+        job: str | None = None,
     ) -> None:
         self.target = Path(target)
         self.name = name
@@ -65,16 +74,28 @@ class PlateWriter:
         self.partial = self.target.with_name(self.target.name + ".partial")
         self._overwrite = overwrite
         self._windows: dict[tuple[str, str], np.ndarray] = {}  # (well, site) -> (C, 4) min, low, high, max
+        self._digests: dict[tuple[str, str], str] = {}  # (well, site) -> hash of the pixels that were handed over
+        self._positions: dict[tuple[str, str], tuple[float, float]] = {}
+        self._job = job
+        self._journal = threading.Lock()
         self._finished = False
+
+    @property
+    def done(self) -> set[tuple[str, str]]:
+        """(well, site) of the fields that are written."""
+        return set(self._windows)
 
     def __enter__(self) -> PlateWriter:
         import zarr
 
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.partial.exists():  # left by a run that was killed
+            if self.partial.exists() and not self._take_up():  # left by another run that was killed
                 shutil.rmtree(self.partial)
-            zarr.create_group(store=str(self.partial), zarr_format=3)
+            if not self.partial.exists():
+                zarr.create_group(store=str(self.partial), zarr_format=3)
+                if self._job is not None:
+                    self._note({"job": self._job})
         except OSError as error:
             raise OutputError(f"{self.partial} cannot be written: {error.strerror or error}.") from error
         return self
@@ -82,13 +103,19 @@ class PlateWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt) and self._job is not None
+        if not self._finished and not interrupted:
             shutil.rmtree(self.partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise OutputError(f"{self.target} cannot be written: {error.strerror or error}.") from error
 
-    def write_field(self, well: str, site: str, image: np.ndarray) -> None:
-        """Write the pixels (C, H, W) of one field; the well in any spelling, the site in letters and digits."""
+    def write_field(
+        self, well: str, site: str, image: np.ndarray, *, position_um: tuple[float, float] | None = None
+    ) -> None:
+        """Write the pixels (C, H, W) of one field; the well in any spelling, the site in letters and digits.
+
+        ``position_um`` is where the field's middle lies, (x, y).
+        """
         import zarr
         from zarr.codecs import ZstdCodec
 
@@ -110,7 +137,69 @@ class PlateWriter:
         )
         sample = image.reshape(len(image), -1)
         sample = sample[:, :: max(1, sample.shape[1] // 20_000)].astype(np.float64)
-        self._windows[well, site] = np.nan_to_num(np.nanpercentile(sample, (0, 0.5, 99.8, 100), axis=1).T)
+        sample[~np.isfinite(sample)] = np.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a channel without a single number
+            window = np.nan_to_num(np.nanpercentile(sample, (0, 0.5, 99.8, 100), axis=1).T)
+        digest = _digest(image)
+        with self._journal:
+            self._windows[well, site], self._digests[well, site] = window, digest
+            if position_um is not None:
+                self._positions[well, site] = position_um
+            if self._job is not None:
+                self._note(
+                    {"well": well, "site": site, "window": window.tolist(), "digest": digest, "position": position_um}
+                )
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        with (self.partial / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _take_up(self) -> bool:
+        """Read what the same job wrote before it was killed; say whether there is anything to go on from."""
+        if self._job is None:
+            return False
+        try:
+            lines = (self.partial / JOURNAL).read_text(encoding="utf-8").splitlines()
+            if json.loads(lines[0]) != {"job": self._job}:
+                return False
+            for line in lines[1:]:
+                entry = json.loads(line)
+                key = (str(entry["well"]), str(entry["site"]))
+                if not self.partial.joinpath(*_well_path(key[0]), key[1], "0", "zarr.json").is_file():
+                    continue
+                self._windows[key], self._digests[key] = np.array(entry["window"], float), str(entry["digest"])
+                if entry["position"] is not None:
+                    self._positions[key] = tuple(entry["position"])
+        except (OSError, IndexError, KeyError, TypeError, ValueError):
+            pass  # the line that was being written: up to there it is good
+        return bool(self._windows)
+
+    def verify(self, count: int) -> int:
+        """Read fields back, evenly spread, and hold them against what was handed over; return how many.
+
+        Raises
+        ------
+        OutputError
+            A field does not read back as it was written.
+        """
+        from cellvim.data.plate import open_plate
+
+        fields = {(f.well, f.site): f for f in open_plate(self.partial).fields}
+        keys = sorted(self._digests)
+        chosen = [keys[i] for i in np.unique(np.linspace(0, len(keys) - 1, min(count, len(keys))).astype(int))]
+        for well, site in chosen:
+            field = fields.get((canonical_well(well), site))
+            try:
+                same = field is not None and _digest(field.read()) == self._digests[well, site]
+            except FieldReadError as error:
+                raise OutputError(f"{self.target}: field {well}/{site} cannot be read back: {error}") from error
+            if not same:
+                raise OutputError(
+                    f"{self.target}: field {well}/{site} does not read back as it was written. Check the disk, and "
+                    "import again."
+                )
+        return len(chosen)
 
     def finish(
         self,
@@ -118,6 +207,7 @@ class PlateWriter:
         well_metadata: pd.DataFrame | None = None,
         notes: Sequence[str] = (),
         provenance: dict[str, Any] | None = None,
+        verify: int = 0,
     ) -> Path:
         """Write all metadata, check it, and give the plate its final name.
 
@@ -129,6 +219,13 @@ class PlateWriter:
             What `Plate.oddities` is to tell about this plate.
         provenance
             How the plate was made; JSON.
+        verify
+            How many fields to read back before the plate gets its name.
+
+        Raises
+        ------
+        OutputError
+            A field does not read back as it was written.
         """
         from yaozarrs import v05
 
@@ -145,7 +242,7 @@ class PlateWriter:
         for well in wells:
             folder = self.partial.joinpath(*paths[well])
             for site in sites[well]:
-                _write_group(folder / site, {"ome": image_ome})
+                _write_group(folder / site, {"ome": self._placed(image_ome, well, site)})
             ordered = sorted(sites[well], key=natural_key)
             ome = v05.Well.model_validate({"well": {"images": [{"path": s, "acquisition": 0} for s in ordered]}})
             _write_group(folder, {"ome": _dump(ome)})
@@ -167,12 +264,30 @@ class PlateWriter:
                 }
             }
         )
+        if verify and provenance is not None:
+            provenance = {**provenance, "verified_fields": min(verify, len(self._windows))}
         own: dict[str, Any] = {"format": 1, **_plate_map(well_metadata), "notes": list(notes)}
         if provenance:
             own["provenance"] = provenance
         _write_group(self.partial, {"ome": _dump(plate), "cellvim": own})
+        if verify:
+            self.verify(verify)
+        (self.partial / JOURNAL).unlink(missing_ok=True)
         self._rename()
         return self.target
+
+    def _placed(self, ome: dict[str, Any], well: str, site: str) -> dict[str, Any]:
+        """Return a field's metadata with the place of its first pixel in µm, where its position is known."""
+        position = self._positions.get((well, site))
+        if position is None or not self.pixel_size_um:
+            return ome
+        ome = json.loads(json.dumps(ome))
+        shape = json.loads((self.partial.joinpath(*_well_path(well), site, "0", "zarr.json")).read_text())["shape"]
+        (x, y), size = position, self.pixel_size_um
+        corner = [0.0, y - size * (shape[1] - 1) / 2, x - size * (shape[2] - 1) / 2]
+        transforms = ome["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+        transforms.append({"type": "translation", "translation": corner})
+        return ome
 
     def _image_metadata(self) -> dict[str, Any]:
         """Return the OME attributes that all fields share; the display window is the whole plate's."""
@@ -226,6 +341,11 @@ class PlateWriter:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _digest(image: np.ndarray) -> str:
+    content = np.ascontiguousarray(image)
+    return blake2b(f"{content.dtype.str} {content.shape}".encode() + content.tobytes(), digest_size=16).hexdigest()
+
+
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Raise `OutputError` unless a plate may be written at ``target``: early, before any work is done."""
     if not target.name or target.name in (".", ".."):
@@ -249,8 +369,6 @@ def _layout(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _well_path(well: str) -> tuple[str, str]:
     """Return (row, column) folder names: ``("A", "01")``."""
-    from cellvim.data.wells import canonical_well
-
     name = canonical_well(well)
     return name[:-2], name[-2:]
 
@@ -260,8 +378,6 @@ def _dump(model: Any) -> dict[str, Any]:
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     (folder / "zarr.json").write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")

@@ -198,7 +198,9 @@ def test_missing_channel_names_the_site(tmp_path, make_tiffs):
 
 def test_two_files_of_one_plane_are_an_error(make_tiffs):
     folder = make_tiffs(["r01c01f01p01-ch1sk1fk1fl1.tiff", "r01c01f01p02-ch1sk1fk1fl1.tiff"])
-    with pytest.raises(PlateError, match=r"has two files, .*p01.* and .*p02.*different z planes or time points"):
+    with pytest.raises(
+        PlateError, match=r"has 2 z planes, such as .*p01.* and .*p02.*Choose one with --z 0 to 1 or --z max"
+    ):
         make_import_plan(folder)
     folder = make_tiffs(["x/Channel1-01-A-01.tif", "y/Channel1-01-A-01.tif"], folder="two")
     with pytest.raises(PlateError, match=r"has two files, x/Channel1-01-A-01.tif and y/Channel1-01-A-01.tif"):

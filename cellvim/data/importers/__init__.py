@@ -5,9 +5,12 @@ An importer reads names and metadata into an `ImportPlan`; `import_plate` does t
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +18,24 @@ import numpy as np
 
 import cellvim
 from cellvim.channels import parse_channel_names
+from cellvim.data.importers.imagexpress import find_htd, plan_imagexpress
+from cellvim.data.importers.load_data import find_load_data, plan_load_data
+from cellvim.data.importers.ome_tiff import find_ome_tiffs, plan_ome_tiff
 from cellvim.data.importers.phenix import JUMP_CHANNELS, find_index, plan_phenix
-from cellvim.data.importers.plan import ImportPlan
+from cellvim.data.importers.plan import Choice, ImportPlan, MaximumOf, PageOf, Source
+from cellvim.data.importers.single_cells import CellStrip, find_cell_tables, plan_single_cells, read_strip
 from cellvim.data.importers.tiff_folder import PATTERNS, find_tiffs, plan_tiff_folder
 from cellvim.data.plate import Plate, open_plate
-from cellvim.data.platemap import derive_pert_type, join_platemap, read_platemap
+from cellvim.data.platemap import derive_pert_type, join_perturbations, join_platemap, read_platemap
 from cellvim.data.writer import PlateWriter, check_target
 from cellvim.errors import ChannelError, InputError, MetadataError, OutputError, PlateError, listing
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMATS = ("auto", "tiff", "phenix")
+FORMATS = ("auto", "tiff", "phenix", "imagexpress", "load_data", "ome_tiff", "single_cells")
+MAX_PLANE_BYTES = 4 << 30
+MAX_COMPRESSION = 5_000  # of a plane that is larger than 64 MiB
 CHANNEL_PRESETS = {"jump": JUMP_CHANNELS}
 
 
@@ -35,31 +44,42 @@ def import_plate(
     target: str | Path,
     *,
     metadata: str | Path | None = None,
+    compounds: str | Path | Sequence[str | Path] = (),
     format: str = "auto",
+    load_data: str | Path | None = None,
     pattern: str | None = None,
     pixel_size_um: float | None = None,
     channel_names: dict[str, str] | str | None = None,
     plate_name: str | None = None,
     pert_type: str | None = None,
+    z: int | str | None = None,
+    t: int | None = None,
     overwrite: bool = False,
+    resume: bool = True,
+    verify: int = 16,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plate:
     """Import a folder of microscope files as an OME-Zarr plate.
 
-    The plate is written under ``<target>.partial`` and renamed when it is whole. Memory stays bounded: each worker
-    holds one field.
+    The plate is written under ``<target>.partial`` and renamed when it is whole and a sample of it has been read back.
+    The same import, started again after it was killed, goes on where it was. Memory stays bounded: each worker holds
+    one field.
 
     Parameters
     ----------
     source
-        Folder with the files.
+        Folder with the files, or a LoadData CSV with the images in or below its folder.
     target
         The plate to make, such as ``plate.zarr``.
     metadata
         Plate map: a table with a column of wells, see `cellvim.data.platemap.read_platemap`.
+    compounds
+        Tables of perturbations that the plate map's wells name, see `cellvim.data.platemap.join_perturbations`.
     format
-        ``tiff``, ``phenix``, or ``auto`` to tell by what is there.
+        One of `FORMATS`; ``auto`` tells by what is there.
+    load_data
+        CellProfiler's LoadData CSV, which says what each file shows; images are looked for by name below ``source``.
     pattern
         File names, see `cellvim.data.importers.tiff_folder.plan_tiff_folder`.
     pixel_size_um
@@ -71,8 +91,14 @@ def import_plate(
         Overrides the source's; else the target's name.
     pert_type
         Rule for a column ``Metadata_pert_type``, as in ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
+    z, t
+        Which z plane and time point to take, counted from 0, where there are several; ``z="max"`` projects.
     overwrite
         Replace a plate at ``target``.
+    resume
+        Go on where the same import was killed; otherwise start anew.
+    verify
+        How many fields to read back and hold against what was read from the files.
     workers
         Threads that read and write fields; as many as processors, at most 8, if None.
     progress
@@ -97,25 +123,32 @@ def import_plate(
     source, target = Path(source), Path(target)
     if not source.exists():
         raise PlateError(f"{source} does not exist; expected a folder of microscope images.")
+    if source.is_file() and load_data is None and source.name.lower().endswith((".csv", ".csv.gz")):
+        source, load_data = source.parent, source
     if not source.is_dir():
-        raise PlateError(f"{source} is a file; expected a folder of microscope images.")
+        raise PlateError(f"{source} is a file; expected a folder of microscope images, or a LoadData CSV.")
     check_target(target, overwrite=overwrite)
     if source.resolve().is_relative_to(target.resolve()):
         raise OutputError(f"{target} is or contains the source {source}; choose another name for the plate.")
     if pixel_size_um is not None and not (np.isfinite(pixel_size_um) and pixel_size_um > 0):
         raise InputError(f"--pixel-size is {pixel_size_um}; expected micrometers, above 0.")
 
-    plan = make_import_plan(source, format=format, pattern=pattern)
+    plan = make_import_plan(
+        source, format=format, pattern=pattern, load_data=load_data, plate_name=plate_name, z=z, t=t
+    )
     names = _name_channels(plan, channel_names, source)
     name = plate_name or plan.plate_name or target.name.removesuffix(".zarr").removesuffix(".ome")
     pixel_size_um = pixel_size_um or plan.pixel_size_um
-    well_metadata, notes = _well_metadata(metadata, pert_type, plan, name)
+    tables = [compounds] if isinstance(compounds, str | Path) else list(compounds)
+    well_metadata, notes = _well_metadata(metadata, tables, pert_type, plan, name)
+    job = _fingerprint(plan, names, pixel_size_um) if resume else None
 
     with PlateWriter(
-        target, name=name, channel_names=names, pixel_size_um=pixel_size_um, overwrite=overwrite
+        target, name=name, channel_names=names, pixel_size_um=pixel_size_um, overwrite=overwrite, job=job
     ) as writer:
         _write_fields(plan, writer, workers, progress)
         writer.finish(
+            verify=verify,
             well_metadata=well_metadata,
             notes=[*plan.notes, *notes],
             provenance={
@@ -129,17 +162,74 @@ def import_plate(
     return open_plate(target)
 
 
-def make_import_plan(source: Path, *, format: str = "auto", pattern: str | None = None) -> ImportPlan:
+def make_import_plan(
+    source: Path,
+    *,
+    format: str = "auto",
+    pattern: str | None = None,
+    load_data: str | Path | None = None,
+    plate_name: str | None = None,
+    z: int | str | None = None,
+    t: int | None = None,
+) -> ImportPlan:
     """Find out which file is what, with the importer of that format; nothing is written."""
     if format not in FORMATS:
         raise InputError(f"--format '{format}' is not known; choose {listing(FORMATS)}.")
+    if z is not None and z != "max" and (not isinstance(z, int) or z < 0):
+        raise InputError(f"--z is {z!r}; expected the number of a plane, from 0, or max.")
+    choice = Choice(z, t)
     if format == "auto":
-        format = "phenix" if pattern is None and find_index(source) else "tiff"
+        format = "load_data" if load_data is not None else "tiff" if pattern is not None else _format_of(source)
+    if pattern is not None and format not in ("tiff", "ome_tiff"):
+        raise InputError(f"--pattern is for --format tiff and ome_tiff; {format} files are told by their own names.")
     if format == "phenix":
-        if pattern is not None:
-            raise InputError("--pattern is for --format tiff; Phenix file names have only one form.")
-        return plan_phenix(source)
-    return plan_tiff_folder(source, pattern=pattern)
+        return plan_phenix(source, choice=choice)
+    if format == "imagexpress":
+        return plan_imagexpress(source, choice=choice)
+    if format == "ome_tiff":
+        return plan_ome_tiff(source, pattern=pattern, choice=choice)
+    if format == "single_cells":
+        return plan_single_cells(source, plate_name=plate_name)
+    if format == "load_data":
+        table = Path(load_data) if load_data is not None else find_load_data(source)
+        if table is None or not table.is_file():
+            raise InputError(f"{table or source} is no LoadData CSV; give one with --load-data.")
+        return plan_load_data(table, source, plate_name=plate_name, choice=choice)
+    return plan_tiff_folder(source, pattern=pattern, choice=choice)
+
+
+def _format_of(source: Path) -> str:
+    if find_load_data(source):
+        return "load_data"
+    if find_index(source):
+        return "phenix"
+    if find_htd(source):
+        return "imagexpress"
+    if find_ome_tiffs(source):
+        return "ome_tiff"
+    return "single_cells" if find_cell_tables(source) and not find_tiffs(source) else "tiff"
+
+
+def _fingerprint(plan: ImportPlan, names: list[str], pixel_size_um: float | None) -> str:
+    """Return a hash of what will be written: the files with their sizes and times, and what they are called."""
+    digest = sha256(json.dumps([plan.format, plan.channel_keys, names, pixel_size_um]).encode())
+    for place, files in plan.fields.items():
+        digest.update(json.dumps(place).encode())
+        for source in dict.fromkeys(files.values()):
+            digest.update(repr(source).encode())
+            for path in _paths(source)[:64]:
+                with suppress(OSError):
+                    status = path.stat()
+                    digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _paths(source: Source | CellStrip) -> list[Path]:
+    if isinstance(source, MaximumOf):
+        return [path for plane in source.planes for path in _paths(plane)]
+    if isinstance(source, CellStrip):
+        return list(source.files)
+    return [source.path if isinstance(source, PageOf) else source]
 
 
 def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source: Path) -> list[str]:
@@ -172,18 +262,34 @@ def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source:
 
 
 def _well_metadata(
-    metadata: str | Path | None, pert_type: str | None, plan: ImportPlan, plate_name: str
+    metadata: str | Path | None, compounds: list[str | Path], pert_type: str | None, plan: ImportPlan, plate_name: str
 ) -> tuple[pd.DataFrame | None, list[str]]:
     if metadata is None:
         if pert_type:
             raise MetadataError("--pert-type derives a column from the plate map; give one with --metadata.")
-        return None, []
+        if compounds:
+            raise MetadataError("--compounds says more of the plate map's perturbations; give one with --metadata.")
+        if not plan.plate_metadata:
+            return None, []
+        wells = list(dict.fromkeys(well for well, _ in plan.fields))
+        return _with_plate_level(None, wells, plan.plate_metadata), []
     table, notes = read_platemap(metadata, plate_name=plate_name)
     wells = list(dict.fromkeys(well for well, _ in plan.fields))
     table, more = join_platemap(table, wells, source=Path(metadata).name)
+    for path in compounds:
+        table, told = join_perturbations(table, path, source=Path(metadata).name)
+        more += told
     if pert_type:
         table = derive_pert_type(table, pert_type)
-    return table, notes + more
+    return _with_plate_level(table, wells, plan.plate_metadata), notes + more
+
+
+def _with_plate_level(table: pd.DataFrame | None, wells: list[str], values: dict[str, str]) -> pd.DataFrame:
+    """Add what is the same for all wells: the source and the batch."""
+    import pandas as pd
+
+    table = pd.DataFrame(index=pd.Index(wells, name="well")) if table is None else table
+    return table.assign(**{name: value for name, value in values.items() if name not in table})
 
 
 def _write_fields(
@@ -192,14 +298,16 @@ def _write_fields(
     """Read and write fields in a few threads; never more than twice as many fields waiting as there are threads."""
     workers = workers or min(8, os.cpu_count() or 1)
 
-    def one(item: tuple[tuple[str, str], dict[str, Path]]) -> None:
+    def one(item: tuple[tuple[str, str], dict[str, Source]]) -> None:
         (well, site), files = item
-        writer.write_field(well, site, read_field(well, site, [files[key] for key in plan.channel_keys]))
+        if (well, site) not in writer.done:
+            image = read_field(well, site, [files[key] for key in plan.channel_keys])
+            writer.write_field(well, site, image, position_um=plan.positions.get((well, site)))
 
     done, total = 0, len(plan.fields)
     with ThreadPoolExecutor(workers) as pool:
         waiting: list[Future[None]] = []
-        items: Iterator[tuple[tuple[str, str], dict[str, Path]]] = iter(plan.fields.items())
+        items: Iterator[tuple[tuple[str, str], dict[str, Source]]] = iter(plan.fields.items())
         try:
             while done < total:
                 while len(waiting) < 2 * workers and (item := next(items, None)) is not None:
@@ -213,8 +321,8 @@ def _write_fields(
             raise
 
 
-def read_field(well: str, site: str, files: list[Path]) -> np.ndarray:
-    """Read the channels of one field from single-plane TIFFs.
+def read_field(well: str, site: str, files: Sequence[Source | CellStrip]) -> np.ndarray:
+    """Read the channels of one field, each from its file, its plane of a file, or the projection of several.
 
     Returns
     -------
@@ -226,33 +334,61 @@ def read_field(well: str, site: str, files: list[Path]) -> np.ndarray:
     PlateError
         A file cannot be decoded, is not one grey plane, or differs in size or type from the field's first.
     """
+    if files and isinstance(files[0], CellStrip):
+        return read_strip(files[0])
     planes: list[np.ndarray] = []
-    for path in files:
-        plane = _read_tiff(path, f"{path} (well {well} site {site})")
+    for source in files:
+        plane = _read_plane(source, f"(well {well} site {site})")
         if planes and (plane.shape != planes[0].shape or plane.dtype != planes[0].dtype):
+            name = source if isinstance(source, Path) else source.name
             raise PlateError(
-                f"{path} (well {well} site {site}) is {plane.shape[0]} x {plane.shape[1]} {plane.dtype}; "
+                f"{name} (well {well} site {site}) is {plane.shape[0]} x {plane.shape[1]} {plane.dtype}; "
                 f"{files[0].name} of the same site is {planes[0].shape[0]} x {planes[0].shape[1]} {planes[0].dtype}."
             )
         planes.append(plane)
     return np.stack(planes)
 
 
-def _read_tiff(path: Path, where: str) -> np.ndarray:
+def _read_plane(source: Source, where: str) -> np.ndarray:
+    if isinstance(source, MaximumOf):
+        highest = _read_plane(source.planes[0], where)
+        for plane in source.planes[1:]:
+            other = _read_plane(plane, where)
+            if other.shape != highest.shape:
+                raise PlateError(f"{source.name} {where} differ in size: {highest.shape} and {other.shape}.")
+            highest = np.maximum(highest, other)
+        return highest
+    if isinstance(source, PageOf):
+        return _read_tiff(source.path, f"{source.path} {where}", series=source.series, page=source.page)
+    return _read_tiff(source, f"{source} {where}")
+
+
+def _read_tiff(path: Path, where: str, *, series: int | None = None, page: int = 0) -> np.ndarray:
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as tiff:
-            if len(tiff.pages) != 1:
+            if series is not None:
+                one = tiff.series[series].pages[page]
+            elif len(tiff.pages) != 1:
                 raise PlateError(f"{where} has {len(tiff.pages)} pages; expected one plane a file.")
-            shape = tiff.pages[0].shape
+            else:
+                one = tiff.pages[0]
+            if one is None:
+                raise PlateError(f"{where}: its plane {page} is missing.")
+            shape = one.shape
             if len(shape) != 2 or 0 in shape:
                 raise PlateError(f"{where} has the shape {shape}; expected one grey plane (height, width).")
-            plane = tiff.pages[0].asarray()
+            declared = one.size * one.dtype.itemsize if one.dtype is not None else 0
+            stored = path.stat().st_size
+            if declared > MAX_PLANE_BYTES or (declared > 64 << 20 and declared > MAX_COMPRESSION * stored):
+                raise PlateError(f"{where} declares {declared:,} bytes of pixels and stores {stored:,}.")
+            plane = one.asarray()
     except PlateError:
         raise
     except Exception as error:  # tifffile and each of its codecs raise their own kinds
-        raise PlateError(f"{where} cannot be read as a TIFF ({type(error).__name__}: {error}).") from error
+        cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise PlateError(f"{where} cannot be read as a TIFF ({cause}).") from error
     if plane.dtype.kind not in "uif":
         raise PlateError(f"{where} has pixels of type {plane.dtype}; expected integers or floats.")
     return plane

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-from cellvim.data.importers.plan import ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
 from cellvim.data.importers.tiff_folder import plan_tiff_folder
 from cellvim.data.wells import canonical_well
 from cellvim.errors import MetadataError, PlateError, listing
@@ -34,7 +34,7 @@ def find_index(source: Path) -> Path | None:
     return None
 
 
-def plan_phenix(source: Path) -> ImportPlan:
+def plan_phenix(source: Path, *, choice: Choice | None = None) -> ImportPlan:
     """Read a measurement folder: channel names and µm/px come from the index; without it the names tell the rest.
 
     Raises
@@ -45,15 +45,16 @@ def plan_phenix(source: Path) -> ImportPlan:
     index = find_index(source)
     if index is None:
         folder = source / "Images" if (source / "Images").is_dir() else source
-        plan = plan_tiff_folder(folder, pattern="phenix")
+        plan = plan_tiff_folder(folder, pattern="phenix", choice=choice)
         plan.format = "phenix"
         return plan
-    return _plan_from_index(source, index)
+    return _plan_from_index(source, index, choice)
 
 
-def _plan_from_index(source: Path, index: Path) -> ImportPlan:
+def _plan_from_index(source: Path, index: Path, choice: Choice | None) -> ImportPlan:
     images, channels, plate_name = _read_index(index)
     files, missing = [], {}
+    positions: dict[tuple[str, str], tuple[float, float]] = {}
     for image in images:
         url = image.get("URL", "")
         if not url or "/" in url or "\\" in url or url.startswith("."):
@@ -63,8 +64,10 @@ def _plan_from_index(source: Path, index: Path) -> ImportPlan:
             key = f"ch{int(image['ChannelID'])}"
         except (KeyError, ValueError, MetadataError) as error:
             raise PlateError(f"{index}: the image '{url}' has no valid Row, Col and ChannelID ({error}).") from error
-        plane = f"plane{image.get('PlaneID', '')}/time{image.get('TimepointID', '')}"
-        file = PlaneFile(index.parent / url, well, site_name(image.get("FieldID")), key, plane)
+        site = site_name(image.get("FieldID"))
+        file = PlaneFile(index.parent / url, well, site, key, image.get("PlaneID", ""), image.get("TimepointID", ""))
+        if (position := _position(image)) is not None:
+            positions.setdefault((well, site), position)
         if file.path.is_file():
             files.append(file)
         else:
@@ -80,7 +83,8 @@ def _plan_from_index(source: Path, index: Path) -> ImportPlan:
         raise PlateError(f"{source}: {len(partly)} files of the index are missing: {listing(partly, 4)}. Add them.")
     if not files:
         raise PlateError(f"{index} lists {len(images)} images and none of the files is in {index.parent}.")
-    plan = make_plan(files, source=source, format="phenix")
+    plan = make_plan(files, source=source, format="phenix", choice=choice)
+    plan.positions = {place: positions[place] for place in plan.fields if place in positions}
     if missing:
         names = [f"{well}/{site}" for well, site in missing]
         plan.notes.append(f"{len(names)} fields of {index.name} have no files and were left out: {listing(names)}")
@@ -90,6 +94,15 @@ def _plan_from_index(source: Path, index: Path) -> ImportPlan:
     }
     plan.pixel_size_um = _pixel_size(channels, plan, index)
     return plan
+
+
+def _position(image: dict[str, str]) -> tuple[float, float] | None:
+    """Return where the field's middle lies in its well, (x, y) in µm; Harmony gives metres, y upwards."""
+    try:
+        x, y = (float(image[f"Position{axis}"]) * 1e6 for axis in "XY")
+    except (KeyError, ValueError):
+        return None
+    return (round(x, 3), round(y, 3)) if abs(x) < 1e6 and abs(y) < 1e6 else None
 
 
 def _pixel_size(channels: dict[str, dict[str, str]], plan: ImportPlan, index: Path) -> float | None:

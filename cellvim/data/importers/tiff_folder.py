@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cellvim.data.importers.plan import ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
 from cellvim.data.wells import canonical_well
 from cellvim.errors import InputError, MetadataError, PlateError, listing
 
@@ -30,7 +30,7 @@ def find_tiffs(source: Path) -> list[Path]:
     return sorted(p for p in found if p.is_file())
 
 
-def plan_tiff_folder(source: Path, *, pattern: str | None = None) -> ImportPlan:
+def plan_tiff_folder(source: Path, *, pattern: str | None = None, choice: Choice | None = None) -> ImportPlan:
     """Read the files' names.
 
     Parameters
@@ -41,6 +41,9 @@ def plan_tiff_folder(source: Path, *, pattern: str | None = None) -> ImportPlan:
         The name of one of `PATTERNS`, or a regular expression with named groups: ``well``, or ``row`` and
         ``column``; ``channel``; and if there are several, ``site``. Searched for in the path below ``source`` if it
         contains a ``/``, else in the file's name. Without one, the first ready pattern that fits all files is used.
+        The groups ``plane`` (or ``z``) and ``time`` (or ``t``) tell z planes and time points apart.
+    choice
+        Which z plane and time point to take.
 
     Raises
     ------
@@ -63,7 +66,7 @@ def plan_tiff_folder(source: Path, *, pattern: str | None = None) -> ImportPlan:
             f"{source}: the pattern '{expression.pattern}' fits none of its {len(files)} TIFF files, such as "
             f"{files[0].name}. Correct --pattern; ready ones are {listing(PATTERNS)}."
         )
-    plan = make_plan(planes, source=source, format="tiff_folder")
+    plan = make_plan(planes, source=source, format="tiff_folder", choice=choice)
     if missed:
         plan.notes.append(
             f"{len(missed)} TIFF files do not fit the pattern and were left out: {listing((p.name for p in missed), 4)}"
@@ -114,5 +117,5 @@ def _plane(path: Path, match: re.Match[str]) -> PlaneFile:
         raise PlateError(f"{path.name}: the pattern finds the well '{text}' in its name. {error}") from error
     if not groups.get("channel"):
         raise PlateError(f"{path.name}: the pattern finds no channel in its name; correct --pattern.")
-    plane = "/".join(f"{key}{groups[key]}" for key in ("plane", "time") if groups.get(key))
-    return PlaneFile(path, well, site_name(groups.get("site")), groups["channel"], plane)
+    z, t = (groups.get(long) or groups.get(short) or "" for long, short in (("plane", "z"), ("time", "t")))
+    return PlaneFile(path, well, site_name(groups.get("site")), groups["channel"], z, t)
