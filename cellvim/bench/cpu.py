@@ -289,9 +289,8 @@ def tables(results: dict) -> list:
 
     made = []
     where = results["machine"]
-    made.append(
-        table(f"{results['model']} on {where['processor']}, threads: {where['threads']}", "what", "×", "target")
-    )
+    title = f"{results['model']} on {where['processor']}, threads: {where['threads']}"
+    made.append(table(title, "what", "×", "target"))
     for row in results["forward"]:
         ratio = row["forward / floor"]
         made[-1].add_row(f"forward / its matrix products, batch {row['batch']}", f"{ratio:.2f}", "≤ 1.25")
@@ -314,39 +313,8 @@ def tables(results: dict) -> list:
 
     columns = [c for patch in results["models"] for c in (f"{patch}, ms", "×")]
     made.append(table("Models of the same size, one image", "model", *columns))
-    for family in next(iter(results["models"].values())):
-        rows = results["models"].values()
+    rows = list(results["models"].values())
+    for family in rows[0]:
         cells = [c for row in rows for c in (f"{row[family]:.0f}", f"{row[family] / row['fastchannelvim']:.2f}")]
         made[-1].add_row(family, *cells)
-    return made
-
-    made = []
-    where = results["machine"]
-    made.append(
-        table(f"{results['model']} on {where['processor']}, threads: {where['threads']}", "what", "×", "target")
-    )
-    for row in results["forward"]:
-        ratio = row["forward / floor"]
-        made[-1].add_row(f"forward / its matrix products, batch {row['batch']}", f"{ratio:.2f}", "≤ 1.25")
-    made[-1].add_row("training step / its matrix products", f"{results['training']['training / floor']:.2f}", "≤ 1.5")
-    for what, label in (("forward", "forward"), ("step", "with backward")):
-        ratio = results["ops"]["all four"][f"{what} reference / fused"]
-        made[-1].add_row(f"plain PyTorch / fused ops, {label}", f"{ratio:.1f}", "≥ 5")
-    for batch, row in results["memory"].items():
-        made[-1].add_row(f"peak beyond weights, token arrays of 2E, {batch}", f"{row['in token arrays']:.2f}", "≤ 3")
-
-    made.append(table("Where a forward goes", "part", "ms", "share"))
-    total = sum(results["parts"].values())
-    for name, spent in results["parts"].items():
-        made[-1].add_row(name, f"{spent:.1f}", f"{spent / total:.0%}")
-
-    made.append(table("Ops of one block", "op", "forward ms", "× plain", "with backward ms", "× plain"))
-    for name, row in results["ops"].items():
-        cells = [row[k] for k in ("native forward", "forward reference / fused", "native step")]
-        made[-1].add_row(name, *(f"{c:.2f}" for c in cells), f"{row['step reference / fused']:.2f}")
-
-    families = list(next(iter(results["models"].values())))
-    made.append(table("Models of the same size, ms per image", "", *families))
-    for patch, row in results["models"].items():
-        made[-1].add_row(patch, *(f"{t:.0f} ({t / row['fastchannelvim']:.2f}×)" for t in row.values()))
     return made
