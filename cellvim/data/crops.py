@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 BORDERS = ("pad", "reflect", "shift", "drop")
-DEFAULT_TILE_PX = 224
+CACHE_BYTES = 1 << 20  # of crops that are scaled at once, so that each pass finds them in the cache
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,78 @@ def cut_on_device(
     if blank is not None:
         crops = crops.masked_fill(blank[:, None], 0)
     return crops.contiguous()
+
+
+def cut_and_scale(
+    image: np.ndarray,
+    first: np.ndarray,
+    size_px: int,
+    scale: Callable[[torch.Tensor], torch.Tensor] | None,
+    *,
+    border: str = "pad",
+    labels: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
+) -> torch.Tensor:
+    """Cut windows of a stored field on the CPU and scale them while they are in the cache.
+
+    The same numbers as scaling the whole field and then `cut_on_device`, without touching pixels that no crop has.
+
+    Parameters
+    ----------
+    image
+        (C, H, W) in the stored type.
+    first, size_px, border, labels, numbers
+        As in `cut_on_device`, as arrays.
+    scale
+        (n, C, S, S) float32 -> the same, in place; None leaves intensities as they are.
+
+    Returns
+    -------
+    torch.Tensor
+        (n, C, S, S) float32.
+    """
+    import torch
+
+    n_channels, height, width = image.shape
+    crops = torch.empty((len(first), n_channels, size_px, size_px), dtype=torch.float32)
+    if not len(first):
+        return crops
+    inside = ((first >= 0) & (first + size_px <= (height, width))).all(axis=1)
+    fits = size_px <= min(height, width)
+    windows = np.lib.stride_tricks.sliding_window_view(image, (size_px, size_px), axis=(1, 2)) if fits else None
+    offset = np.arange(size_px)
+    step = max(1, CACHE_BYTES // (4 * n_channels * size_px**2))
+    for start in range(0, len(first), step):
+        part = slice(start, start + step)
+        y, x = first[part, 0], first[part, 1]
+        if inside[part].all():
+            stored = windows.transpose(1, 2, 0, 3, 4)[y, x]
+        else:
+            rows, columns = y[:, None] + offset, x[:, None] + offset
+            if border == "reflect":
+                rows, columns = (_mirrored_index(i, n) for i, n in ((rows, height), (columns, width)))
+            rows, columns = np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)
+            stored = image[:, rows[:, :, None], columns[:, None, :]].transpose(1, 0, 2, 3)
+        block = crops[part]
+        block.copy_(torch.from_numpy(np.ascontiguousarray(stored)))
+        if scale is not None:
+            scale(block)
+    beyond = np.flatnonzero(~inside)
+    if len(beyond) and border != "reflect":
+        y, x = first[beyond, :1] + offset, first[beyond, 1:] + offset
+        outside = ((y < 0) | (y >= height))[:, :, None] | ((x < 0) | (x >= width))[:, None, :]
+        places = torch.from_numpy(beyond)
+        crops[places] = crops[places].masked_fill(torch.from_numpy(outside)[:, None], 0)
+    if labels is not None:
+        others = torch.from_numpy(_windows(labels[None], first, size_px, border))
+        own = torch.from_numpy(np.asarray(numbers, labels.dtype))[:, None, None, None]
+        crops.masked_fill_((others != 0) & (others != own), 0)
+    return crops
+
+
+def _mirrored_index(index: np.ndarray, length: int) -> np.ndarray:
+    index = index % (2 * length)
+    return np.minimum(index, 2 * length - 1 - index)
 
 
 def _mirrored(index: torch.Tensor, length: int) -> torch.Tensor:

@@ -91,15 +91,20 @@ class IntensityScale:
         return scaled
 
     def apply_on_device(self, image: torch.Tensor) -> torch.Tensor:
-        """Return what `apply` returns, for an image (C, H, W) that is on a device already."""
+        """Return what `apply` returns, for an image (C, H, W) or crops (n, C, H, W) that are on a device already."""
+        import torch
+
+        return self.apply_in_place(image.to(torch.float32, copy=True))
+
+    def apply_in_place(self, image: torch.Tensor) -> torch.Tensor:
+        """Scale an image (C, H, W) or crops (n, C, H, W), float32, and return it."""
         import torch
 
         width = np.where(self.high > self.low, self.high - self.low, np.inf)
         low = torch.from_numpy(self.low.astype(np.float32)).to(image.device)
         factor = torch.from_numpy((1.0 / width).astype(np.float32)).to(image.device)
-        scaled = image.to(torch.float32, copy=True)
-        scaled.sub_(low[:, None, None]).mul_(factor[:, None, None])
-        return scaled.nan_to_num_(nan=0.0, posinf=None, neginf=None).clamp_(self.floor, self.ceiling)
+        image.sub_(low[:, None, None]).mul_(factor[:, None, None])
+        return image.nan_to_num_(nan=0.0, posinf=None, neginf=None).clamp_(self.floor, self.ceiling)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scale as plain lists and numbers, for JSON."""
