@@ -1,9 +1,10 @@
 """Which back-end runs the ops: the fastest one that is there for the tensors' device, or the one that was named.
 
 Nothing is swapped silently. A named back-end (`use_backend`, or the environment's ``CELLVIM_BACKEND``) runs every op or
-raises a `BackendError`. Left to itself, CellVim takes "native" for float32 and bfloat16 tensors on the CPU and
-"reference" for the rest: other devices, float64 and float16, more than 4 taps or 64 states, and `torch.export`, whose
-graphs must not hold our own ops. `describe_backends` (``cellvim backends``) says which back-end runs and why.
+raises a `BackendError`. Left to itself, CellVim takes "native" for float32 and bfloat16 tensors on the CPU, "cuda" for
+those and float16 on an NVIDIA GPU, and "reference" for the rest: other devices, float64, more than 4 taps or 64 states,
+and `torch.export`, whose graphs must not hold our own ops. A GPU without the CUDA library runs the reference under
+`torch.compile`. `describe_backends` (``cellvim backends``) says which back-end runs and why.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from cellvim.errors import BackendError, listing, suggestion
-from cellvim.ops import native, reference
+from cellvim.ops import compiled, cuda, mamba_ssm, native, reference
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}
-_FASTEST = {"cpu": "native"}  # by device type; elsewhere the reference runs
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference, "cuda": cuda, "mamba_ssm": mamba_ssm}
+_FASTEST = {"cpu": "native", "cuda": "cuda"}  # by device type; elsewhere the reference runs
 _chosen: str | None = os.environ.get("CELLVIM_BACKEND") or None
 _said: set[str] = set()
 _log = logging.getLogger("cellvim")
@@ -98,6 +99,13 @@ def _backend(*tokens: Tensor, taps: int = 1, states: int = 1) -> ModuleType:
         return reference
     backend = BACKENDS[fastest]
     if not backend.available():
+        if torch.compiler.is_compiling():
+            return reference
+        if backend is cuda and compiled.available():
+            _say_once(
+                f"The plain PyTorch path runs under torch.compile, slower than the CUDA kernels: {cuda.reason()}."
+            )
+            return compiled
         _say_once(f"The plain PyTorch path runs, several times slower: {backend.reason()}.")
         return reference
     return reference if backend.refusal(*tokens, taps=taps, states=states) else backend

@@ -37,9 +37,10 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
   const int E = a.conv.width;
   for (int first = 0; first < steps; first += STEPS) {
     Raw<T> y[STEPS][2];
+    bool exists[STEPS];  // tokens that no step visits follow as zeros
 #pragma unroll
     for (int t = 0; t < STEPS; ++t, here.next())
-      if (here.exists())
+      if ((exists[t] = here.exists()))
 #pragma unroll
         for (int k = 0; k < 2; ++k)
           y[t][k] = load_raw((const T *)a.y + (((int64_t)k * a.batch + b) * a.plan.slots + here.slot(k)) * E + e, access);
@@ -50,7 +51,7 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
       Vec mixed;
 #pragma unroll
       for (int i = 0; i < VEC; ++i) mixed[i] = 0.5f * (y0[i] + y1[i]);
-      if (SKIP)
+      if (SKIP && exists[t])
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const Vec u = silu<T>(window.conv(taps, k, t));
@@ -102,7 +103,7 @@ template <class T, bool SKIP, int THREADS>
 __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ GateArguments a) {
   float *rows = reinterpret_cast<float *>(shared_memory);  // (tile, E)
   const int b = (int)blockIdx.x / a.runs, first = (int)blockIdx.x % a.runs * a.run_steps;
-  const int last = min(first + a.run_steps, a.plan.steps_of(b)), E = a.conv.width;
+  const int last = min(first + a.run_steps, a.plan.stored), E = a.conv.width;
   const int e = (int)threadIdx.x * VEC, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
   Taps taps;
   Vec skip[2];
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
 
   for (int64_t item = blockIdx.x; item < (int64_t)a.batch * a.runs; item += gridDim.x) {
     const int b = (int)(item / a.runs), first = (int)(item % a.runs) * a.run_steps;
-    const int last = min(first + a.run_steps, a.plan.steps_of(b));
+    const int last = min(first + a.run_steps, a.plan.stored);
     Cursor here(a.plan, b, first), ahead(a.plan, b, first - REACH);
     Window<T, STEPS> window;
     if (SKIP && e < E && first < last) window.start((const T *)a.conv.x + b * a.conv.x_batch, a.conv, e, ahead);
@@ -291,7 +292,7 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
     }
   g.tile = tile;
   g.run_steps = divide_up(96, tile) * tile;
-  g.runs = divide_up(g.plan.length, g.run_steps);
+  g.runs = divide_up(g.plan.stored, g.run_steps);
   const int64_t items = (int64_t)g.batch * g.runs;
   const size_t shared = (size_t)tiles * tile * g.conv.width * sizeof(float);
   if (!is_backward) {
@@ -309,11 +310,6 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
     adjoint_threads = plan_adjoint(adjoint, call.device, workspace);
   }
   if (is_counting) return CELLVIM_OK;
-  if (g.plan.indexed) {
-    const int64_t size = a.batch * g.plan.stored * a.width;
-    CELLVIM_TRY(zero(call, a.grad_z, size * (int64_t)sizeof(T)));
-    CELLVIM_TRY(zero(call, a.grad_mixed, size * (int64_t)sizeof(float)));
-  }
   CELLVIM_TRY(launch(call, gate_backward_kernel<T, SKIP, THREADS>, workers, threads, shared, g));
   if (g.norm != CELLVIM_NORM_NONE) {
     CELLVIM_TRY(sum_rows(call, g.partial, workers, 2 * a.width, 0, a.width, a.grad_norm_weight));
@@ -352,11 +348,7 @@ int expand_gate(const cellvim_expand_gate &a, bool is_backward, const cellvim_cu
   g.z = a.z, g.z_batch = a.z_batch, g.z_token = (int)a.z_token, g.y = a.y;
   g.skip = a.skip, g.norm_weight = a.norm_weight, g.norm_bias = a.norm_bias;
   g.out = a.out, g.grad_out = a.grad_out, g.grad_z = a.grad_z;
-  if (!bytes) {
-    CELLVIM_TRY(fill_tables(a.plan, is_backward, g.plan, call));
-    if (g.plan.indexed && !is_backward)
-      CELLVIM_TRY(zero(call, a.out, a.batch * a.plan.stored * a.width * (int64_t)size_of(a.dtype)));
-  }
+  if (!bytes) CELLVIM_TRY(fill_tables(a.plan, is_backward, g.plan, call));
   const int status = for_type(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     return a.skip ? run<T, true>(a, g, is_backward, call, workspace, bytes != nullptr)

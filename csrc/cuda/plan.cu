@@ -9,13 +9,13 @@ constexpr int THREADS = 256;
 // One block a (direction, sample). Slots look for their steps one after the other: O(P * L / THREADS), no atomics, and
 // the lists come out ordered.
 __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_t *order, const int64_t *slot,
-                                                         int32_t *token_out, int32_t *slot_out, int32_t *count_out,
-                                                         int32_t *start_out, int32_t *steps_out) {
+                                                         int32_t *visited, int32_t *token_out, int32_t *slot_out,
+                                                         int32_t *count_out, int32_t *start_out, int32_t *steps_out) {
   int *scratch = reinterpret_cast<int *>(shared_memory);  // THREADS
   const int row = (int)blockIdx.x, b = row % plan.samples, k = row / plan.samples, t = (int)threadIdx.x;
   const int L = plan.length, P = plan.slots;
   order += (int64_t)b * L, slot += (int64_t)row * L;
-  token_out += (int64_t)b * L, slot_out += (int64_t)row * L;
+  token_out += (int64_t)b * plan.tokens, slot_out += (int64_t)row * L, visited += (int64_t)b * plan.stored;
 
   int count = L;  // steps before the first absent token
   for (int l = t; l < L; l += THREADS)
@@ -33,10 +33,30 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_
     const int64_t s = slot[l];
     const bool fits = l < count && s >= 0 && s < P;
     slot_out[l] = fits ? (int)s : 0;
-    if (k == 0) token_out[l] = l < count ? (int)order[l] : -1;
     if (l < count && s != l) identity = 0;
   }
-  if (k == 0 && t == 0) count_out[b] = count;
+  if (k == 0) {
+    if (t == 0) count_out[b] = count;
+    for (int i = t; i < plan.stored; i += THREADS) visited[i] = 0;
+    __syncthreads();
+    for (int l = t; l < count; l += THREADS) {
+      token_out[l] = (int)order[l];
+      visited[order[l]] = 1;
+    }
+    __syncthreads();
+    // Each thread takes a stretch of the stored tokens and leaves room for those before it.
+    const int stretch = (plan.stored + THREADS - 1) / THREADS, from = t * stretch;
+    const int to = min(from + stretch, plan.stored);
+    int mine = 0;
+    for (int i = from; i < to; ++i) mine += !visited[i];
+    scratch[t] = mine;
+    __syncthreads();
+    int at = count;
+    for (int i = 0; i < t; ++i) at += scratch[i];
+    for (int i = from; i < to; ++i)
+      if (!visited[i]) token_out[at++] = i;
+    __syncthreads();
+  }
   if (!start_out) return;
   start_out += (int64_t)row * (P + 1), steps_out += (int64_t)row * L;
   scratch[t] = identity;
@@ -91,7 +111,8 @@ int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace,
   if (plan.indexed) {
     plan.samples = (int)from.index_batch;
     plan.slot_weight = from.slot_weight;
-    plan.token = workspace.take<int32_t>(from.index_batch * from.length);
+    plan.tokens = plan.length > plan.stored ? plan.length : plan.stored;
+    plan.token = workspace.take<int32_t>(from.index_batch * (plan.tokens + plan.stored));  // and a mark for each
     plan.slot = workspace.take<int32_t>(2 * from.index_batch * from.length);
     plan.count = workspace.take<int32_t>(from.index_batch);
     if (needs_groups) {
@@ -141,7 +162,7 @@ int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace,
 int fill_tables(const cellvim_plan &from, bool needs_groups, const Plan &plan, const cellvim_cuda_call &call) {
   if (!plan.indexed) return CELLVIM_OK;
   return launch(call, tables_kernel, 2 * plan.samples, THREADS, THREADS * sizeof(int), plan, from.order, from.slot,
-                const_cast<int32_t *>(plan.token), const_cast<int32_t *>(plan.slot),
+                const_cast<int32_t *>(plan.token) + (int64_t)plan.samples * plan.tokens, const_cast<int32_t *>(plan.token), const_cast<int32_t *>(plan.slot),
                 const_cast<int32_t *>(plan.count), const_cast<int32_t *>(needs_groups ? plan.start : nullptr),
                 const_cast<int32_t *>(needs_groups ? plan.steps : nullptr));
 }

@@ -17,9 +17,10 @@ struct Plan {
   float mean_weight;
   // Indexed
   bool indexed;
-  const int32_t *token;      // (samples, L), -1 where there is none
+  int tokens;                // of a row of `token`
+  const int32_t *token;      // (samples, tokens): stored token of each step; then the stored tokens that no step visits
   const int32_t *slot;       // (2, samples, L)
-  const int32_t *count;      // (samples)
+  const int32_t *count;      // (samples): steps that have a token
   const int32_t *start;      // (2, samples, P + 1), into `steps`
   const int32_t *steps;      // (2, samples, L): steps ordered by slot
   const float *slot_weight;  // (samples, P)
@@ -34,7 +35,7 @@ class Cursor {
   __device__ __forceinline__ Cursor(const Plan &plan, int b, int step) : plan_(plan), step_(step) {
     count_ = plan.steps_of(b);
     if (plan.indexed) {
-      token_table_ = plan.token + (int64_t)plan.sample(b) * plan.length;
+      token_table_ = plan.token + (int64_t)plan.sample(b) * plan.tokens;
       slot_table_ = plan.slot + (int64_t)plan.sample(b) * plan.length;
     } else {
       const int at = step < 0 ? 0 : step;
@@ -106,9 +107,10 @@ class Members {
   const int32_t *list_ = nullptr;
 };
 
-// The stored token of any step that exists.
+// The stored token of any step that exists. In an indexed plan, the steps from the last to `stored` stand for the tokens
+// that none visits.
 __device__ __forceinline__ int token_at(const Plan &plan, int b, int step) {
-  if (plan.indexed) return plan.token[(int64_t)plan.sample(b) * plan.length + step];
+  if (plan.indexed) return plan.token[(int64_t)plan.sample(b) * plan.tokens + step];
   const int i2 = step % plan.sizes[2], rest = step / plan.sizes[2];
   return rest / plan.sizes[1] * plan.token_stride[0] + rest % plan.sizes[1] * plan.token_stride[1] +
          i2 * plan.token_stride[2];
