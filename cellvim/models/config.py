@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from math import ceil
+from math import ceil, inf, isfinite
 from typing import Any
 
 from cellvim.errors import ModelError, suggestion
@@ -24,6 +24,53 @@ _CHOICES = {
     "channel_sampling": ("sorted", "unsorted", "none"),
     "mask_reverse": ("mirrored", "reference"),
     "initialization": ("cellvim", "reference"),
+}
+
+
+def _whole(value: Any, low: int, high: float = inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_image_size(value: Any) -> bool:
+    return _whole(value, 1) or (isinstance(value, tuple) and len(value) == 2 and all(_whole(v, 1) for v in value))
+
+
+_AT_LEAST_ONE = (lambda v: _whole(v, 1), "a whole number of at least 1")
+_MAYBE_ONE = (lambda v: v is None or _whole(v, 1), "None or a whole number of at least 1")
+_YES_OR_NO = (lambda v: isinstance(v, bool), "True or False")
+_VALUES = {  # name -> (test, what is expected)
+    "image_size": (_is_image_size, "pixels a side, at least 1, or (height, width)"),
+    "patch_size": _AT_LEAST_ONE,
+    "patch_stride": _MAYBE_ONE,
+    "in_channels": _AT_LEAST_ONE,
+    "embed_dim": _AT_LEAST_ONE,
+    "depth": _AT_LEAST_ONE,
+    "num_classes": (lambda v: _whole(v, 0), "0 (no head) or more"),
+    "channel_names": (
+        lambda v: v is None or (isinstance(v, tuple) and all(isinstance(n, str) for n in v)),
+        "None or a tuple of names",
+    ),
+    "alternate": _YES_OR_NO,
+    "position_embedding": _YES_OR_NO,
+    "sample_channels_per_image": _YES_OR_NO,
+    "projection_bias": _YES_OR_NO,
+    "pool_scale": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "d_state": _AT_LEAST_ONE,
+    "d_conv": (lambda v: _whole(v, 0, 4), "0 (no convolution) to 4 taps"),
+    "expand": _AT_LEAST_ONE,
+    "dt_rank": _MAYBE_ONE,
+    "layer_scale": (lambda v: v is None or _number(v), "None or a number"),
+    "drop_path_rate": (lambda v: _number(v) and 0 <= v < 1, "at least 0 and below 1"),
+    "num_heads": _MAYBE_ONE,
+    "mlp_ratio": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "out_indices": (
+        lambda v: isinstance(v, tuple) and all(_whole(i, 0) for i in v) and len(set(v)) == len(v),
+        "a tuple of different blocks",
+    ),
 }
 
 
@@ -142,34 +189,22 @@ class EncoderConfig:
     out_indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int):  # lists come from JSON and YAML
+        if isinstance(self.image_size, list):  # lists come from JSON and YAML
             object.__setattr__(self, "image_size", tuple(self.image_size))
-        if self.channel_names is not None:
-            object.__setattr__(self, "channel_names", tuple(self.channel_names))
-        object.__setattr__(self, "out_indices", tuple(self.out_indices))
+        for name in ("channel_names", "out_indices"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ModelError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
-        self._check_numbers()
+        for name, (fits, expected) in _VALUES.items():
+            if not fits(getattr(self, name)):
+                raise ModelError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
         self._check_combinations()
 
-    def _check_numbers(self) -> None:
-        positive = ("patch_size", "in_channels", "embed_dim", "depth", "d_state", "expand")
-        for name in positive:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ModelError(f"{name} is {getattr(self, name)!r}; expected a whole number of at least 1.")
-        if min(self.image_height, self.image_width) < 1:
-            raise ModelError(f"image_size is {self.image_size!r}; expected at least 1 pixel a side.")
-        if self.num_classes < 0:
-            raise ModelError(f"num_classes is {self.num_classes}; expected 0 (no head) or more.")
-        if self.d_conv not in (0, 1, 2, 3, 4):
-            raise ModelError(f"d_conv is {self.d_conv}; expected 0 (no convolution) to 4 taps.")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ModelError(f"drop_path_rate is {self.drop_path_rate}; expected at least 0 and below 1.")
-        if self.patch_stride is not None and not 1 <= self.patch_stride <= self.patch_size:
-            raise ModelError(f"patch_stride is {self.patch_stride}; expected 1 to the patch size {self.patch_size}.")
-
     def _check_combinations(self) -> None:
+        if self.patch_stride is not None and self.patch_stride > self.patch_size:
+            raise ModelError(f"patch_stride is {self.patch_stride}; expected at most the patch size {self.patch_size}.")
         if self.channel_names is not None and len(self.channel_names) != self.in_channels:
             raise ModelError(f"channel_names has {len(self.channel_names)} names; in_channels is {self.in_channels}.")
         if self.channel_names is not None and len(set(self.channel_names)) != len(self.channel_names):
@@ -179,6 +214,8 @@ class EncoderConfig:
         if any(not 0 <= i < self.depth for i in self.out_indices):
             raise ModelError(f"out_indices {self.out_indices} leave the blocks 0 to {self.depth - 1}.")
         if self.mixer == "attention":
+            if self.layer_scale is not None:
+                raise ModelError("layer_scale needs mixer='mamba'; the attention block has none.")
             if self.embed_dim % self.heads:
                 raise ModelError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.heads}.")
             if self.pool not in ("none", "mean"):

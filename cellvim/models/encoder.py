@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from cellvim.models.grid import TokenGrid
 from cellvim.models.hub import HubModel
 from cellvim.models.mixer import Mixer, Scale
 from cellvim.models.patch_embed import Channels, ChannelSampler, PatchEmbed, check_images, resolve_channels
+from cellvim.models.vit import EPS as VIT_EPS
 from cellvim.models.vit import AttentionBlock
 from cellvim.ops.plan import ScanPlan
 
@@ -38,13 +40,13 @@ class Block(nn.Module):
 class Norm(Scale):
     """Residual addition and RMSNorm or LayerNorm in one op."""
 
-    def __init__(self, width: int, kind: str) -> None:
+    def __init__(self, width: int, kind: str, eps: float = 1e-5) -> None:
         super().__init__(width, bias=kind == "layer")
-        self.kind = kind
+        self.kind, self.eps = kind, eps
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (normed sum, sum), each (B, L, D)."""
-        return ops.add_norm(hidden, residual, self.weight, self.bias, kind=self.kind)
+        return ops.add_norm(hidden, residual, self.weight, self.bias, self.eps, self.kind)
 
 
 class Encoder(nn.Module, HubModel):
@@ -67,6 +69,8 @@ class Encoder(nn.Module, HubModel):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        if not isinstance(config, EncoderConfig):
+            raise ModelError(f"Encoder was given a {type(config).__name__}; expected an EncoderConfig.")
         self.config = config
         self.is_trained = False  # set by `load_checkpoint` and training; untrained weights are said to be so
         D = config.embed_dim
@@ -84,9 +88,10 @@ class Encoder(nn.Module, HubModel):
             for i in range(len(config.out_indices)):
                 setattr(self, f"outnorm_{i}", nn.LayerNorm(D))
         else:
-            self.norm_f = Norm(D, "layer" if config.mixer == "attention" else config.input_norm)
+            self.norm_f = Norm(D, "layer", VIT_EPS) if config.mixer == "attention" else Norm(D, config.input_norm)
         self.head = nn.Linear(D, config.num_classes) if config.num_classes else nn.Identity()
         self.channel_sampler = ChannelSampler()
+        self.register_load_state_dict_post_hook(_without_channel_draws)
         self.reset_parameters()
 
     def forward(self, images: Tensor, channels: Channels = None, keep: Tensor | None = None) -> Tensor:
@@ -100,7 +105,8 @@ class Encoder(nn.Module, HubModel):
         channels
             Ids or names of the images' channels, (C,), or one such list a sample; None for all of the model's.
         keep
-            (B, L) bool over the tokens in the model's scan order: those that exist; None for all.
+            (B, L) bool over the tokens in the model's scan order: those that exist; or their ids, (B, K) int64 padded
+            with −1; None for all. No channels are drawn in training when it is given.
 
         Returns
         -------
@@ -136,13 +142,14 @@ class Encoder(nn.Module, HubModel):
         indices: Sequence[int] | None = None,
         channels: Channels = None,
         residual: bool = True,
+        keep: Tensor | None = None,
     ) -> list[Tensor]:
         """Return maps of chosen blocks, for segmentation and detection heads.
 
         Parameters
         ----------
-        images, channels
-            As in `forward`.
+        images, channels, keep
+            As in `forward`; maps are zero where a sample has no token.
         indices
             Blocks, 0 … depth − 1; None for ``config.out_indices``, or all blocks without them.
         residual
@@ -160,15 +167,18 @@ class Encoder(nn.Module, HubModel):
         """
         if indices is None:
             indices = self.config.out_indices or range(self.config.depth)
+        indices = list(indices) if isinstance(indices, Iterable) else indices
+        if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
+            raise InputError(f"indices is {indices!r}; expected a list of block numbers.")
         unknown = [i for i in indices if not 0 <= i < self.config.depth]
         if unknown:
             raise InputError(f"Blocks {listing(unknown)} are not among 0 to {self.config.depth - 1}.")
-        hidden, grid = self.embed(images, channels)
+        hidden, grid = self.embed(images, channels, keep)
         stream, maps = None, {}
         for i, block in enumerate(self.layers):
             hidden, stream = block(hidden, stream, grid.plan(i))
             if i in indices:
-                maps[i] = self._map(hidden + stream if residual else hidden, i, grid)
+                maps[i] = self._map((hidden + stream).to(hidden.dtype) if residual else hidden, i, grid)
             if len(maps) == len(set(indices)):
                 break
         return [maps[i] for i in indices]
@@ -183,13 +193,13 @@ class Encoder(nn.Module, HubModel):
         tokens, grid
             (B, L, D) and their `TokenGrid`.
         """
-        return self._embed_chosen(*self._choose_channels(images, channels), keep)
+        return self._embed_chosen(*self._choose_channels(images, channels, draw=keep is None), keep)
 
     def _embed_chosen(self, images: Tensor, channels: Tensor | None, keep: Tensor | None) -> tuple[Tensor, TokenGrid]:
-        tokens = self.patch_embed(images, channels)  # a grid, see PatchEmbed
-        if self.config.position_embedding:
-            tokens = tokens + self._position(*self._patch_grid(*images.shape[-2:]))
         grid = self._grid(images, channels, keep)
+        tokens = self.patch_embed(images, channels, grid.exist)  # a grid, see PatchEmbed
+        if self.config.position_embedding:
+            tokens = tokens + self._position(grid.rows, grid.columns)
         tokens = tokens.flatten(1, -2)  # (B, L, D)
         if grid.kept is not None:
             tokens = tokens.gather(1, grid.kept.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -231,10 +241,10 @@ class Encoder(nn.Module, HubModel):
     def _classify(self, features: Tensor) -> Tensor:
         return ops.linear(features, self.head.weight, self.head.bias) if self.config.num_classes else features
 
-    def _choose_channels(self, images: Tensor, channels: Channels) -> tuple[Tensor, Tensor | None]:
+    def _choose_channels(self, images: Tensor, channels: Channels, draw: bool) -> tuple[Tensor, Tensor | None]:
         """Check the images; put joint channels into the model's order; draw per-channel ones in training."""
         config = self.config
-        check_images(images)
+        check_images(images, self.patch_embed.proj.weight.dtype)
         channels = resolve_channels(channels, images, config)
         if config.tokens == "joint":
             if channels is not None:
@@ -242,7 +252,7 @@ class Encoder(nn.Module, HubModel):
                     raise ModelError("A model of joint tokens needs all its channels, the same for every sample.")
                 images = images[:, channels.argsort()]
             return images, None
-        if not self.training or config.channel_sampling == "none":
+        if not draw or not self.training or config.channel_sampling == "none":
             return images, channels
         if channels is None:
             channels = torch.arange(images.shape[1], device=images.device)
@@ -267,10 +277,12 @@ class Encoder(nn.Module, HubModel):
             exist = (channels >= 0)[:, None, :].expand(-1, rows * columns, -1)  # (B, H·W, C)
             exist = exist if self.config.scan_order == "channel_first" else exist.transpose(1, 2)
             exist = exist.flatten(1)
-            keep = exist if keep is None else keep & exist
+            keep = exist if keep is None else _as_mask(keep, exist.shape) & exist
         kept = None if keep is None else kept_ids(keep, images.shape[0], rows * columns * count)
         length = rows * columns * count if kept is None else kept.shape[1]
         positions = {"none": None, "first": 0, "middle": length // 2}
+        if kept is not None and bool((kept[:, -1:] < 0).any()):
+            positions["middle"] = 0  # samples differ in where their middle is
         return TokenGrid(
             self.config,
             rows,
@@ -321,15 +333,20 @@ class Encoder(nn.Module, HubModel):
         if self.config.position_embedding and self._class_has_position:
             index = self._class_index(self.pos_embed.shape[1] - 1)
             class_token = class_token + self.pos_embed[:, index : index + 1]
-        class_token = class_token.expand(len(tokens), -1, -1).to(tokens.dtype)
+        class_token = class_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
 
     def _map(self, tokens: Tensor, block: int, grid: TokenGrid) -> Tensor:
+        """(B, L, D) of a block as maps, see `forward_intermediates`."""
         if grid.class_position is not None:
             place = grid.class_position
             tokens = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], dim=1)
         if block in self.config.out_indices:
             tokens = getattr(self, f"outnorm_{self.config.out_indices.index(block)}")(tokens)
+        if grid.kept is not None:
+            ids = torch.where(grid.kept < 0, grid.count, grid.kept)[..., None].expand_as(tokens)
+            full = tokens.new_zeros(tokens.shape[0], grid.count + 1, tokens.shape[2])  # a spare one for absent tokens
+            tokens = full.scatter(1, ids, tokens)[:, : grid.count]
         shape = [grid.sizes[a] for a in grid.axes]
         tokens = tokens.unflatten(1, shape).permute(
             0, 4, *(1 + grid.axes.index(a) for a in ("channel", "row", "column"))
@@ -338,13 +355,20 @@ class Encoder(nn.Module, HubModel):
             tokens = tokens.transpose(3, 4)
         return tokens if self.config.tokens == "per_channel" else tokens[:, :, 0]
 
+    def checkpoint_options(self) -> dict[str, Any]:
+        """Return what `save_checkpoint` keeps beside the configuration; nothing for an encoder."""
+        return {}
+
     def get_extra_state(self) -> Tensor:
         """The channel draws' generator, so that checkpoints resume them."""
         return self.channel_sampler.state
 
     def set_extra_state(self, state: Tensor) -> None:
         """The inverse of `get_extra_state`."""
-        self.channel_sampler.state = state
+        try:
+            self.channel_sampler.state = state
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ModelError(f"_extra_state is no state of the channel draws ({error}).") from error
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -372,22 +396,39 @@ def kept_ids(keep: Tensor, batch: int, count: int) -> Tensor:
     InputError
         The mask does not fit the images, or leaves a sample without a token.
     """
-    if keep.ndim != 2 or keep.shape[0] != batch:
-        raise InputError(f"keep has shape {tuple(keep.shape)}; expected a row for each of the {batch} samples.")
-    if keep.dtype != torch.bool:
-        ids = torch.where(keep < 0, count, keep).sort(dim=1).values
-        if bool((keep >= count).any()) or bool(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] < count)).any()):
-            raise InputError(f"keep has ids beyond {count - 1}, or a token twice for one sample.")
-        ids = torch.where(ids == count, -1, ids)
-    else:
-        if keep.shape[1] != count:
-            raise InputError(f"keep has shape {tuple(keep.shape)}; expected ({batch}, {count}), one value a token.")
-        longest = int(keep.sum(1).max()) if keep.numel() else 0
-        order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-        ids = torch.where(keep.gather(1, order), order, -1)
-    if ids.shape[1] == 0 or bool((ids[:, 0] < 0).any()):
+    keep = _as_mask(keep, (batch, count))
+    longest = int(keep.sum(1).max()) if batch else 0
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    ids = torch.where(keep.gather(1, order), order, -1)
+    if batch and (ids.shape[1] == 0 or bool((ids[:, 0] < 0).any())):
         raise InputError("keep leaves a sample without any token; expected at least one.")
     return ids
+
+
+def _as_mask(keep: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A mask (B, L) bool of kept tokens, given as such or as ids (B, K) padded with −1."""
+    batch, count = shape
+    if not isinstance(keep, Tensor):
+        raise InputError(f"keep is a {type(keep).__name__}; expected a torch.Tensor of shape {tuple(shape)}.")
+    if keep.ndim != 2 or keep.shape[0] != batch:
+        raise InputError(f"keep has shape {tuple(keep.shape)}; expected a row for each of the {batch} samples.")
+    if keep.dtype == torch.bool:
+        if keep.shape[1] != count:
+            raise InputError(f"keep has shape {tuple(keep.shape)}; expected ({batch}, {count}), one value a token.")
+        return keep
+    if keep.is_floating_point():
+        raise InputError(f"keep is {keep.dtype}; expected bool, or ids as whole numbers.")
+    ids = torch.where(keep < 0, count, keep).long()
+    mask = torch.zeros(batch, count + 1, dtype=torch.int64, device=keep.device)
+    if bool((keep >= count).any()) or bool((mask.scatter_add(1, ids, torch.ones_like(ids))[:, :count] > 1).any()):
+        raise InputError(f"keep has ids beyond {count - 1}, or a token twice for one sample.")
+    return mask.scatter(1, ids, 1)[:, :count].bool()
+
+
+def _without_channel_draws(_, incompatible_keys) -> None:
+    """A state dict of another code has no state of our channel draws, and needs none."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.endswith("_extra_state")]
 
 
 def _present(grid: TokenGrid) -> Tensor | None:

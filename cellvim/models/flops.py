@@ -11,6 +11,7 @@ Kapse et al., Fast Vision Mamba (2025), Table 1 and Fig. 4.
 
 from __future__ import annotations
 
+from cellvim.errors import InputError
 from cellvim.models.config import EncoderConfig
 from cellvim.models.grid import TokenGrid
 
@@ -54,7 +55,14 @@ def count_flops(
         Operations of ``patch_embed``, ``projections`` (in and out, or query to MLP), ``conv``, ``delta`` (Δ, B and C),
         ``scan`` or ``attention``, ``elementwise`` (norms, skip, gate, pooling), ``head``, and their ``total``.
     """
-    rows, columns = config.grid_size(height or config.image_height, width or config.image_width)
+    height = config.image_height if height is None else height
+    width = config.image_width if width is None else width
+    if min(height, width) < 1 or not (channels is None or 1 <= channels <= config.in_channels):
+        raise InputError(
+            f"Cannot count for {height} x {width} pixels and {channels} channels; expected at least 1 pixel a side and "
+            f"1 to {config.in_channels} channels."
+        )
+    rows, columns = config.grid_size(height, width)
     per_channel = config.tokens == "per_channel"
     count = (channels or config.in_channels) if per_channel else 1
     grid = TokenGrid(config, rows, columns, count)

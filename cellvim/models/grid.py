@@ -1,6 +1,7 @@
 """TokenGrid: where each token lies, and in which order each block visits and pools the tokens.
 
-This is the only place that knows rows, columns and channels. Blocks get a `ScanPlan` from it and mix tokens blindly.
+Blocks and mixers know no rows, columns, channels or masks: they get a `ScanPlan` from here and mix tokens blindly. Only
+what makes tokens of pixels, or pixels of tokens (patch embedding, decoder, dense maps), knows the grid besides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class TokenGrid:
         With ``kept``: (B,) int64, how many of the channels each sample has at all (channels that a sample lacks take
         no scan step; masked tokens of channels it has do). None for all.
     class_position
-        Where in the stored sequence the class token stands; None for no class token.
+        Where in the stored sequence the class token stands; None for no class token. (Where it stands in a block's
+        order is the same for a full grid; in a ragged batch it is stored first and visited at its place.)
     device
         Where the plans' indices lie.
     dtype
@@ -64,11 +66,6 @@ class TokenGrid:
                 "mask_reverse='reference' needs the same number of tokens in every sample of a batch, as the published "
                 "models had; this batch differs. Use mask_reverse='mirrored' or batches of equal counts."
             )
-        if self.is_ragged and self.class_position:
-            raise ModelError(
-                "class_token='middle' needs the same number of tokens in every sample of a batch; this batch differs. "
-                "Use class_token='first' or 'none', or batches of equal counts."
-            )
 
     @property
     def axes(self) -> tuple[str, str, str]:
@@ -86,6 +83,14 @@ class TokenGrid:
     def count(self) -> int:
         """Number of tokens of the full grid, without a class token."""
         return self.rows * self.columns * self.channels
+
+    @property
+    def exist(self) -> Tensor | None:
+        """(B, L) bool: which tokens of the full grid there are; None for all."""
+        if self.kept is None:
+            return None
+        mask = torch.zeros(self.kept.shape[0], self.count + 1, dtype=torch.bool, device=self.kept.device)
+        return mask.scatter(1, torch.where(self.kept < 0, self.count, self.kept), True)[:, : self.count]
 
     def plan(self, block: int) -> ScanPlan:
         """Return how block number ``block`` visits and pools the tokens."""
@@ -154,7 +159,11 @@ class TokenGrid:
         stored = stored.masked_fill(~order_present, -1)
         slot = torch.stack([steps, backward])
         if self.class_position is not None:
-            stored, slot, weight, slots = self._add_class_token(stored, slot, weight, slots, bool(pooled))
+            own_steps = torch.ones(1, 1, dtype=torch.int64, device=ids.device)
+            for axis in self.sizes:
+                own_steps = own_steps * (1 if axis in pooled else lengths[axis])
+            stored, slot, weight = self._add_class_token(stored, slot, weight, own_steps, bool(pooled))
+            slots += 1
         return ScanPlan(
             sizes=(stored.shape[1], 1, 1),
             strides=(1, 1, 1),
@@ -193,17 +202,40 @@ class TokenGrid:
             full = full * lengths[axis]
         return (self.config.pool_scale / full).expand(-1, slots)
 
-    def _add_class_token(self, stored: Tensor, slot: Tensor, weight: Tensor, slots: int, pooled: bool) -> tuple:
-        """Insert the class token at its place in the block's order; where tokens are pooled it is a step of its own."""
-        place = self.class_position
-        batch = stored.shape[0]
-        step = (0 if place == 0 else slots // 2) if pooled else place
-        stored = torch.where(stored >= place, stored + 1, stored)  # tokens after it moved by one
-        stored = torch.cat([stored[:, :place], stored.new_full((batch, 1), place), stored[:, place:]], dim=1)
-        slot = torch.where(slot >= step, slot + 1, slot)
-        slot = torch.cat([slot[..., :place], slot.new_full((2, batch, 1), step), slot[..., place:]], dim=2)
-        weight = torch.cat([weight[:, :step], weight.new_ones(weight.shape[0], 1), weight[:, step:]], dim=1)
-        return stored, slot, weight, slots + 1
+    def _add_class_token(self, stored: Tensor, slot: Tensor, weight: Tensor, steps: Tensor, pooled: bool) -> tuple:
+        """Insert the class token into the block's order, and as a step of its own into the scan.
+
+        A "first" one comes first in both; a "middle" one after half of a sample's tokens and after half of its steps.
+
+        Parameters
+        ----------
+        stored, slot, weight
+            As in `ScanPlan`, without the class token.
+        steps
+            (B or 1, 1) int64, how many steps each sample's scan has.
+        pooled
+            Whether tokens share steps; else a token's step is its place.
+        """
+        first = self.config.class_token == "first"
+        tokens = (stored >= 0).sum(1, keepdim=True)  # (B, 1)
+        place = torch.zeros_like(tokens) if first else tokens // 2
+        step = (torch.zeros_like(steps) if first else steps // 2) if pooled else place
+        stored = torch.where(stored >= self.class_position, stored + 1, stored)  # stored after it: moved by one
+        stored = _insert(stored, place, torch.full_like(place, self.class_position))
+        batch = max(slot.shape[1], step.shape[0])
+        slot = torch.where(slot >= step, slot + 1, slot).expand(2, batch, -1)
+        slot = torch.stack([_insert(direction, place, step.expand(batch, 1)) for direction in slot])
+        return stored, slot, _insert(weight, step, weight.new_ones(1, 1))
+
+
+def _insert(row: Tensor, place: Tensor, value: Tensor) -> Tensor:
+    """Insert ``value`` (B, 1) into each row of (B, K) before its ``place`` (B, 1)."""
+    batch = max(row.shape[0], place.shape[0])
+    row, place, value = row.expand(batch, -1), place.expand(batch, 1), value.expand(batch, 1)
+    old = torch.arange(row.shape[1], device=row.device)
+    new = old + (old >= place)  # where each value goes
+    longer = row.new_zeros(batch, row.shape[1] + 1)
+    return longer.scatter(1, new, row).scatter(1, place, value)
 
 
 def _mixed_radix(digits: list[tuple[Tensor, Tensor | int]]) -> Tensor:

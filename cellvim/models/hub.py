@@ -34,6 +34,12 @@ class HubModel(_Mixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options):
+        known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        handled = (*known, "proxies", "resume_download", "map_location", "strict")  # passed along by the hub's mixin
+        if unknown := sorted(set(options) - set(handled)):
+            raise ModelError(
+                f"from_pretrained does not take {', '.join(unknown)}: a checkpoint's configuration is its own."
+            )
         if (Path(model_id) / _FILE).is_file():
             return load_checkpoint(Path(model_id) / _FILE)
         if Path(model_id).is_dir():
@@ -44,7 +50,6 @@ class HubModel(_Mixin):
             raise ModelError(
                 f"{model_id} is no local folder, and loading from the hub needs: pip install 'cellvim[hub]'."
             ) from error
-        known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         options = {k: v for k, v in options.items() if k in known}
         try:
             file = hf_hub_download(model_id, _FILE, **options)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from cellvim import ops
 from cellvim.errors import InputError, ModelError
 from cellvim.models.config import EncoderConfig
-from cellvim.models.encoder import Block, Encoder, Norm
+from cellvim.models.encoder import Block, Encoder, Norm, kept_ids
 from cellvim.models.grid import TokenGrid
 from cellvim.models.patch_embed import Channels
+from cellvim.models.weights import load_strictly
 
 
 @dataclass
@@ -83,10 +84,16 @@ class MaskedAutoencoder(Encoder):
         decoder_pool: str = "none",
         supervised: bool = False,
     ) -> None:
-        if not 0 <= mask_ratio < 1 or not 0 <= channel_mask_ratio < 1:
-            raise ModelError(
-                f"mask_ratio {mask_ratio} and channel_mask_ratio {channel_mask_ratio} must be at least 0 and below 1."
-            )
+        if not isinstance(config, EncoderConfig):
+            raise ModelError(f"MaskedAutoencoder was given a {type(config).__name__}; expected an EncoderConfig.")
+        for name, ratio in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
+            if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+                raise ModelError(f"{name} is {ratio!r}; expected at least 0 and below 1.")
+        for name, number in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
+            if not isinstance(number, int) or number < 1:
+                raise ModelError(f"{name} is {number!r}; expected a whole number of at least 1.")
+        if norm_pixels and config.patch_size == 1 and (config.tokens == "per_channel" or config.in_channels == 1):
+            raise ModelError("norm_pixels=True needs patches of more than one value; this model's have one.")
         if channel_mask_ratio and config.tokens == "joint":
             raise ModelError("channel_mask_ratio needs tokens='per_channel': joint tokens hold all channels.")
         if config.out_indices:
@@ -118,7 +125,13 @@ class MaskedAutoencoder(Encoder):
         self.decoder_pos_embed = _fixed(decoder_dim, rows, columns, has_class and self._class_has_position)
         self._reset_masked_parameters()
 
-    def forward(self, images: Tensor, noise: Tensor | None = None, channels: Channels = None) -> MaskedOutput:
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        channels: Channels = None,
+        keep: Tensor | None = None,
+    ) -> MaskedOutput:
         """Mask, encode, decode, and compare with the masked pixels.
 
         Parameters
@@ -126,38 +139,76 @@ class MaskedAutoencoder(Encoder):
         images
             (B, C, H, W), normalised per channel.
         noise
-            (B, L), one number a token in scan order; those with the lowest stay. None to draw it.
+            (B, L), one finite number a token in scan order; those with the lowest stay. None to draw it; channels are
+            drawn in training (``config.channel_sampling``) only then.
         channels
-            Ids or names of the images' channels.
+            Ids or names of the images' channels, the same number for every sample.
+        keep
+            (B, L) bool, the tokens that exist, for irregular grids; the others are neither seen nor predicted.
 
         Raises
         ------
         InputError
-            ``noise`` does not fit the tokens.
+            ``noise`` or ``keep`` does not fit the tokens.
         """
-        images, channels = self._choose_channels(images, channels)
-        if channels is not None and bool((channels < 0).any()):
+        images, channels = self._choose_channels(images, channels, draw=noise is None and keep is None)
+        if channels is not None and channels.ndim == 2 and bool((channels < 0).any()):
             raise InputError("A masked autoencoder needs the same number of channels in every sample.")
-        grid = self._grid(images, channels, None)
-        noise = self._noise(images, grid) if noise is None else noise
-        if noise.shape != (len(images), grid.count):
-            raise InputError(f"noise has shape {tuple(noise.shape)}; expected {(len(images), grid.count)}.")
-        count = max(1, int(grid.count * (1 - self.mask_ratio)))
-        count = min(count, int((noise < _NEVER).sum(1).min()))
-        keep = noise.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values  # (B, K)
-        mask = torch.ones_like(noise, dtype=images.dtype).scatter_(1, keep, 0.0)
+        if images.shape[0] == 0:
+            raise InputError("The batch is empty; expected at least one image.")
+        grid = self._grid(images, channels, keep)
+        if grid.is_ragged and self.config.class_token != "none":
+            raise InputError(
+                "Samples with different numbers of tokens need class_token='none' in a masked autoencoder."
+            )
+        visible, hidden_mask = self._mask(noise, images, grid)
 
-        hidden, kept_grid = self._embed_chosen(images, channels, keep)
-        latent = self.run_blocks(hidden, kept_grid)  # (B, K, D)
-        prediction = self._decode(latent, keep, grid, channels)  # (B, L, pixels)
-        logits = self.forward_head(latent, kept_grid) if self.config.num_classes else None
-        error = (prediction - self.targets(images)).square().mean(-1)  # (B, L)
+        tokens, visible_grid = self._embed_chosen(images, channels, visible)
+        latent = self.run_blocks(tokens, visible_grid)  # (B, K, D)
+        prediction = self._decode(latent, visible_grid.kept, grid, channels)  # (B, L, pixels)
+        logits = self.forward_head(latent, visible_grid) if self.config.num_classes else None
+        error = (prediction - self.targets(images, grid.exist)).square().mean(-1)  # (B, L)
+        mask = hidden_mask.to(error.dtype)
         loss = (error * mask).sum() / mask.sum().clamp_min(1)
         return MaskedOutput(loss, prediction, mask, latent, logits)
 
+    def _mask(self, noise: Tensor | None, images: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+        """Choose the visible tokens: their ids (B, K), −1 where a sample has fewer; and (B, L) bool of those masked."""
+        shape = (images.shape[0], grid.count)
+        gone = torch.zeros(shape, dtype=torch.bool, device=images.device)  # neither to be seen
+        most = grid.count
+        if noise is None:
+            noise = torch.rand(shape, device=images.device)
+            masked_channels = min(round(self.channel_mask_ratio * grid.channels), grid.channels - 1)
+            if masked_channels:
+                gone = self._masked_channels(shape[0], masked_channels, grid)
+                most -= masked_channels * grid.rows * grid.columns
+        elif not isinstance(noise, Tensor) or noise.shape != shape:
+            found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+            raise InputError(f"noise is {found}; expected a tensor of shape {shape}.")
+        elif not torch.compiler.is_compiling() and not bool(noise.isfinite().all()):
+            raise InputError("noise holds NaN or infinite values; expected one finite number a token.")
+        exist = grid.exist
+        if exist is None:
+            count = min(max(1, int(grid.count * (1 - self.mask_ratio))), most)
+            order = noise.masked_fill(gone, torch.inf).argsort(dim=1, stable=True)
+            visible = order[:, :count].sort(dim=1).values
+            return visible, torch.ones_like(gone).scatter(1, visible, False)
+        rank = noise.masked_fill(gone | ~exist, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+        counts = (exist.sum(1, keepdim=True) * (1 - self.mask_ratio)).long().clamp_min(1)  # (B, 1)
+        seen = (rank < counts) & exist & ~gone
+        seen |= ~seen.any(1, keepdim=True) & (rank == 0)  # a sample sees at least one token
+        return kept_ids(seen, *shape), exist & ~seen
+
+    def _masked_channels(self, batch: int, count: int, grid: TokenGrid) -> Tensor:
+        """(B, L) bool: the tokens of ``count`` channels drawn for each sample."""
+        rank = torch.rand(batch, grid.channels, device=grid.device).argsort(dim=1).argsort(dim=1)  # (B, C)
+        gone = (rank < count)[:, None, :].expand(-1, grid.rows * grid.columns, -1)
+        return (gone if self.config.scan_order == "channel_first" else gone.transpose(1, 2)).flatten(1)
+
     @torch.no_grad()
-    def targets(self, images: Tensor) -> Tensor:
-        """Return what is to be predicted, (B, L, p·p·C) or (B, L, p·p), in scan order."""
+    def targets(self, images: Tensor, exist: Tensor | None = None) -> Tensor:
+        """Return what is to be predicted, (B, L, p·p·C) or (B, L, p·p), in scan order; 0 where nothing exists."""
         patches = self.patch_embed.patches(images)  # (B, C, rows, columns, p, p)
         if self.config.tokens == "joint":
             patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)
@@ -166,6 +217,8 @@ class MaskedAutoencoder(Encoder):
         else:
             patches = patches.flatten(4)
         patches = patches.flatten(1, -2)
+        if exist is not None:
+            patches = patches.masked_fill(~exist[..., None], 0.0)
         if not self.norm_pixels:
             return patches
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -177,31 +230,48 @@ class MaskedAutoencoder(Encoder):
         Parameters
         ----------
         **changes
-            Values of `EncoderConfig`, such as ``num_classes`` and ``pool_scale=1 - mask_ratio`` (paper §3.3).
+            Values of `EncoderConfig`, such as ``num_classes`` and ``pool_scale=1 - mask_ratio`` (paper §3.3). With
+            another ``image_size`` the position table is resized.
+
+        Raises
+        ------
+        ModelError
+            A change needs weights that this model does not have.
         """
         encoder = Encoder(self.config.replace(**changes))
         own = encoder.state_dict()
-        shared = {k: v for k, v in self.state_dict().items() if k in own and not k.startswith("head.")}
-        if self._class_has_position:  # from the table's first row to where an Encoder keeps it
-            index, table = encoder._class_index(self.pos_embed.shape[1] - 1), self.pos_embed
-            shared["pos_embed"] = torch.cat([table[:, 1 : index + 1], table[:, :1], table[:, index + 1 :]], dim=1)
-        encoder.load_state_dict(own | shared)
+        weights = {k: v for k, v in self.state_dict().items() if k in own and not k.startswith("head.")}
+        if encoder.config.class_token != self.config.class_token:
+            raise ModelError("to_encoder cannot change class_token: it has no weights for another one.")
+        if "pos_embed" in weights:
+            weights["pos_embed"] = self._position_table_for(encoder)
+        weights |= {k: v for k, v in own.items() if k.startswith("head.") or k not in self.state_dict()}
+        load_strictly(encoder, weights)
         encoder.is_trained = self.is_trained
         return encoder
 
+    def checkpoint_options(self) -> dict[str, Any]:
+        """Return what `save_checkpoint` keeps beside the configuration, to make the decoder anew."""
+        return {
+            "decoder_dim": self.decoder_config.embed_dim,
+            "decoder_depth": len(self.decoder_blocks),
+            "mask_ratio": self.mask_ratio,
+            "norm_pixels": self.norm_pixels,
+            "channel_mask_ratio": self.channel_mask_ratio,
+            "decoder_pool": self.decoder_config.pool,
+            "supervised": self.config.num_classes > 0,
+        }
+
+    def _position_table_for(self, encoder: Encoder) -> Tensor:
+        """The position table, (1, ·, D), resized to the encoder's grid, the class token's row where it keeps it."""
+        has_class = int(self._class_has_position)
+        patches = self.pos_embed[:, has_class:].unflatten(1, self._built_grid)
+        table = self._resize_position(patches, *encoder._built_grid).flatten(1, 2)
+        index = encoder._class_index(table.shape[1])
+        return torch.cat([table[:, :index], self.pos_embed[:, :has_class], table[:, index:]], dim=1)
+
     def _class_index(self, length: int) -> int:
         return 0  # as published, wherever the class token stands in the sequence
-
-    def _noise(self, images: Tensor, grid: TokenGrid) -> Tensor:
-        """One random number a token; those of channels that are masked whole are beyond keeping."""
-        noise = torch.rand(len(images), grid.count, device=images.device)
-        masked = min(round(self.channel_mask_ratio * grid.channels), grid.channels - 1)
-        if masked == 0:
-            return noise
-        rank = torch.rand(len(images), grid.channels, device=images.device).argsort(dim=1).argsort(dim=1)  # (B, C)
-        gone = (rank < masked)[:, None, :].expand(-1, grid.rows * grid.columns, -1)
-        gone = gone if self.config.scan_order == "channel_first" else gone.transpose(1, 2)
-        return noise + _NEVER * gone.flatten(1)
 
     def _decode(self, latent: Tensor, keep: Tensor, grid: TokenGrid, channels: Tensor | None) -> Tensor:
         """Put mask tokens where patches are missing and predict every patch, (B, K, D) -> (B, L, pixels)."""
@@ -211,21 +281,27 @@ class MaskedAutoencoder(Encoder):
             place = 0 if self.config.class_token == "first" else keep.shape[1] // 2
             class_token = tokens[:, place : place + 1]
             tokens = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], dim=1)
-        full = self.mask_token.to(tokens.dtype).expand(len(tokens), grid.count, -1)
-        full = full.scatter(1, keep[..., None].expand_as(tokens), tokens)
+        full = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], grid.count + 1, -1)  # a spare one at the end
+        place = torch.where(keep < 0, grid.count, keep)
+        full = full.scatter(1, place[..., None].expand_as(tokens), tokens)[:, : grid.count]
         full = full + self._decoder_positions(grid, channels)
         if class_token is not None:  # as published, it stands last here
             if self._class_has_position:
                 class_token = class_token + self.decoder_pos_embed[:, :1]
             full = torch.cat([full, class_token], dim=1)
         decoder_grid = TokenGrid(
-            self.decoder_config, grid.rows, grid.columns, grid.channels,
+            self.decoder_config, grid.rows, grid.columns, grid.channels, kept=grid.kept,
             class_position=None if class_token is None else grid.count, device=latent.device, dtype=grid.dtype,
         )  # fmt: skip
+        if grid.kept is not None:
+            full = full.gather(1, grid.kept.clamp_min(0)[..., None].expand(-1, -1, full.shape[-1]))
         hidden, residual = full, None
         for i, block in enumerate(self.decoder_blocks):
             hidden, residual = block(hidden, residual, decoder_grid.plan(i))
         hidden, _ = self.decoder_norm(hidden, residual)
+        if grid.kept is not None:
+            place = torch.where(grid.kept < 0, grid.count, grid.kept)[..., None].expand_as(hidden)
+            hidden = hidden.new_zeros(hidden.shape[0], grid.count + 1, hidden.shape[2]).scatter(1, place, hidden)
         return ops.linear(hidden[:, : grid.count], self.decoder_pred.weight, self.decoder_pred.bias)
 
     def _decoder_positions(self, grid: TokenGrid, channels: Tensor | None) -> Tensor:
@@ -254,9 +330,6 @@ class MaskedAutoencoder(Encoder):
             nn.init.zeros_(layer.bias)
         if self.config.tokens == "per_channel":
             nn.init.trunc_normal_(self.decoder_channel_embed.weight, std=0.02)
-
-
-_NEVER = 2.0  # added to the noise, in [0, 1), of tokens that are not to be kept
 
 
 def _fixed(width: int, rows: int, columns: int, has_class: bool) -> nn.Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 
 import torch
@@ -34,7 +34,7 @@ class PatchEmbed(nn.Module):
         else:
             self.proj = nn.Conv2d(config.in_channels, config.embed_dim, p, stride)
 
-    def forward(self, images: Tensor, channels: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, channels: Tensor | None = None, exist: Tensor | None = None) -> Tensor:
         """Return the tokens as a grid.
 
         Parameters
@@ -43,6 +43,8 @@ class PatchEmbed(nn.Module):
             (B, C, H, W); sides that are no whole number of patches are zero-padded at the bottom and right.
         channels
             (C,) or (B, C) int64 ids of the channels, for per-channel tokens; None for 0 … C − 1.
+        exist
+            (B, L) bool in the model's order: patches to read. The pixels of others are not looked at, even if NaN.
 
         Returns
         -------
@@ -50,16 +52,26 @@ class PatchEmbed(nn.Module):
         spatial-first; rows and columns swapped for ``scan_path="colwise"``.
         """
         patches = self.patches(images)  # (B, C, rows, columns, p, p)
-        weight = self.proj.weight.flatten(1)
         if self.config.tokens == "joint":
-            return ops.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(3), weight, self.proj.bias)
+            patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        elif self.config.scan_order == "channel_first":
+            patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(4)
+        else:
+            patches = patches.flatten(4)
+        if exist is not None:
+            patches = patches.masked_fill(~exist.view(patches.shape[:-1])[..., None], 0.0)
+        tokens = ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return tokens if self.config.tokens == "joint" else tokens + self._channel_embedding(images, channels)
+
+    def _channel_embedding(self, images: Tensor, channels: Tensor | None) -> Tensor:
+        """The channels' embeddings, to be added to the token grid."""
         if channels is None:
             channels = torch.arange(images.shape[1], device=images.device)
-        embedding = self.channel_embed(channels.clamp_min(0))  # (C, D) or (B, C, D)
-        embedding = embedding[:, None, None] if embedding.ndim == 3 else embedding[None, None, None]  # (·, 1, 1, C, D)
-        if self.config.scan_order == "channel_first":
-            return ops.linear(patches.permute(0, 2, 3, 1, 4, 5).flatten(4), weight, self.proj.bias) + embedding
-        return ops.linear(patches.flatten(4), weight, self.proj.bias) + embedding.permute(0, 3, 1, 2, 4)
+        if channels.ndim == 1:
+            embedding = self.channel_embed(channels)[None, None, None]  # (1, 1, 1, C, D)
+        else:
+            embedding = self.channel_embed(channels.clamp_min(0))[:, None, None]  # (B, 1, 1, C, D)
+        return embedding if self.config.scan_order == "channel_first" else embedding.permute(0, 3, 1, 2, 4)
 
     def patches(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, rows, columns, p, p), a view but for the padding."""
@@ -150,7 +162,13 @@ def resolve_channels(channels: Channels, images: Tensor, config: EncoderConfig) 
                 "Say which they are with channels=[...]."
             )
         return None
+    if isinstance(channels, (str, set, frozenset)) or not isinstance(channels, (Tensor, Iterable)):
+        raise ChannelError(f"channels is {channels!r}; expected a list of ids or names, or one such list a sample.")
+    if not isinstance(channels, Tensor):
+        channels = list(channels)
     if isinstance(channels, Tensor):
+        if channels.is_floating_point() or channels.dtype == torch.bool:
+            raise ChannelError(f"channels is a {channels.dtype} tensor; expected ids as whole numbers.")
         ids = channels.to(torch.int64)
     elif len(channels) and all(isinstance(c, (list, tuple)) for c in channels):
         rows = [_ids(row, config) for row in channels]
@@ -171,6 +189,8 @@ def _ids(channels: Sequence[int | str], config: EncoderConfig) -> list[int]:
             )
         return match_channels(channels, config.channel_names, where="the model")
     try:
+        if any(isinstance(c, bool) for c in channels):
+            raise TypeError("a mask, not ids")
         return [index(c) for c in channels]
     except TypeError:
         raise ChannelError(f"Channels are {list(channels)}; expected all names or all whole numbers.") from None
@@ -197,12 +217,18 @@ def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> No
         raise ChannelError("A sample's absent channels (−1) must come last, after at least one present channel.")
 
 
-def check_images(images: Tensor) -> None:
-    """Raise an `InputError` unless ``images`` is a float batch (B, C, H, W) with at least one pixel."""
+def check_images(images: Tensor, dtype: torch.dtype) -> None:
+    """Raise an `InputError` unless ``images`` is a batch (B, C, H, W) of the model's type with at least one pixel."""
+    if not isinstance(images, Tensor):
+        raise InputError(
+            f"Images are a {type(images).__name__}; expected a torch.Tensor (batch, channels, height, width)."
+        )
     if images.ndim != 4:
         raise InputError(f"Images have shape {tuple(images.shape)}; expected (batch, channels, height, width).")
     if not images.is_floating_point():
         raise InputError(f"Images are {images.dtype}; expected floating point, normalised per channel.")
+    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+        raise InputError(f"Images are {images.dtype}, the model {dtype}; convert one with .to(...), or use autocast.")
     if 0 in images.shape[1:]:
         raise InputError(f"Images have shape {tuple(images.shape)}; expected at least one channel and one pixel.")
 

@@ -11,7 +11,7 @@ from cellvim.models.drop_path import drop_path
 from cellvim.ops import reference
 from cellvim.ops.plan import ScanPlan
 
-_EPS = 1e-6  # as in the published ViT and ChannelViT
+EPS = 1e-6  # as in the published ViT and ChannelViT
 
 
 class AttentionBlock(nn.Module):
@@ -30,10 +30,10 @@ class AttentionBlock(nn.Module):
         D, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.heads = config.heads
         self.drop_rate = drop_rate
-        self.norm1 = nn.LayerNorm(D, eps=_EPS)
+        self.norm1 = nn.LayerNorm(D, eps=EPS)
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
-        self.norm2 = nn.LayerNorm(D, eps=_EPS)
+        self.norm2 = nn.LayerNorm(D, eps=EPS)
         self.fc1 = nn.Linear(D, hidden)
         self.fc2 = nn.Linear(hidden, D)
         for linear in (self.qkv, self.proj, self.fc1, self.fc2):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from cellvim.models.config import EncoderConfig
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")  # keys that hold the weights, best first
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.", "network.")
+_BESIDE_A_MODEL = re.compile(r"(criterion|loss|train_|val_|test_|metric|mixup|teacher)")
 _FORMAT = "cellvim-encoder-1"
 
 
@@ -43,6 +45,8 @@ def load_reference(model: nn.Module, source: Mapping[str, Any] | str | Path, *, 
         The file is no checkpoint, would run code, or entries are unknown, missing or of another shape; all are named
         and nothing is loaded.
     """
+    if not isinstance(source, (Mapping, str, Path)):
+        raise ModelError(f"load_reference was given a {type(source).__name__}; expected a state dict or a path.")
     if not isinstance(source, Mapping):
         source = read_weights(source)
     weights = _strip_prefixes(_unwrap(source, use_ema), set(model.state_dict()))
@@ -88,16 +92,29 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)[0]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_inert_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, by what is wrong with the file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {named[1]} objects" if named else "it is damaged or no checkpoint"
         raise ModelError(
-            f"{path} cannot be read as plain weights ({reason}). It is damaged, or holds pickled code, which CellVim "
-            "never runs; save its state dict alone and load that."
+            f"{path} cannot be read as plain weights: {reason}. CellVim never runs code from a weights file; save its "
+            "state dict alone and load that."
         ) from error
     if not isinstance(content, Mapping):
         raise ModelError(f"{path} holds a {type(content).__name__}; expected a dictionary of weights.")
     return dict(content)
+
+
+def _inert_types() -> list:
+    """Types that published checkpoints carry beside weights and that run nothing when they are read."""
+    import argparse
+    import pathlib
+
+    import numpy as np
+
+    dtypes = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
+    return [argparse.Namespace, pathlib.PosixPath, np.dtype, np._core.multiarray.scalar, *dtypes]
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, Any] | None = None) -> Path:
@@ -106,7 +123,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, An
     Parameters
     ----------
     model
-        An `Encoder`.
+        An `Encoder` or `MaskedAutoencoder`.
     path
         The file, ending in ``.safetensors``.
     card
@@ -123,7 +140,9 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, An
         raise InputError(f"The checkpoint {path} must end in .safetensors.")
     header = {
         "format": _FORMAT,
+        "model": type(model).__name__,
         "config": json.dumps(model.config.to_dict()),
+        "options": json.dumps(model.checkpoint_options()),
         "is_trained": json.dumps(bool(model.is_trained)),
         "card": json.dumps(dict(card or {})),
     }
@@ -136,7 +155,11 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, An
 
 
 def load_checkpoint(path: str | Path):
-    """Load an `Encoder` that `save_checkpoint` wrote, or a folder with ``model.safetensors``, in evaluation mode.
+    """Load what `save_checkpoint` wrote, or a folder with ``model.safetensors``, in evaluation mode.
+
+    Returns
+    -------
+    `Encoder` or `MaskedAutoencoder`, whichever was saved.
 
     Raises
     ------
@@ -144,6 +167,7 @@ def load_checkpoint(path: str | Path):
         There is no such file, or it is not a CellVim checkpoint.
     """
     from cellvim.models.encoder import Encoder
+    from cellvim.models.mae import MaskedAutoencoder
 
     path = Path(path)
     if path.is_dir():
@@ -161,7 +185,11 @@ def load_checkpoint(path: str | Path):
             f"{path} is no CellVim checkpoint: its header has no configuration. Load bare weights with "
             "cellvim.load_reference(model, path)."
         )
-    model = Encoder(EncoderConfig.from_dict(json.loads(header["config"])))
+    config = EncoderConfig.from_dict(json.loads(header["config"]))
+    if header["model"] == "MaskedAutoencoder":
+        model = MaskedAutoencoder(config, **json.loads(header["options"]))
+    else:
+        model = Encoder(config)
     load_strictly(model, weights)
     model.is_trained = json.loads(header["is_trained"])
     model.card = json.loads(header["card"])
@@ -182,14 +210,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _unwrap(content: Mapping[str, Any], use_ema: bool) -> dict[str, Tensor]:
     """Find the tensors in a checkpoint's nesting."""
     for _ in range(4):
-        if any(isinstance(v, Tensor) for v in content.values()):
-            return _choose_ema({k: v for k, v in content.items() if isinstance(v, Tensor)}, use_ema)
         keys = [k for k in _WRAPPERS if isinstance(content.get(k), Mapping)]
         keys = [k for k in keys if use_ema or "ema" not in k] or keys
         if not keys:
             break
         content = content[keys[0]]
-    raise ModelError(f"Found no weights in the checkpoint; it has {listing(map(str, content))}.")
+    weights = {k: torch.as_tensor(v) for k, v in content.items() if isinstance(v, (Tensor, np.ndarray))}
+    if not weights:
+        raise ModelError(f"Found no weights in the checkpoint; it has {listing(map(str, content))}.")
+    return _choose_ema(weights, use_ema)
 
 
 def _choose_ema(weights: dict[str, Tensor], use_ema: bool) -> dict[str, Tensor]:
@@ -202,16 +231,13 @@ def _choose_ema(weights: dict[str, Tensor], use_ema: bool) -> dict[str, Tensor]:
 
 
 def _strip_prefixes(weights: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:
-    """Take off the prefixes that all names share until they are the model's."""
+    """Take off the prefixes of the model's names; losses and metrics that Lightning saves beside it are left out."""
     while not set(weights) & own:
-        shared = next((p for p in _PREFIXES if all(k.startswith(p) for k in weights)), None)
-        if shared is None:
-            shared = next(
-                (p for p in _PREFIXES if any(k.startswith(p) and k.removeprefix(p) in own for k in weights)), None
-            )
-            if shared is None:
-                break
-            # Beside the model lie losses, metrics or a teacher: take what carries the model's prefix.
-            return {k.removeprefix(shared): v for k, v in weights.items() if k.startswith(shared)}
-        weights = {k.removeprefix(shared): v for k, v in weights.items()}
+        beside = {k for k in weights if _BESIDE_A_MODEL.match(k)}
+        shared = next((p for p in _PREFIXES if all(k.startswith(p) for k in weights if k not in beside)), None)
+        if shared is None or len(beside) == len(weights):
+            # Not all names share a prefix: those that do not will be named as unknown.
+            shared = next((p for p in _PREFIXES if any(k.removeprefix(p) in own for k in weights)), None)
+            return {k.removeprefix(shared): v for k, v in weights.items()} if shared else weights
+        weights = {k.removeprefix(shared): v for k, v in weights.items() if k not in beside}
     return weights
