@@ -278,6 +278,8 @@ class Encoder(nn.Module, HubModel):
             exist = exist if self.config.scan_order == "channel_first" else exist.transpose(1, 2)
             exist = exist.flatten(1)
             keep = exist if keep is None else _as_mask(keep, exist.shape) & exist
+        if images.shape[0] == 0:
+            keep = None  # no sample, no missing token
         kept = None if keep is None else kept_ids(keep, images.shape[0], rows * columns * count)
         length = rows * columns * count if kept is None else kept.shape[1]
         positions = {"none": None, "first": 0, "middle": length // 2}

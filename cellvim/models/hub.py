@@ -35,7 +35,14 @@ class HubModel(_Mixin):
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options):
         known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        handled = (*known, "proxies", "resume_download", "map_location", "strict")  # passed along by the hub's mixin
+        handled = (
+            *known,
+            "config",
+            "proxies",
+            "resume_download",
+            "map_location",
+            "strict",
+        )  # passed along by the hub's mixin
         if unknown := sorted(set(options) - set(handled)):
             raise ModelError(
                 f"from_pretrained does not take {', '.join(unknown)}: a checkpoint's configuration is its own."

@@ -70,11 +70,11 @@ def model_config(name: str, **changes: Any) -> EncoderConfig:
     ModelError
         The name or a value is unknown.
     """
-    match = _NAME.fullmatch(name)
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if not match or match["family"] not in FAMILIES or match["size"] not in _MAMBA_SIZES:
         raise ModelError(
             f"There is no model {name!r}; names are FAMILY_SIZE_patchN with a family of {', '.join(FAMILIES)} and a "
-            f"size of {', '.join(_MAMBA_SIZES)}.{suggestion(name, list_models())} `cellvim models` lists them."
+            f"size of {', '.join(_MAMBA_SIZES)}.{suggestion(str(name), list_models())} `cellvim models` lists them."
         )
     family = FAMILIES[match["family"]]
     config = EncoderConfig(patch_size=int(match["patch"])).replace(**family)

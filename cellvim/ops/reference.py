@@ -87,7 +87,8 @@ def conv_pool(
     elif pool == "max":
         pooled = _pool_max(u, plan)
     elif pool == "attention":
-        score = torch.einsum("kble,ke->kbl", u, score_weight.to(u.dtype)) + score_bias.to(u.dtype)[:, None, None]
+        # Not a matrix product: those may sum in another order for another batch size.
+        score = (u * score_weight.to(u.dtype)[:, None, None]).sum(-1) + score_bias.to(u.dtype)[:, None, None]
         pooled = _pool_attention(u, score, plan)
     else:
         raise ValueError(f"pool is {pool!r}; expected one of {POOLS}")
