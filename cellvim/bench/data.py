@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-
     from cellvim.data.cell_sources import Cells
     from cellvim.data.plate import Field, Plate
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 BORDERS = ("pad", "reflect", "shift", "drop")
-CACHE_BYTES = 1 << 20  # of crops that are scaled at once, so that each pass finds them in the cache
+CACHE_BYTES = (
+    1 << 17
+)  # of crops scaled at once: each pass finds them in the cache, and torch starts no threads for them
 
 
 @dataclass(frozen=True)
@@ -271,15 +273,16 @@ def cut_and_scale(
     image: np.ndarray,
     first: np.ndarray,
     size_px: int,
-    scale: Callable[[torch.Tensor], torch.Tensor] | None,
+    scale: Callable[[np.ndarray], np.ndarray] | None,
     *,
     border: str = "pad",
     labels: np.ndarray | None = None,
     numbers: np.ndarray | None = None,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Cut windows of a stored field on the CPU and scale them while they are in the cache.
 
-    The same numbers as scaling the whole field and then `cut_on_device`, without touching pixels that no crop has.
+    The same numbers as scaling the whole field and then `cut_crops`, but pixels in no crop are left alone. Starts no
+    threads, so that it can run in as many as there are processors.
 
     Parameters
     ----------
@@ -292,45 +295,39 @@ def cut_and_scale(
 
     Returns
     -------
-    torch.Tensor
+    np.ndarray
         (n, C, S, S) float32.
     """
-    import torch
-
     n_channels, height, width = image.shape
-    crops = torch.empty((len(first), n_channels, size_px, size_px), dtype=torch.float32)
+    crops = np.empty((len(first), n_channels, size_px, size_px), np.float32)
     if not len(first):
         return crops
     inside = ((first >= 0) & (first + size_px <= (height, width))).all(axis=1)
-    fits = size_px <= min(height, width)
-    windows = np.lib.stride_tricks.sliding_window_view(image, (size_px, size_px), axis=(1, 2)) if fits else None
-    offset = np.arange(size_px)
+    within = np.flatnonzero(inside)
     step = max(1, CACHE_BYTES // (4 * n_channels * size_px**2))
-    for start in range(0, len(first), step):
-        part = slice(start, start + step)
-        y, x = first[part, 0], first[part, 1]
-        if inside[part].all():
-            stored = windows.transpose(1, 2, 0, 3, 4)[y, x]
-        else:
-            rows, columns = y[:, None] + offset, x[:, None] + offset
-            if border == "reflect":
-                rows, columns = (_mirrored_index(i, n) for i, n in ((rows, height), (columns, width)))
-            rows, columns = np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)
-            stored = image[:, rows[:, :, None], columns[:, None, :]].transpose(1, 0, 2, 3)
-        block = crops[part]
-        block.copy_(torch.from_numpy(np.ascontiguousarray(stored)))
-        if scale is not None:
-            scale(block)
+    if len(within):
+        windows = np.lib.stride_tricks.sliding_window_view(image, (size_px, size_px), axis=(1, 2))
+        windows = windows.transpose(1, 2, 0, 3, 4)
+        for start in range(0, len(within), step):
+            places = within[start : start + step]
+            block = windows[first[places, 0], first[places, 1]].astype(np.float32)
+            crops[places] = block if scale is None else scale(block)
     beyond = np.flatnonzero(~inside)
-    if len(beyond) and border != "reflect":
+    if len(beyond):
+        offset = np.arange(size_px)
         y, x = first[beyond, :1] + offset, first[beyond, 1:] + offset
+        if border == "reflect":
+            y, x = _mirrored_index(y, height), _mirrored_index(x, width)
         outside = ((y < 0) | (y >= height))[:, :, None] | ((x < 0) | (x >= width))[:, None, :]
-        places = torch.from_numpy(beyond)
-        crops[places] = crops[places].masked_fill(torch.from_numpy(outside)[:, None], 0)
+        place = np.clip(y, 0, height - 1)[:, :, None] * width + np.clip(x, 0, width - 1)[:, None, :]
+        stored = np.take(image.reshape(n_channels, -1), place, axis=1)  # (C, m, S, S)
+        block = np.ascontiguousarray(stored.transpose(1, 0, 2, 3), np.float32)
+        block = block if scale is None else scale(block)
+        crops[beyond] = np.where(outside[:, None], np.float32(0), block)
     if labels is not None:
-        others = torch.from_numpy(_windows(labels[None], first, size_px, border))
-        own = torch.from_numpy(np.asarray(numbers, labels.dtype))[:, None, None, None]
-        crops.masked_fill_((others != 0) & (others != own), 0)
+        others = _windows(labels[None], first, size_px, border)
+        own = np.asarray(numbers)[:, None, None, None]
+        crops[np.broadcast_to((others != 0) & (others != own), crops.shape)] = 0
     return crops
 
 

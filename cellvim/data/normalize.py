@@ -78,33 +78,31 @@ class IntensityScale:
                 f"the image has the shape {image.shape}; expected ({len(self.channel_names)}, H, W) for the channels "
                 f"{listing(self.channel_names)}"
             )
+        return self.apply_in_place(image.astype(np.float32))
+
+    def apply_in_place(self, image: np.ndarray) -> np.ndarray:
+        """Scale an image (C, H, W) or crops (n, C, H, W), float32, and return it."""
         width = np.where(self.high > self.low, self.high - self.low, np.inf)
         low, factor = self.low.astype(np.float32), (1.0 / width).astype(np.float32)
-        scaled = image.astype(np.float32)
-        scaled -= low[:, None, None]
-        scaled *= factor[:, None, None]
-        # fmax and fmin rather than clip: of a NaN and 0 they return the 0
+        image -= low[:, None, None]
+        image *= factor[:, None, None]
         if self.floor < 0:
-            scaled[np.isnan(scaled)] = 0
-        np.fmax(scaled, np.float32(self.floor), out=scaled)
-        np.fmin(scaled, np.float32(self.ceiling), out=scaled)
-        return scaled
+            image[np.isnan(image)] = 0
+        # fmax and fmin rather than clip: of a NaN and 0 they return the 0
+        np.fmax(image, np.float32(self.floor), out=image)
+        np.fmin(image, np.float32(self.ceiling), out=image)
+        return image
 
     def apply_on_device(self, image: torch.Tensor) -> torch.Tensor:
         """Return what `apply` returns, for an image (C, H, W) or crops (n, C, H, W) that are on a device already."""
         import torch
 
-        return self.apply_in_place(image.to(torch.float32, copy=True))
-
-    def apply_in_place(self, image: torch.Tensor) -> torch.Tensor:
-        """Scale an image (C, H, W) or crops (n, C, H, W), float32, and return it."""
-        import torch
-
         width = np.where(self.high > self.low, self.high - self.low, np.inf)
         low = torch.from_numpy(self.low.astype(np.float32)).to(image.device)
         factor = torch.from_numpy((1.0 / width).astype(np.float32)).to(image.device)
-        image.sub_(low[:, None, None]).mul_(factor[:, None, None])
-        return image.nan_to_num_(nan=0.0, posinf=None, neginf=None).clamp_(self.floor, self.ceiling)
+        scaled = image.to(torch.float32, copy=True)
+        scaled.sub_(low[:, None, None]).mul_(factor[:, None, None])
+        return scaled.nan_to_num_(nan=0.0, posinf=None, neginf=None).clamp_(self.floor, self.ceiling)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scale as plain lists and numbers, for JSON."""

@@ -221,11 +221,12 @@ def _cut_stored(
         first, _ = place_windows(centers, size, shape)
         numbers = np.arange(1, len(first) + 1)
         table = pd.DataFrame({"object_number": numbers, "x_px": centers[:, 1], "y_px": centers[:, 0]})
-        return FieldCrops(index, field, cut_and_scale(image, first, size, in_place), table)
+        return FieldCrops(index, field, torch.from_numpy(cut_and_scale(image, first, size, in_place)), table)
     first, kept = place_windows(cells.centers, size, shape, border=spec.border)
     table = cells.table[kept].reset_index(drop=True)
     masked = {"labels": cells.labels, "numbers": table["object_number"].to_numpy()} if spec.mask_neighbours else {}
-    return FieldCrops(index, field, cut_and_scale(image, first, size, in_place, border=spec.border, **masked), table)
+    crops = cut_and_scale(image, first, size, in_place, border=spec.border, **masked)
+    return FieldCrops(index, field, torch.from_numpy(crops), table)
 
 
 def _float32(image: torch.Tensor) -> torch.Tensor:
