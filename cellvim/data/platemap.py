@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ _ROW = ("row", "wellrow", "metadatarow", "platerow", "wellrowname", "imagemetada
 _COLUMN = ("column", "col", "wellcolumn", "wellcol", "metadatacolumn", "metadatacol", "platecolumn")
 _PLATE = ("plate", "metadataplate", "assayplatebarcode", "platename", "plateid", "barcode", "platebarcode")
 _DELIMITERS = ",;\t|"
-_LONGEST_HEADER = 1 << 20  # characters
+_LARGEST = 64 << 20  # bytes: JUMP's table of all its wells is a tenth of it
 
 
 def read_platemap(path: str | Path, *, plate_name: str | None = None) -> tuple[pd.DataFrame, list[str]]:
@@ -226,20 +227,20 @@ def _read(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise MetadataError(f"{path} is not a file; expected a table (CSV or TSV), such as a plate map.")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            header = file.readline(_LONGEST_HEADER)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise MetadataError(f"{path} is larger than {_LARGEST >> 20} MB; expected a table with one row a well.")
+        text = content.decode("utf-8-sig")
+        header = text.partition("\n")[0]
         delimiter = max(_DELIMITERS, key=header.count)
         # as text first: a column "01" must not become 1, nor a row "NA" of a 1536-well plate a missing value
-        table = pd.read_csv(path, sep=delimiter, encoding="utf-8-sig", dtype=str, keep_default_na=False)
-    except (
-        UnicodeDecodeError,
-        EOFError,
-        zlib.error,
-        csv.Error,
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-    ) as error:
-        raise MetadataError(f"{path} cannot be read as a table: {error}.") from error
+        table = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False)
+    except (EOFError, ValueError, zlib.error, csv.Error) as error:
+        if isinstance(error, MetadataError):
+            raise
+        cause = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise MetadataError(f"{path} cannot be read as a table: {cause}.") from error
     except OSError as error:
         raise MetadataError(f"{path} cannot be read: {error.strerror or error}.") from error
     if table.empty:
