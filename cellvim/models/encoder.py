@@ -21,6 +21,8 @@ from cellvim.models.vit import EPS as VIT_EPS
 from cellvim.models.vit import AttentionBlock
 from cellvim.ops.plan import ScanPlan
 
+_TOKENS_AT_ONCE = 2048  # of an inference on the CPU
+
 
 class Block(nn.Module):
     """Add the last mixer's output to the residual stream, normalise, mix (paper Fig. 2)."""
@@ -211,17 +213,38 @@ class Encoder(nn.Module, HubModel):
 
     def run_blocks(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
         """Pass embedded tokens through the blocks and the final norm, (B, L, D) -> (B, L, D)."""
+        if hidden.device.type == "cpu" and grid.kept is None and _is_plain_inference(hidden):
+            # A few images at once stay in the processor's cache and need little memory; rows are independent.
+            parts = hidden.split(max(1, _TOKENS_AT_ONCE // hidden.shape[1]))
+            if len(parts) > 1:
+                return torch.cat([self._run_without_gradients(part, grid) for part in parts])
+            del parts
+            return self._run_without_gradients(hidden, grid)
         residual = None
         for i, block in enumerate(self.layers):
             hidden, residual = block(hidden, residual, grid.plan(i))
         tokens, _ = self.norm_f(hidden, residual)
         return tokens * _present(grid)[..., None] if grid.is_ragged else tokens
 
+    def _run_without_gradients(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
+        """The blocks one after the other, each array let go as soon as it has been read."""
+        residual = None
+        for i, block in enumerate(self.layers):
+            if isinstance(block, Block):  # what Block.forward does, but that its caller holds no array meanwhile
+                normed, residual = block.norm(hidden, residual)
+                del hidden
+                hidden = block.mixer(normed, grid.plan(i))
+                del normed
+            else:
+                hidden, residual = block(hidden, residual, grid.plan(i))
+        return self.norm_f(hidden, residual)[0]
+
     def _tokens(self, images: Tensor, channels: Channels, keep: Tensor | None) -> tuple[Tensor, TokenGrid]:
         if self.config.out_indices:
             raise ModelError("This model has out_indices and no final norm; call forward_intermediates.")
-        tokens, grid = self.embed(images, channels, keep)
-        return self.run_blocks(tokens, grid), grid
+        embedded = list(self.embed(images, channels, keep))
+        grid = embedded.pop()
+        return self.run_blocks(embedded.pop(), grid), grid  # popped: the tokens are let go after the first block
 
     def _read(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """(B, L, D) -> (B, D), or all tokens for ``readout="tokens"``."""
@@ -431,6 +454,11 @@ def _without_channel_draws(_, incompatible_keys) -> None:
     """A state dict of another code has no state of our channel draws, and needs none."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith("_extra_state")]
+
+
+def _is_plain_inference(x: Tensor) -> bool:
+    """Whether nothing watches the computation: no gradients, no graph being made."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.requires_grad)
 
 
 def _present(grid: TokenGrid) -> Tensor | None:

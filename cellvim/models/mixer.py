@@ -64,6 +64,7 @@ class Mixer(nn.Module):
         if self.config.skip == "pooled":
             y, skip = y + skip[:, None, None].to(y.dtype) * pooled, None
         out = ops.expand_gate(x, z, y, conv, conv_bias, skip, plan, self.config.ssm_norm, *self._norm())  # (B, L, E)
+        del x, z, y, pooled  # at inference their memory is free for what follows
 
         out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)  # (B, L, D)
         return out * self.gamma if self.config.layer_scale is not None else out
