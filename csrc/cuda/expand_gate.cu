@@ -316,13 +316,16 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
     CELLVIM_TRY(sum_rows(call, g.partial, workers, 2 * a.width, a.width, a.width, a.grad_norm_bias));
   }
   const Chunks chunks = chunks_of(a.width, 128);
-  const SlotSumArguments sums = {g.plan, g.batch, g.conv.width, chunks.count, g.conv.whole, !g.plan.indexed, g.mixed, a.grad_y};
+  const SlotSumArguments sums = {g.plan,        g.batch,          g.conv.width, chunks.count,
+                                 g.conv.whole, !g.plan.indexed, g.mixed,      a.grad_y};
   CELLVIM_TRY(launch(call, slot_sum_kernel<T>, (sums.is_shared ? 1 : 2) * a.batch * g.plan.slots * chunks.count,
                      chunks.threads, 0, sums));
-  if (!SKIP) return CELLVIM_OK;
-  CELLVIM_TRY((run_adjoint<T, Adjoint::EXPAND>(adjoint, adjoint_threads, call)));
-  return sum_adjoint(call, adjoint.partial, adjoint.workers, a.width, a.taps, 0.5f, a.grad_weight, a.grad_bias,
-                     a.grad_skip);
+  if constexpr (SKIP) {
+    CELLVIM_TRY((run_adjoint<T, Adjoint::EXPAND>(adjoint, adjoint_threads, call)));
+    return sum_adjoint(call, adjoint.partial, adjoint.workers, a.width, a.taps, 0.5f, a.grad_weight, a.grad_bias,
+                       a.grad_skip);
+  }
+  return CELLVIM_OK;
 }
 
 template <class T, bool SKIP>

@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS) scan_kernel(const __grid_cons
     __syncthreads();
     for (int quad = 0; quad < STAGE && first + quad < end; quad += 4) {
       const int step = first + quad + lane, t = k ? a.steps - 1 - step : step;  // this lane's step of the four
-      float my_length = 0.0f, my_drive = 0.0f, y[4];
+      float my_length = 0.0f, my_drive = 0.0f;
+      [[maybe_unused]] float y[4];
       if (step < end) {
         my_length = softplus(to_float(delta[t * a.delta_stride[2]]) + bias);
         my_drive = my_length * to_float(pooled[t * a.pooled_stride[2]]);
@@ -142,23 +143,27 @@ __global__ void __launch_bounds__(FORWARD_THREADS) scan_kernel(const __grid_cons
         duration += length;
 #pragma unroll
         for (int s = 0; s < OWN; ++s) state[s] = Decay<T>(length, rate[s]).advance(state[s], drive * of_b.v[s]);
-        if (FINAL) continue;
-        const States<OWN> of_c(bc + N, lane, N);
-        y[i] = 0.0f;
+        if constexpr (!FINAL) {
+          const States<OWN> of_c(bc + N, lane, N);
+          y[i] = 0.0f;
 #pragma unroll
-        for (int s = 0; s < OWN; ++s) y[i] = fmaf(state[s], of_c.v[s], y[i]);
+          for (int s = 0; s < OWN; ++s) y[i] = fmaf(state[s], of_c.v[s], y[i]);
+        }
       }
-      if (FINAL) continue;
-      const float mine = sum_of_four_lanes(y);
-      if (exists && step < end)
-        ((T *)a.out)[(((int64_t)k * a.batch + b) * a.steps + t) * a.width + e] = from_float<T>(mine);
+      if constexpr (!FINAL) {
+        const float mine = sum_of_four_lanes(y);
+        if (exists && step < end)
+          ((T *)a.out)[(((int64_t)k * a.batch + b) * a.steps + t) * a.width + e] = from_float<T>(mine);
+      }
     }
   }
-  if (!FINAL || !exists) return;
+  if constexpr (FINAL) {
+    if (!exists) return;
 #pragma unroll
-  for (int s = 0; s < OWN; ++s)
-    if (lane * OWN + s < N) a.state[(line * a.width + e) * N + lane * OWN + s] = state[s];
-  if (lane == 0) a.duration[line * a.width + e] = duration;
+    for (int s = 0; s < OWN; ++s)
+      if (lane * OWN + s < N) a.state[(line * a.width + e) * N + lane * OWN + s] = state[s];
+    if (lane == 0) a.duration[line * a.width + e] = duration;
+  }
 }
 
 // A thread a state: from the chunks' contributions to the states before them, in place.

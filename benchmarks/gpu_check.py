@@ -1,0 +1,361 @@
+"""Is everything right on this GPU? ``python -m benchmarks.gpu_check`` from the repository's root.
+
+Every op and gradient at random shapes and plans against the definition in float64 on the CPU, determinism, extreme
+values, the published (golden) numbers, CUDA graphs, and, where compute-sanitizer is on the PATH, its memcheck and
+racecheck. Prints a table, writes ``benchmarks/results/gpu_check.json``, and exits with 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "ops"), str(REPOSITORY / "tests" / "models")]
+
+import cases  # noqa: E402
+
+import cellvim  # noqa: E402
+from cellvim.ops import cuda, dispatch, reference  # noqa: E402
+from cellvim.ops.plan import ScanPlan  # noqa: E402
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "gpu_check.json"
+FLOAT32_TOLERANCE = 1e-5
+ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+POOLED = [(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True) if not (a and b and c)]
+GPU = torch.device("cuda")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=24, help="random shapes per op (24)")
+    parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--under-sanitizer", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not cuda.available():
+        print(f"No CUDA kernels run here: {cuda.reason()}.", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    if options.under_sanitizer:
+        rows = list(_check_ops(examples=3, small=True))
+    else:
+        rows = run_checks(options.examples)
+        if not options.no_sanitizer:
+            rows += list(_check_sanitizer())
+    failed = [row for row in rows if not row["ok"]]
+    print_table(rows)
+    print(f"{len(rows) - len(failed)} of {len(rows)} checks passed in {time.perf_counter() - start:.0f} s")
+    if not options.under_sanitizer:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({"machine": machine(), "passed": not failed, "checks": rows}, indent=1) + "\n")
+        print(f"Wrote {RESULTS.relative_to(REPOSITORY)}")
+    return int(bool(failed))
+
+
+def run_checks(examples: int) -> list[dict]:
+    """Run all checks but the sanitizer's; a row each: what, worst error, what is allowed, ok."""
+    rows = list(_check_ops(examples))
+    for check in (_check_determinism, _check_batch_mates, _check_extremes, _check_golden, _check_graphs):
+        rows += check()
+    return rows
+
+
+def machine() -> dict[str, str]:
+    """What a result depends on."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "command": shlex.join(["python", "-m", "benchmarks.gpu_check", *sys.argv[1:]]),
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory GiB": round(properties.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "cuda of torch": torch.version.cuda,
+        "cellvim": cellvim.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    """One line a check, the failed ones last."""
+    for row in sorted(rows, key=lambda r: not r["ok"]):
+        numbers = f"{row['error']:9.1e} ≤ {row['allowed']:.1e}" if "error" in row else row.get("note", "")
+        print(f"{'ok    ' if row['ok'] else 'FAILED'} {row['what']:<58} {numbers}")
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops
+
+
+def _check_ops(examples: int, small: bool = False) -> Iterator[dict]:
+    """Worst error of each op, type and plan kind over random shapes, outputs and every gradient."""
+    for name, draw in {
+        "add_norm": _draw_add_norm,
+        "conv_pool dense": partial(_draw_conv_pool, indexed=False),
+        "conv_pool indexed": partial(_draw_conv_pool, indexed=True),
+        "pooled_scan": _draw_pooled_scan,
+        "expand_gate dense": partial(_draw_expand_gate, indexed=False),
+        "expand_gate indexed": partial(_draw_expand_gate, indexed=True),
+    }.items():
+        op = name.split()[0]
+        for dtype in (torch.float32, *LOW_PRECISION):
+            worst: dict[str, tuple[float, float, str]] = {}
+            for seed in range(examples):
+                inputs, options = draw(random.Random(seed), small)
+                for array, error, allowed in _errors(op, inputs, options, dtype, seed):
+                    found = worst.get(array, (0.0, 1.0, ""))
+                    if error / allowed >= found[0] / found[1]:
+                        worst[array] = error, allowed, _describe(inputs, options)
+            for array, (error, allowed, example) in worst.items():
+                what = f"{name}, {str(dtype).removeprefix('torch.')}: {array}"
+                yield {"what": what, "error": error, "allowed": allowed, "ok": error <= allowed, "example": example}
+
+
+def _errors(op: str, inputs: dict, options: dict, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, float, float]]:
+    """(array, error, allowed error) of outputs and gradients, relative to the largest exact value."""
+    inputs = {k: None if t is None else t.to(dtype).float() for k, t in inputs.items()}
+    exact = _run(getattr(reference, op), inputs, options, torch.float64, "cpu", seed)
+    actual = _run(getattr(cuda, op), inputs, options, dtype, GPU, seed)
+    plain = {} if dtype == torch.float32 else _run(getattr(reference, op), inputs, options, dtype, GPU, seed)
+    for name, array in exact.items():
+        if name == "grad score_bias":  # zero by definition: only rounding is left of it
+            yield name, actual[name].double().abs().max().item(), 1e-3 if dtype == torch.float32 else 1.0
+        elif dtype == torch.float32:
+            yield name, cases.error(actual[name].cpu(), array), FLOAT32_TOLERANCE
+        else:
+            allowed = 2 * max(cases.error(plain[name].cpu(), array), ROUNDING[dtype])
+            yield name, cases.error(actual[name].cpu(), array), allowed
+
+
+def _run(op: Callable, inputs: dict, options: dict, dtype: torch.dtype, device, seed: int) -> dict[str, Tensor]:
+    """Outputs and every gradient of an op by name; poisoned memory, gradients from a fixed random direction."""
+    torch.use_deterministic_algorithms(True)  # with it, fresh memory is filled with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    options = {k: _plan_on(v, device) if isinstance(v, ScanPlan) else v for k, v in options.items()}
+    leaves = {k: t.to(device, dtype).detach().requires_grad_() for k, t in inputs.items() if t is not None}
+    outputs = op(**{k: leaves.get(k) for k in inputs}, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    g = torch.Generator().manual_seed(seed + 1)
+    directions = [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), directions, allow_unused=True)
+    torch.use_deterministic_algorithms(False)
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        results[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return results
+
+
+def _plan_on(plan: ScanPlan, device) -> ScanPlan:
+    if plan.is_dense:
+        return plan
+    return replace(
+        plan, order=plan.order.to(device), slot=plan.slot.to(device), slot_weight=plan.slot_weight.to(device)
+    )
+
+
+def _draw_plan(r: random.Random, batch: int, indexed: bool, small: bool) -> tuple[ScanPlan, int]:
+    if indexed:
+        tokens, slots = r.randint(1, 60 if small else 300), r.randint(1, 20)
+        return cases.indexed_plan(r.randrange(2**16), batch, tokens, slots, r.random() < 0.5), tokens
+    most = (6, 5, 4) if small else (17, 15, 9)
+    sizes = [r.randint(1, n) for n in most]
+    if r.random() < 0.2:
+        sizes = [1, r.randint(100, 600), r.randint(1, 3)]  # cells that several blocks share
+    stored = r.sample(range(3), 3)
+    return cases.dense_plan(sizes, stored, r.choice(POOLED), r.choice([1.0, 0.25])), sizes[0] * sizes[1] * sizes[2]
+
+
+def _draw_width(r: random.Random, small: bool) -> int:
+    return r.choice([16, 17, 36, 64] if small else [16, 17, 64, 70, 131, 192, 384, 768, 1030])
+
+
+def _draw_conv_pool(r: random.Random, small: bool, indexed: bool) -> tuple[dict, dict]:
+    batch = r.randint(1, 3)
+    plan, length = _draw_plan(r, batch, indexed, small)
+    pool = r.choice(["mean", "max", "attention"])
+    inputs = cases.conv_pool_inputs(r.randrange(2**20), batch, length, _draw_width(r, small), r.randint(1, 4))
+    if pool == "max":
+        inputs["weight"] = inputs["weight"] + 0.1  # distinct maxima: ties may be split in other ways
+    if pool != "attention":
+        del inputs["score_weight"], inputs["score_bias"]
+    return inputs, {"plan": plan, "pool": pool}
+
+
+def _draw_expand_gate(r: random.Random, small: bool, indexed: bool) -> tuple[dict, dict]:
+    batch = r.randint(1, 3)
+    plan, length = _draw_plan(r, batch, indexed, small)
+    norm = r.choice(["layer", "rms", "none"])
+    inputs = cases.expand_gate_inputs(
+        r.randrange(2**20), batch, length, plan.slots, _draw_width(r, small), r.randint(1, 4)
+    )
+    if norm == "none":
+        inputs["norm_weight"] = None
+    if norm != "layer":
+        inputs["norm_bias"] = None
+    if r.random() < 0.25:
+        inputs["skip"] = None
+    return inputs, {"plan": plan, "norm": norm}
+
+
+def _draw_pooled_scan(r: random.Random, small: bool) -> tuple[dict, dict]:
+    steps = r.choice([1, 7, 16] if small else [1, 2, 7, 14, 63, 112, 128, 300, 700])
+    states = r.choice([16, 16, 16, 1, 5, 64])
+    inputs = cases.pooled_scan_inputs(r.randrange(2**20), r.randint(1, 3), steps, _draw_width(r, small), states)
+    return inputs, {}
+
+
+def _draw_add_norm(r: random.Random, small: bool) -> tuple[dict, dict]:
+    kind, width = r.choice(["layer", "rms"]), _draw_width(r, small)
+    new = cases.tensors(r.randrange(2**20))
+    shape = (r.randint(1, 3), r.randint(1, 70), width)
+    inputs = {"hidden": new(*shape), "residual": new(*shape) if r.random() < 0.8 else None}
+    return inputs | {"weight": new(width), "bias": new(width) if kind == "layer" else None}, {"kind": kind}
+
+
+def _describe(inputs: dict, options: dict) -> str:
+    plan = options.get("plan")
+    shapes = {k: list(t.shape) for k, t in inputs.items() if t is not None}
+    rest = {k: v for k, v in options.items() if k != "plan"}
+    grid = "" if plan is None else f"sizes {plan.sizes} strides {plan.strides} pooled {plan.pooled} P {plan.slots}"
+    return f"{shapes} {rest} {grid}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything else
+
+
+def _row(what: str, ok: bool, note: str = "") -> dict:
+    return {"what": what, "ok": bool(ok), "note": note}
+
+
+def _large_cases() -> Iterator[tuple[str, dict, dict]]:
+    """One block of FastChannelVim-S/16 at 224² and 8 channels, on the transposed grid."""
+    plan = cases.dense_plan((14, 14, 8), (1, 0, 2), (False, True, False))
+    conv = cases.conv_pool_inputs(0, 4, 1568, 768, 4)
+    yield "conv_pool", {k: v for k, v in conv.items() if "score" not in k}, {"plan": plan}
+    yield "pooled_scan", cases.pooled_scan_inputs(0, 4, plan.slots, 768, 16), {}
+    yield "expand_gate", cases.expand_gate_inputs(0, 4, 1568, plan.slots, 768, 4), {"plan": plan}
+
+
+def _check_determinism() -> Iterator[dict]:
+    for op, inputs, options in _large_cases():
+        for dtype in (torch.float32, torch.bfloat16):
+            first, second = (_run(getattr(cuda, op), inputs, options, dtype, GPU, 0) for _ in range(2))
+            same = all(torch.equal(first[name], second[name]) for name in first)
+            yield _row(f"{op}, {str(dtype).removeprefix('torch.')}: bitwise the same twice", same)
+
+
+def _check_batch_mates() -> Iterator[dict]:
+    for op, inputs, options in _large_cases():
+        on_gpu = {k: v.to(GPU) for k, v in inputs.items()}
+        axis = {4: 1, 3: 0}  # of the batch, by the number of dimensions
+        tokens = {"x", "z", "y", "pooled", "delta", "B", "C"}
+        alone = {k: v.narrow(axis[v.ndim], 2, 1) if k in tokens else v for k, v in on_gpu.items()}
+        together = getattr(cuda, op)(**on_gpu, **options)
+        same = torch.equal(together.narrow(axis[together.ndim], 2, 1), getattr(cuda, op)(**alone, **options))
+        yield _row(f"{op}: an image does not depend on its batch", same)
+
+
+def _check_extremes() -> Iterator[dict]:
+    for name in ("fastchannelvim_tiny_patch16", "channelvim_tiny_patch16", "fastvim_tiny_patch16"):
+        torch.manual_seed(0)
+        config = {"image_size": 64, "in_channels": 3, "depth": 4, "num_classes": 5, "channel_sampling": "none"}
+        model = cellvim.create_model(name, **config).to(GPU)
+        for value in (0.0, 65_535.0):
+            for autocast in (False, True):
+                images = torch.full((2, 3, 64, 64), value, device=GPU)
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    logits = model(images)
+                model.zero_grad()
+                logits.float().sum().backward()
+                finite = logits.isfinite().all() and all(
+                    p.grad.isfinite().all() for p in model.parameters() if p.grad is not None
+                )
+                yield _row(f"{name}, images of {value:.0f}{', autocast' if autocast else ''}: finite", finite)
+
+
+def _check_golden() -> Iterator[dict]:
+    """Logits and the gradient of the images of every published case, in float32 within 5e-5 of the largest value."""
+    import test_golden
+
+    for case in test_golden.ENCODER_CASES:
+        description, arrays = test_golden.read_case(case)
+        model = test_golden.load_model(description, arrays).to(GPU)
+        for prefix in test_golden.prefixes(case):
+            images = arrays[f"{prefix}x"].to(GPU).requires_grad_()
+            channels = test_golden.subset(images, model)
+            logits = model(images, channels)
+            (logits * arrays["loss_weight"][: len(images)].to(GPU)).sum().backward()
+            for what, actual in (("logits", logits), ("grad/x", images.grad)):
+                expected = arrays[f"{prefix}{what}"]
+                error = cases.error(actual.detach().cpu(), expected)
+                ok = error <= 5e-5
+                yield {"what": f"golden {case} {prefix}{what}", "error": error, "allowed": 5e-5, "ok": ok}
+
+
+def _check_graphs() -> Iterator[dict]:
+    from cellvim.models.graphs import GraphedEncoder
+
+    model = cellvim.create_model("fastchannelvim_tiny_patch16", image_size=64, in_channels=5, depth=4).to(GPU).eval()
+    encode = GraphedEncoder(model, autocast=None)
+    for batch, channels in ((2, None), (3, None), (2, [0, 3, 4]), (2, [1, 2, 3]), (2, None)):
+        images = torch.rand(batch, 5 if channels is None else 3, 64, 64, device=GPU)
+        with torch.no_grad():
+            expected = model(images, channels)
+        same = torch.equal(encode(images, channels), expected)
+        yield _row(f"CUDA graph, batch {batch}, channels {channels}: as without", same)
+
+
+def _check_sanitizer() -> Iterator[dict]:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        yield _row("compute-sanitizer", True, "not on the PATH: left out")
+        return
+    # Every tensor gets memory of its own, so that its ends are known.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in ("memcheck", "racecheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_check"]
+        try:
+            done = subprocess.run(
+                [*command, "--under-sanitizer"],
+                cwd=REPOSITORY,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=900,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            yield _row(f"compute-sanitizer {tool}", False, "took longer than 15 minutes")
+            continue
+        last = " ".join(line for line in done.stdout.splitlines() if "SUMMARY" in line)
+        yield _row(f"compute-sanitizer {tool}", done.returncode == 0, last or f"exit code {done.returncode}")
+
+
+if __name__ == "__main__":
+    assert dispatch._chosen is None, "CELLVIM_BACKEND is set; the checks choose the back-ends themselves."
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Encoders replayed as CUDA graphs: one launch an inference, so that small batches do not wait for Python.
+
+A forward pass enqueues a few hundred kernels. Where the batch is small, the GPU is done with each before the next has
+been asked for. A graph records them once per input shape and replays all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cellvim.errors import BackendError, ModelError
+from cellvim.models.encoder import Encoder
+from cellvim.models.patch_embed import Channels, resolve_channels
+
+_WARM_UPS = 3  # before capture: libraries allocate and choose their kernels
+
+
+class GraphedEncoder:
+    """An `Encoder` at inference whose kernels are captured once per shape and replayed.
+
+    Parameters
+    ----------
+    model
+        On a CUDA GPU, in ``eval()``. Its weights may change in place; replacing them needs a new `GraphedEncoder`.
+    autocast
+        Type of the matrix products and tokens; None for the model's own.
+    most_graphs
+        How many shapes are kept; the one that was used longest ago goes first. Each holds its activations' memory.
+
+    Raises
+    ------
+    BackendError
+        The model is not on a CUDA GPU.
+
+    Examples
+    --------
+    >>> model = cellvim.create_model("fastchannelvim_small_patch16").cuda().eval()  # doctest: +SKIP
+    >>> encode = GraphedEncoder(model)  # doctest: +SKIP
+    >>> features = encode.forward_features(images)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: Encoder, autocast: torch.dtype | None = torch.bfloat16, most_graphs: int = 8) -> None:
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise BackendError(f"The model is on {device.type}; CUDA graphs need it on a CUDA GPU. Call model.cuda().")
+        self.model = model
+        self.autocast = autocast
+        self.most_graphs = most_graphs
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def __call__(self, images: Tensor, channels: Channels = None) -> Tensor:
+        """See `Encoder.forward`."""
+        return self._run(self.model.forward, images, channels)
+
+    def forward_features(self, images: Tensor, channels: Channels = None) -> Tensor:
+        """See `Encoder.forward_features`."""
+        return self._run(self.model.forward_features, images, channels)
+
+    def _run(self, method: Callable, images: Tensor, channels: Channels) -> Tensor:
+        if self.model.training:
+            raise ModelError("The model is in training mode; CUDA graphs are for inference. Call model.eval().")
+        device = next(self.model.parameters()).device
+        # Lists are checked on the CPU, where a look at the numbers stops nothing; of the images only the shape matters.
+        stand_in = images if isinstance(channels, Tensor) else torch.empty(0).expand(*images.shape[:2], 0)
+        ids = resolve_channels(channels, stand_in, self.model.config)
+        if ids is not None and ids.ndim == 2:  # samples with channels of their own: their indices are data
+            return self._forward(method, images.to(device), ids.to(device))
+        key = method.__name__, tuple(images.shape), images.dtype, None if ids is None else len(ids)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(method, images.to(device), None if ids is None else ids.to(device))
+            while len(self._graphs) > self.most_graphs:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return self._graphs[key].replay(images, ids)
+
+    def _capture(self, method: Callable, images: Tensor, channels: Tensor | None) -> _Graph:
+        images, channels = images.clone(), None if channels is None else channels.clone()
+        side = torch.cuda.Stream(images.device)
+        side.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._forward(method, images, channels)
+        torch.cuda.current_stream(images.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            output = self._forward(method, images, channels)
+        return _Graph(graph, images, channels, output)
+
+    @torch.no_grad()
+    def _forward(self, method: Callable, images: Tensor, channels: Tensor | None) -> Tensor:
+        # Without the cache: weights that were cast outside the graph would not be there when it is replayed.
+        cast = torch.autocast("cuda", self.autocast, cache_enabled=False) if self.autocast else nullcontext()
+        with cast:
+            return method(images, channels)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured forward pass, and the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    channels: Tensor | None
+    output: Tensor
+
+    def replay(self, images: Tensor, channels: Tensor | None) -> Tensor:
+        self.images.copy_(images, non_blocking=True)
+        if channels is not None:
+            self.channels.copy_(channels, non_blocking=True)
+        self.graph.replay()
+        return self.output.clone()  # the next replay overwrites it
