@@ -63,7 +63,7 @@ class CellSource(Protocol):
         ...
 
 
-def open_cells(spec: str | Path, plate: Plate) -> CellSource:
+def open_cells(spec: str | Path, plate: Plate, *, dna: str | None = None) -> CellSource:
     """Return the source of cells that a user names.
 
     Parameters
@@ -76,6 +76,8 @@ def open_cells(spec: str | Path, plate: Plate) -> CellSource:
         in their names.
     plate
         The plate that they are for.
+    dna
+        The plate's channel that shows nuclei, where its name does not say so.
 
     Raises
     ------
@@ -85,11 +87,11 @@ def open_cells(spec: str | Path, plate: Plate) -> CellSource:
     text = str(spec)
     kind, _, rest = text.partition(":")
     if text == "nuclei":
-        return NucleusSegmentation()
+        return NucleusSegmentation(dna=dna)
     if text == "cells":
-        return CellSegmentation()
+        return CellSegmentation(dna=dna)
     if kind == "cellpose" and not Path(text).exists():
-        return CellposeSegmentation(rest or None)
+        return CellposeSegmentation(rest or None, dna=dna)
     if kind == "labels" and rest:
         return PlateLabels(rest, plate)
     path, _, which = text.rpartition("#") if "#" in text and not Path(text).exists() else (text, "", "")
@@ -110,6 +112,7 @@ def cells_of_labels(
     pixel_size_um: float | None = None,
     *,
     table: pd.DataFrame | None = None,
+    dna: int | None = None,
 ) -> Cells:
     """Measure labelled cells: position, size, intensity and quality.
 
@@ -125,10 +128,13 @@ def cells_of_labels(
         Side of a pixel.
     table
         ``number``, ``x_px``, ``y_px``: given positions, which replace the labels' own centroids.
+    dna
+        Index of the channel that focus is judged on; by default the one whose name says so, or the first.
     """
     labels = np.ascontiguousarray(labels, np.int32)
     measured = measure_cells(labels, image, channel_names, pixel_size_um)
-    dna = next((i for i, name in enumerate(channel_names) if canonical_name(name) == "DNA"), None)
+    if dna is None:
+        dna = next((i for i, name in enumerate(channel_names) if canonical_name(name) == "DNA"), None)
     quality = measure_quality(labels, image, channel_names, dna=dna, pixel_size_um=pixel_size_um)
     measured = measured.join(quality, on="object_number")
     if table is not None:
@@ -168,6 +174,12 @@ def discs(centers: np.ndarray, shape: tuple[int, int], diameter_px: float) -> np
     return labels
 
 
+def _dna_channel(given: str | None, channel_names: Sequence[str], field: Field) -> int:
+    if given is not None:
+        return list(channel_names).index(given)
+    return find_dna_channel(channel_names, where=field.name)
+
+
 @dataclass
 class NucleusSegmentation:
     """Nuclei by `cellvim.data.cells.segment_nuclei`."""
@@ -175,11 +187,13 @@ class NucleusSegmentation:
     name: str = "nuclei"
     needs_dna: bool = True
     notes: list[str] = default(default_factory=list)
+    dna: str | None = None
 
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
-        dna = image[find_dna_channel(channel_names, where=field.name)]
-        labels = segment_nuclei(dna, field.pixel_size_um)
-        return cells_of_labels(labels, image, channel_names, field.pixel_size_um)
+        """Return the cells of a field whose pixels (C, H, W) have been read."""
+        dna = _dna_channel(self.dna, channel_names, field)
+        labels = segment_nuclei(image[dna], field.pixel_size_um)
+        return cells_of_labels(labels, image, channel_names, field.pixel_size_um, dna=dna)
 
 
 @dataclass
@@ -189,9 +203,11 @@ class CellSegmentation:
     name: str = "cells"
     needs_dna: bool = True
     notes: list[str] = default(default_factory=list)
+    dna: str | None = None
 
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
-        dna = find_dna_channel(channel_names, where=field.name)
+        """Return the cells of a field whose pixels (C, H, W) have been read."""
+        dna = _dna_channel(self.dna, channel_names, field)
         body = [
             plane
             for i, (name, plane) in enumerate(zip(channel_names, image, strict=True))
@@ -199,7 +215,7 @@ class CellSegmentation:
         ]
         nuclei = segment_nuclei(image[dna], field.pixel_size_um)
         labels = segment_cells(nuclei, np.stack(body) if body else image[dna][None], field.pixel_size_um)
-        return cells_of_labels(labels, image, channel_names, field.pixel_size_um)
+        return cells_of_labels(labels, image, channel_names, field.pixel_size_um, dna=dna)
 
 
 class CellposeSegmentation:
@@ -207,7 +223,8 @@ class CellposeSegmentation:
 
     needs_dna = True
 
-    def __init__(self, model: str | None = None) -> None:
+    def __init__(self, model: str | None = None, *, dna: str | None = None) -> None:
+        self.dna = dna
         try:
             from cellpose import models
         except ImportError as error:
@@ -220,9 +237,10 @@ class CellposeSegmentation:
         self._model = models.CellposeModel(**options, **({"pretrained_model": model} if model else {}))
 
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
-        dna = image[find_dna_channel(channel_names, where=field.name)]
-        masks = self._model.eval(np.asarray(dna, np.float32))[0]
-        return cells_of_labels(np.asarray(masks, np.int32), image, channel_names, field.pixel_size_um)
+        """Return the cells of a field whose pixels (C, H, W) have been read."""
+        dna = _dna_channel(self.dna, channel_names, field)
+        masks = self._model.eval(np.asarray(image[dna], np.float32))[0]
+        return cells_of_labels(np.asarray(masks, np.int32), image, channel_names, field.pixel_size_um, dna=dna)
 
 
 class PlateLabels:
@@ -241,6 +259,7 @@ class PlateLabels:
         raise InputError(f"{Path(plate.path).name} has no label image '{label}'; it has {listing(known)}.")
 
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
+        """Return the cells of a field whose pixels (C, H, W) have been read."""
         labels = _compact(field.read_labels(self.label), field)
         if labels.shape != image.shape[1:]:
             raise field.error(f"its labels '{self.label}' are {labels.shape} where the image is {image.shape[1:]}")
@@ -291,6 +310,7 @@ class MaskFolder:
             self.notes.append(f"{len(unplaced)} masks of {folder.name} belong to no field: {listing(unplaced, 4)}")
 
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
+        """Return the cells of a field whose pixels (C, H, W) have been read."""
         path = self._files.get((field.well, str(site_text(field.site))))
         if path is None:
             raise field.error(f"there is no mask for it in {self.folder.name}")
@@ -338,6 +358,7 @@ class CentroidTable:
             self.notes.append(f"{path.name} has cells of {len(beyond)} fields without images: {listing(beyond)}")
 
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
+        """Return the cells of a field whose pixels (C, H, W) have been read."""
         import pandas as pd
 
         rows = self._tables.get((field.well, str(site_text(field.site))))

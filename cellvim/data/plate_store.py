@@ -48,6 +48,7 @@ class Location:
         return self.child("/".join(parts))
 
     def exists(self) -> bool:
+        """Return whether the folder is there."""
         raise NotImplementedError
 
     def folders(self) -> list[str]:
@@ -73,6 +74,7 @@ class Folder(Location):
         return str(self.path)
 
     def read(self, name: str) -> bytes | None:
+        """Return a small file's content, or None where there is none."""
         path = self.path / name
         try:
             if path.stat().st_size > MAX_METADATA_BYTES:
@@ -84,9 +86,11 @@ class Folder(Location):
             raise PlateError(f"{path} cannot be read: {error}.") from error
 
     def child(self, relative: str) -> Folder:
+        """Return a folder below; it need not exist."""
         return Folder(self.path.joinpath(*relative.split("/")))
 
     def inside(self, relative: str) -> Location | None:
+        """Return a folder below, or None where the path is empty or leads out of this one."""
         target = super().inside(relative)
         try:
             if target is not None and target.exists() and not target.path.resolve().is_relative_to(self.path.resolve()):
@@ -96,16 +100,20 @@ class Folder(Location):
         return target
 
     def exists(self) -> bool:
+        """Return whether the folder is there."""
         return self.path.is_dir()
 
     def folders(self) -> list[str]:
+        """Return the names of the folders in it."""
         return [p.name for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []
 
     def stored_bytes(self) -> int:
+        """Return how many bytes of chunks are stored in it and below."""
         files = (p for p in self.path.rglob("*") if p.name not in METADATA and p.is_file())
         return sum(p.stat().st_size for p in files)
 
     def zarr_store(self) -> tuple[Any, str]:
+        """Return the Zarr store, and the path in it."""
         from zarr.storage import LocalStore
 
         return LocalStore(self.path, read_only=True), ""
@@ -125,21 +133,27 @@ class Zipped(Location):
         return f"{self.inner}/{name}" if self.inner else name
 
     def read(self, name: str) -> bytes | None:
+        """Return a small file's content, or None where there is none."""
         return self.archive.read(self._key(name))
 
     def child(self, relative: str) -> Zipped:
+        """Return a folder below; it need not exist."""
         return Zipped(self.archive, self._key(relative))
 
     def exists(self) -> bool:
+        """Return whether the folder is there."""
         return self.inner in self.archive.children
 
     def folders(self) -> list[str]:
+        """Return the names of the folders in it."""
         return [n for n in self.archive.children.get(self.inner, ()) if self._key(n) in self.archive.children]
 
     def stored_bytes(self) -> int:
+        """Return how many bytes of chunks are stored in it and below."""
         return sum(size for key, size in self.archive.below(self.inner) if PurePosixPath(key).name not in METADATA)
 
     def zarr_store(self) -> tuple[Any, str]:
+        """Return the Zarr store, and the path in it."""
         from zarr.storage import ZipStore
 
         return ZipStore(self.archive.path, mode="r"), self.inner
@@ -167,10 +181,12 @@ class _Archive:
         return found
 
     def below(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Return the entries below a folder, with their sizes."""
         prefix = f"{folder}/" if folder else ""
         return ((key, size) for key, size in self.sizes.items() if key.startswith(prefix))
 
     def read(self, key: str) -> bytes | None:
+        """Return the content of an entry, or None where there is none."""
         if key not in self.sizes:
             return None
         if self.sizes[key] > MAX_METADATA_BYTES:
@@ -193,6 +209,7 @@ class Remote(Location):
         return self.url
 
     def read(self, name: str) -> bytes | None:
+        """Return a small file's content, or None where there is none."""
         try:
             content = self.filesystem.cat_file(f"{self.path}/{name}", start=0, end=MAX_METADATA_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -208,12 +225,15 @@ class Remote(Location):
         return content
 
     def child(self, relative: str) -> Remote:
+        """Return a folder below; it need not exist."""
         return Remote(self.filesystem, f"{self.path}/{relative}", f"{self.url}/{relative}")
 
     def exists(self) -> bool:
+        """Return whether the folder is there."""
         return any(self.read(name) is not None for name in METADATA)
 
     def folders(self) -> list[str]:
+        """Return the names of the folders in it."""
         try:
             entries = self.filesystem.ls(self.path, detail=True)
         except Exception:  # a web server need not list its folders
@@ -221,6 +241,7 @@ class Remote(Location):
         return [PurePosixPath(e["name"].rstrip("/")).name for e in entries if e.get("type") == "directory"]
 
     def stored_bytes(self) -> int:
+        """Return how many bytes of chunks are stored in it and below."""
         try:
             found = self.filesystem.find(self.path, detail=True)
         except Exception:  # it cannot be told: then it may be there
@@ -230,6 +251,7 @@ class Remote(Location):
         )
 
     def zarr_store(self) -> tuple[Any, str]:
+        """Return the Zarr store, and the path in it."""
         from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
         from zarr.storage import FsspecStore
 
@@ -318,6 +340,7 @@ def open_array(location: Location) -> Any:
         index: tuple[str, int] | None = None  # of a shard: at its start or end, and how many chunks
 
         async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            """Return a chunk's bytes, once they have been looked at."""
             if not self.limit or key.rpartition("/")[2] in METADATA:
                 return await self._store.get(key, prototype, byte_range)
             most = self.limit * (self.index[1] if self.index else 1) + SLACK_BYTES

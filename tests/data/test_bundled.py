@@ -29,5 +29,5 @@ def test_every_dataset_has_its_card_and_licence(name):
 
 
 def test_unknown_dataset_lists_what_there_is():
-    with pytest.raises(InputError, match=r"'sbs' does not come with CellVim; it has sbs_translocation"):
+    with pytest.raises(InputError, match=r"'sbs' is not known to CellVim; it has jump_cp, sbs_translocation"):
         bundled_dataset("sbs")

@@ -20,6 +20,7 @@ class PageOf:
 
     @property
     def name(self) -> str:
+        """What to call it in messages."""
         return f"{self.path.name} (image {self.series}, plane {self.page})"
 
 
@@ -31,6 +32,7 @@ class MaximumOf:
 
     @property
     def name(self) -> str:
+        """What to call it in messages."""
         return f"{self.planes[0].name} and {len(self.planes) - 1} more planes"
 
 

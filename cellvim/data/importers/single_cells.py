@@ -23,6 +23,7 @@ class CellStrip:
 
     @property
     def name(self) -> str:
+        """What to call it in messages."""
         return f"{self.files[0].name} and {len(self.files) - 1} more cells"
 
 
