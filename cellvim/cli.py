@@ -84,7 +84,7 @@ def options(
     """Options before the command."""
 
 
-PlatePath = Annotated[Path, typer.Argument(metavar="PLATE.zarr", help="An OME-Zarr plate.")]
+PlatePath = Annotated[str, typer.Argument(metavar="PLATE.zarr", help="An OME-Zarr plate: folder, zip file or URL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output when it exists.")]
 
 
@@ -107,8 +107,18 @@ def import_command(
         typer.Option(metavar="RULE", help="Which wells are controls: Compound:DMSO=negcon,Wortmannin=poscon."),
     ] = None,
     plate_name: Annotated[str | None, typer.Option(help="What to call the plate; as the folder by default.")] = None,
-    format: Annotated[str, typer.Option(help="tiff or phenix; auto tells them apart.")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="tiff, phenix, imagexpress, load_data, ome_tiff or single_cells; auto tells them apart.")
+    ] = "auto",
     pattern: Annotated[str | None, typer.Option(help="How files are named, when it cannot be told.")] = None,
+    compounds: Annotated[
+        list[Path] | None, typer.Option(help="Table of the perturbations that the plate map names; may be repeated.")
+    ] = None,
+    load_data: Annotated[
+        Path | None, typer.Option(help="CellProfiler's LoadData CSV, which says what each file shows.")
+    ] = None,
+    z: Annotated[str | None, typer.Option(metavar="N|max", help="Plane of a z-stack, from 0, or its maximum.")] = None,
+    t: Annotated[int | None, typer.Option(metavar="N", help="Time point, from 0.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make an OME-Zarr plate from a folder of TIFFs."""
@@ -119,6 +129,10 @@ def import_command(
             source,
             target,
             metadata=metadata,
+            compounds=compounds or (),
+            load_data=load_data,
+            z=_plane(z),
+            t=t,
             format=format,
             pattern=pattern,
             pixel_size_um=pixel_size,
@@ -173,10 +187,23 @@ def embed(
     ] = None,
     wells: Annotated[str | None, typer.Option(help="Wells: A01,B07. All by default.")] = None,
     crop_size: Annotated[int | None, typer.Option(metavar="PX", help="Side of a cell's crop or of a tile.")] = None,
+    crop_um: Annotated[float | None, typer.Option(metavar="UM", help="That side in µm, whatever the plate's.")] = None,
+    overlap: Annotated[float, typer.Option(metavar="SHARE", help="Of neighbouring tiles.")] = 0.0,
+    cells: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE", help="nuclei, cells, cellpose, labels:NAME, a table of positions or a folder of masks."
+        ),
+    ] = "nuclei",
+    border: Annotated[str, typer.Option(help="Crops beyond the field: pad, reflect, shift or drop.")] = "pad",
+    mask_neighbours: Annotated[bool, typer.Option("--mask-neighbours", help="Blank out other cells.")] = False,
+    scale_by: Annotated[str, typer.Option(help="Scale intensities by all wells, or by the controls.")] = "all",
     batch_size: Annotated[int, typer.Option(help="Crops embedded at once.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of random weights and of the intensity sample.")] = 0,
     z: Annotated[str | None, typer.Option(metavar="N|max", help="Plane of a z-stack, or its maximum.")] = None,
+    t: Annotated[int | None, typer.Option(metavar="N", help="Time point.")] = None,
+    level: Annotated[int, typer.Option(metavar="N", help="Resolution of the plate: 0 is the full one.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Embed a plate's cells, tiles or fields into an AnnData."""
@@ -185,12 +212,18 @@ def embed(
 
     check_output(output, overwrite=overwrite)
     plan = plan_embedding(
-        _open(plate, z),
+        _open(plate, z, t, level),
         unit=unit,
         model=model or DEFAULT_MODEL,
         channels=channels,
         wells=wells.split(",") if wells else None,
         crop_size=crop_size,
+        crop_um=crop_um,
+        overlap=overlap,
+        cells=cells,
+        border=border,
+        mask_neighbours=mask_neighbours,
+        scale_by=scale_by,
         batch_size=batch_size,
         device=device,
         seed=seed,
@@ -276,6 +309,31 @@ def bench_cpu(
         print(f"Wrote {output}")
 
 
+@bench_app.command("data")
+def bench_data(
+    plate: Annotated[Path | None, typer.Argument(metavar="PLATE.zarr", help="A plate of your own, too.")] = None,
+    crop_size: Annotated[int, typer.Option(metavar="PX", help="Side of a crop.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+) -> None:
+    """Cells a second from plate to device, beside the raw decoding of the same chunks."""
+    from cellvim.bench import data
+
+    data.run(plate, crop_px=crop_size, device=device)
+
+
+@app.command()
+def datasets(name: Annotated[str | None, typer.Argument(help="Show this dataset's card.")] = None) -> None:
+    """List the datasets that are described, and those that come with CellVim."""
+    from cellvim.data.bundled import dataset_card, dataset_cards
+
+    if name is not None:
+        print(dataset_card(name))
+        return
+    for card in dataset_cards():
+        print(f"{card.name:<20} {'comes with it' if card.has_images else 'to download':<14} {card.title}")
+    print("cellvim datasets NAME shows the card: source, licence, channels, how to get it.")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path("demo"),
@@ -287,12 +345,16 @@ def demo(
     run_demo(output, overwrite=overwrite, say=print, warn=_warn, progress=_progress)
 
 
-def _open(plate: Path, z: str | None):
+def _open(plate: str, z: str | None, t: int | None, level: int):
     from cellvim.data.plate import open_plate
 
+    return open_plate(plate, z=_plane(z), t=t, level=level)
+
+
+def _plane(z: str | None) -> int | str | None:
     if z is not None and z != "max" and not z.isdigit():
         raise InputError(f"--z is '{z}'; expected the number of a plane, or max.")
-    return open_plate(plate, z=int(z) if z and z.isdigit() else z)
+    return int(z) if z and z.isdigit() else z
 
 
 def _report(summary: EmbeddingSummary) -> None:

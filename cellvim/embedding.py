@@ -30,6 +30,8 @@ from cellvim.errors import ChannelError, FieldReadError, InputError, ModelError,
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from cellvim.data.cell_sources import CellSource
+    from cellvim.data.crops import CropSpec
     from cellvim.data.normalize import IntensityScale
     from cellvim.data.plate import Field, Plate
     from cellvim.models.encoder import Encoder
@@ -39,6 +41,7 @@ Channels = str | Sequence[str] | Mapping[str, str] | None
 
 UNITS = ("cell", "tile", "field")
 DEFAULT_MODEL = "fastchannelvim_tiny_patch16"
+_SEGMENTED = ("nuclei", "cells", "cellpose")  # sources of cells that need a channel of nuclei
 CELL_UM = 40.0  # a cell with its surroundings, when the plate says how large a pixel is
 CELL_PX = 64  # and when it does not
 TILE_PX = 224
@@ -53,6 +56,12 @@ def embed(
     channels: Channels = None,
     wells: Sequence[str] | None = None,
     crop_size: int | None = None,
+    crop_um: float | None = None,
+    overlap: float = 0.0,
+    cells: str | Path = "nuclei",
+    border: str = "pad",
+    mask_neighbours: bool = False,
+    scale_by: Literal["all", "controls"] = "all",
     batch_size: int = 64,
     device: str = "auto",
     seed: int = 0,
@@ -78,6 +87,19 @@ def embed(
     crop_size
         Side in plate pixels of a cell's crop or of a tile. By default what the model was trained on, or, for a model
         without training, 40 µm around a cell (64 pixels when the pixel size is unknown) and 224 pixels for a tile.
+    crop_um
+        That side in µm instead. Plates of different pixel sizes are then resampled to one.
+    overlap
+        Of neighbouring tiles, as a share of their side.
+    cells
+        Where cells come from: "nuclei" or "cells" to segment them, "cellpose", "labels:NAME" of the plate, the path of
+        a table of positions or of a folder of masks; see `cellvim.data.cell_sources.open_cells`.
+    border
+        What becomes of a cell whose crop reaches beyond the field: "pad" with 0, "reflect", "shift" or "drop".
+    mask_neighbours
+        Set what belongs to other cells to 0.
+    scale_by
+        Intensities are scaled by the percentiles of "all" wells, or of the negative "controls" of the plate map.
     batch_size
         Crops embedded at once.
     device
@@ -116,6 +138,12 @@ def embed(
         channels=channels,
         wells=wells,
         crop_size=crop_size,
+        crop_um=crop_um,
+        overlap=overlap,
+        cells=cells,
+        border=border,
+        mask_neighbours=mask_neighbours,
+        scale_by=scale_by,
         batch_size=batch_size,
         device=device,
         seed=seed,
@@ -143,6 +171,8 @@ class EmbeddingPlan:
     model: Encoder
     model_name: str
     trained: bool
+    cutting: CropSpec  # the same as the next, with what to do at borders and with neighbours
+    cells: CellSource | None  # where cells come from; None for other units
     crop_px: int | None  # side of a crop on the plate; None: the whole field
     input_px: int | None  # side of a crop as the model sees it; None: the field at its own resolution
     scale: IntensityScale
@@ -212,6 +242,12 @@ def plan_embedding(
     channels: Channels = None,
     wells: Sequence[str] | None = None,
     crop_size: int | None = None,
+    crop_um: float | None = None,
+    overlap: float = 0.0,
+    cells: str | Path = "nuclei",
+    border: str = "pad",
+    mask_neighbours: bool = False,
+    scale_by: Literal["all", "controls"] = "all",
     batch_size: int = 64,
     device: str = "auto",
     seed: int = 0,
@@ -223,14 +259,21 @@ def plan_embedding(
     CellvimError
         Something given cannot be used.
     """
-    from cellvim.data.normalize import estimate_intensity_scale
+    from cellvim.data.cell_sources import open_cells
+    from cellvim.data.crops import CropSpec
+    from cellvim.data.normalize import estimate_intensity_scale, reference_wells
     from cellvim.data.plate import open_plate
 
     _check_choices(unit, crop_size, batch_size)
+    if scale_by not in ("all", "controls"):
+        raise InputError(f"Intensities can be scaled by all wells or by the controls, not by '{scale_by}'.")
     plate = open_plate(plate) if isinstance(plate, str | Path) else plate
+    if crop_um is not None:
+        _, crop_size = CropSpec(unit, crop_size, size_um=crop_um).pixels(plate.pixel_size_um)
+        _check_choices(unit, crop_size, batch_size)
     fields, lost_wells = _fields_of(plate, wells)
     names, meanings = _plate_channels(plate, channels)
-    dna = _nuclear_channel(plate, names, meanings) if unit == "cell" else None
+    dna = _nuclear_channel(plate, names, meanings) if unit == "cell" and cells in _SEGMENTED else None
     device = _device(device)
     built_for = _untrained_size(unit, crop_size, plate)
     encoder, model_name = _encoder(model, meanings, image_size=built_for, seed=seed)
@@ -246,6 +289,7 @@ def plan_embedding(
                 f"{model_name} is built for {input_px} x {encoder.config.image_width} pixels, but a {unit} is square. "
                 "Use --unit field or another model."
             )
+    cutting = CropSpec(unit, crop_px, overlap=overlap, border=border, mask_neighbours=mask_neighbours)
     return EmbeddingPlan(
         plate=plate,
         fields=fields,
@@ -258,9 +302,13 @@ def plan_embedding(
         model=encoder.to(device).eval(),
         model_name=model_name,
         trained=bool(encoder.is_trained),
+        cutting=cutting,
+        cells=open_cells(cells, plate, dna=dna) if unit == "cell" else None,
         crop_px=crop_px,
         input_px=input_px,
-        scale=estimate_intensity_scale(plate, names, seed=seed),
+        scale=estimate_intensity_scale(
+            plate, names, wells=reference_wells(plate) if scale_by == "controls" else None, seed=seed
+        ),
         batch_size=1 if unit == "field" else batch_size,
         device=device,
         seed=seed,
@@ -336,41 +384,44 @@ def embed_field(plan: EmbeddingPlan, field: Field) -> tuple[np.ndarray, pd.DataF
         The field's pixels cannot be read, or it lacks a channel.
     """
     raw = field.read(plan.read_channels)  # (C, H, W), the DNA channel last where it is not embedded
-    objects, centers = _locate(plan, raw, field.pixel_size_um)  # (n, 2) as (y, x)
+    objects, centers, labels = _locate(plan, field, raw)  # (n, 2) as (y, x); (H, W) where neighbours are masked
     image = plan.scale.apply(raw[: len(plan.channels)])  # (C, H, W) float32
     embeddings = np.zeros((len(objects), plan.model.config.embed_dim), np.float32)
     for first in range(0, len(objects), plan.batch_size):
         batch = slice(first, first + plan.batch_size)
-        embeddings[batch] = _features(plan, _cut(plan, image, centers[batch]))
+        numbers = objects["Metadata_ObjectNumber"].to_numpy()[batch]
+        embeddings[batch] = _features(plan, _cut(plan, image, centers[batch], labels, numbers))
     return embeddings, objects, centers[:, ::-1] * (field.pixel_size_um or 1.0)
 
 
-def _locate(plan: EmbeddingPlan, raw: np.ndarray, pixel_size_um: float | None) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the units of a field: numbers about each, and its centre (y, x) in pixels."""
-    from cellvim.data.cells import measure_cells, segment_nuclei
-    from cellvim.data.crops import tile_centers
+def _locate(plan: EmbeddingPlan, field: Field, raw: np.ndarray) -> tuple[pd.DataFrame, np.ndarray, np.ndarray | None]:
+    """Return the units of a field: numbers about each, its centre (y, x) in pixels, and labels to mask others by."""
+    from cellvim.data.crops import place_windows, tile_centers
 
     height, width = raw.shape[1:]
-    if plan.unit == "cell":
-        dna = raw[plan.read_channels.index(plan.dna)]
-        cells = measure_cells(segment_nuclei(dna, pixel_size_um), raw, plan.read_channels, pixel_size_um)
-        centers = cells[["y_px", "x_px"]].to_numpy(np.float64)
-        objects = cells.drop(columns=["y_px", "x_px"]).rename(columns={"object_number": "Metadata_ObjectNumber"})
-        return objects, centers
+    if plan.cells is not None:
+        found = plan.cells.find(field, raw, plan.read_channels)
+        _, kept = place_windows(found.centers, plan.crop_px, (height, width), border=plan.cutting.border)
+        objects = found.table[kept].reset_index(drop=True).drop(columns=["y_px", "x_px"])
+        objects = objects.rename(columns={"object_number": "Metadata_ObjectNumber"})
+        return objects, found.centers[kept], found.labels if plan.cutting.mask_neighbours else None
     if plan.unit == "tile":
-        centers = np.asarray(tile_centers(height, width, plan.crop_px), dtype=np.float64)
+        stride = max(1, round(plan.crop_px * plan.cutting.stride))
+        centers = np.asarray(tile_centers(height, width, plan.crop_px, stride), dtype=np.float64)
     else:
         centers = np.array([[(height - 1) / 2, (width - 1) / 2]])
-    return pd.DataFrame({"Metadata_ObjectNumber": np.arange(1, len(centers) + 1)}), centers
+    return pd.DataFrame({"Metadata_ObjectNumber": np.arange(1, len(centers) + 1)}), centers, None
 
 
-def _cut(plan: EmbeddingPlan, image: np.ndarray, centers: np.ndarray) -> np.ndarray:
+def _cut(
+    plan: EmbeddingPlan, image: np.ndarray, centers: np.ndarray, labels: np.ndarray | None, numbers: np.ndarray
+) -> np.ndarray:
     """Return what the model sees of each unit: (n, C, h, w) float32."""
     from cellvim.data.crops import cut_crops, resize_crops
 
     if plan.crop_px is None:
         return image[None]
-    crops = cut_crops(image, centers, plan.crop_px)
+    crops = cut_crops(image, centers, plan.crop_px, border=plan.cutting.border, labels=labels, numbers=numbers)
     return resize_crops(crops, plan.input_px)
 
 
@@ -512,7 +563,9 @@ def _field_table(plan: EmbeddingPlan) -> pd.DataFrame:
     )
     plate_map = plan.plate.well_metadata.reindex(wells)
     for name in plate_map.columns:
-        column = f"Metadata_{name}" if name in _OWN_COLUMNS or name.startswith("mean_intensity_") else str(name)
+        column = (
+            f"Metadata_{name}" if name in _OWN_COLUMNS or name.startswith(("mean_intensity_", "qc_")) else str(name)
+        )
         if column not in table:
             table[column] = plate_map[name].to_numpy()
     if "pert_type" in table and "Metadata_pert_type" not in table:
@@ -544,6 +597,12 @@ def _provenance(plan: EmbeddingPlan, summary: EmbeddingSummary, started: datetim
         crop = {"size_px": plan.crop_px, "input_px": plan.input_px}
         if pixel_size_um is not None:
             crop["size_um"] = plan.crop_px * pixel_size_um
+        if plan.cutting.overlap:
+            crop["overlap"] = plan.cutting.overlap
+        if plan.cutting.border != "pad":
+            crop["border"] = plan.cutting.border
+        if plan.cutting.mask_neighbours:
+            crop["mask_neighbours"] = True
     return {
         "model": {"name": plan.model_name, "config": json.dumps(plan.model.config.to_dict())},
         "weights": {
@@ -558,6 +617,8 @@ def _provenance(plan: EmbeddingPlan, summary: EmbeddingSummary, started: datetim
             "wells": sorted({f.well for f in plan.fields}),
         },
         "unit": plan.unit,
+        "cells": "not used" if plan.cells is None else plan.cells.name,
+        "cell_notes": "" if plan.cells is None else "; ".join(dict.fromkeys(plan.cells.notes)),
         "channels": {
             "plate": plan.channels,
             "model": [plan.model.config.channel_names[i] for i in plan.channel_ids],
