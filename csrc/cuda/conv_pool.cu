@@ -18,6 +18,7 @@ struct PoolArguments {
   int batch, chunks;
   int cells, members, inner;     // walk: the slots of a dense plan as (kept, pooled, kept) axes
   int runs, run_members;         // walk: parts into which a cell's members are divided
+  int block_cells;               // walk: cells that a block takes one after the other; 1 if they are divided
   float factor;                  // of every slot, times slot_weight where that is not null
   const float *slot_weight;      // (samples, P) or null
   const float *share;            // WEIGHTED: (2, B, L)
@@ -64,7 +65,7 @@ __device__ __forceinline__ void write_slot(const PoolArguments &a, const Slot<MO
   store((T *)a.out + at, value, access);
 }
 
-// Reads x once. Block: (sample, cell, run, chunk of channels). MANY: slots of the cell's inner axis take turns from step
+// Reads x once. Block: (sample, cells, run, chunk of channels). MANY: slots of the cell's inner axis take turns from step
 // to step, so their sums lie in shared memory, each thread's apart; else there is one, in registers.
 template <class T, Mode MODE, bool MANY>
 __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolArguments a) {
@@ -72,12 +73,14 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
   int item = (int)blockIdx.x;
   const int chunk = item % a.chunks, run = item / a.chunks % a.runs;
   item /= a.chunks * a.runs;
-  const int cell = item % a.cells, b = item / a.cells;
+  const int groups = (a.cells + a.block_cells - 1) / a.block_cells, b = item / groups;
+  int cell = item % groups * a.block_cells;
   const int e = (chunk * (int)blockDim.x + (int)threadIdx.x) * VEC;
   if (e >= a.conv.width) return;
   const int inner = MANY ? a.inner : 1;
+  const int to_cell = min(cell + a.block_cells, a.cells);
   const int first = (cell * a.members + run * a.run_members) * inner;
-  const int last = (cell * a.members + min((run + 1) * a.run_members, a.members)) * inner;
+  const int last = ((to_cell - 1) * a.members + min((run + 1) * a.run_members, a.members)) * inner;
 
   // Slot (k, c) of this thread.
   constexpr int PARTS = MODE == Mode::MAX ? 2 : 1;
@@ -98,9 +101,32 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
       reinterpret_cast<int4 *>(place(k, c))[blockDim.x] = {slot.best[0], slot.best[1], slot.best[2], slot.best[3]};
   };
   Slot<MODE> single[2];
-  if (MANY)
+  const auto clear = [&] {
+    for (int k = 0; k < 2; ++k) {
+      single[k] = Slot<MODE>();
+      if (MANY)
+        for (int c = 0; c < inner; ++c) write(k, c, Slot<MODE>());
+    }
+  };
+  const Access access = a.conv.access(e);
+  const auto finish_cell = [&] {
     for (int k = 0; k < 2; ++k)
-      for (int c = 0; c < inner; ++c) write(k, c, Slot<MODE>());
+      for (int c = 0; c < inner; ++c) {
+        const int p = cell * inner + c;
+        const Slot<MODE> slot = MANY ? read(k, c) : single[k];
+        if (!a.partial) {
+          write_slot<T, MODE>(a, slot, k, b, p, e, access);
+          continue;
+        }
+        const int64_t at = ((((int64_t)run * 2 + k) * a.batch + b) * a.plan.slots + p) * a.conv.width + e;
+        store(a.partial + at, slot.value, access);
+        if (MODE == Mode::MAX)
+#pragma unroll
+          for (int i = 0; i < VEC; ++i)
+            if (i < access.count) a.partial_best[at + i] = slot.best[i];
+      }
+  };
+  clear();
 
   const Taps taps = load_taps(a.conv, e);
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
@@ -109,7 +135,8 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
   Cursor ahead(a.plan, b, first - REACH);
   Window<T, STEPS> window;
   window.start(x, a.conv, e, ahead);
-  int c = 0;
+  const int cell_steps = a.members * inner;
+  int c = 0, left = a.block_cells > 1 ? cell_steps : last - first;  // steps to the end of the cell
   for (int step = first; step < last; step += STEPS) {
     window.turn(x, a.conv, e, ahead);
 #pragma unroll
@@ -128,25 +155,13 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
         }
       }
       if (MANY && ++c == inner) c = 0;
+      if (--left == 0) {
+        finish_cell();
+        clear();
+        ++cell, left = cell_steps;
+      }
     }
   }
-
-  const Access access = a.conv.access(e);
-  for (int k = 0; k < 2; ++k)
-    for (int c = 0; c < inner; ++c) {
-      const int p = cell * inner + c;
-      const Slot<MODE> slot = MANY ? read(k, c) : single[k];
-      if (!a.partial) {
-        write_slot<T, MODE>(a, slot, k, b, p, e, access);
-        continue;
-      }
-      const int64_t at = ((((int64_t)run * 2 + k) * a.batch + b) * a.plan.slots + p) * a.conv.width + e;
-      store(a.partial + at, slot.value, access);
-      if (MODE == Mode::MAX)
-#pragma unroll
-        for (int i = 0; i < VEC; ++i)
-          if (i < access.count) a.partial_best[at + i] = slot.best[i];
-    }
 }
 
 // Puts the runs of a cell together, in their order. Block: (direction, sample, slot, chunk of channels).
@@ -396,13 +411,15 @@ int forward(PoolArguments a, const cellvim_plan &plan, bool is_direct, const cel
   a.runs = clamp(8 / (a.cells > 0 ? a.cells : 1), 1, most);
   a.run_members = divide_up(a.members, a.runs);
   a.runs = divide_up(a.members, a.run_members > 0 ? a.run_members : 1);
+  // Many short ones are walked by the same block, which then starts a window less often.
+  a.block_cells = a.runs > 1 ? 1 : clamp(112 / clamp(a.members * a.inner, 1, 112), 1, a.cells > 0 ? a.cells : 1);
   if (a.runs > 1) {
     const int64_t size = (int64_t)a.runs * 2 * a.batch * a.plan.slots * a.conv.width;
     a.partial = workspace.take<float>(size);
     if (MODE == Mode::MAX) a.partial_best = workspace.take<int32_t>(size);
   }
   if (is_counting) return CELLVIM_OK;
-  const int64_t blocks = (int64_t)a.batch * a.cells * a.runs * a.chunks;
+  const int64_t blocks = (int64_t)a.batch * divide_up(a.cells, a.block_cells) * a.runs * a.chunks;
   if (a.inner == 1)
     CELLVIM_TRY(launch(call, walk_kernel<T, MODE, false>, blocks, chunks.threads, 0, a));
   else
