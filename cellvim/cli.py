@@ -334,6 +334,28 @@ def datasets(name: Annotated[str | None, typer.Argument(help="Show this dataset'
     print("cellvim datasets NAME shows the card: source, licence, channels, how to get it.")
 
 
+@bench_app.command("gpu")
+def bench_gpu(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer models and repetitions: under 3 minutes.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Speed of the CUDA kernels and models against the floor of this GPU."""
+    import json
+
+    from rich.console import Console
+
+    from cellvim.bench import gpu
+
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"The folder {output.parent} for the figures does not exist.")
+    results = gpu.run(quick=quick)
+    for table in gpu.tables(results):
+        Console().print(table)
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"Wrote {output}")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path("demo"),
