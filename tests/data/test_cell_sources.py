@@ -231,3 +231,11 @@ def test_labels_far_apart_in_number_take_no_memory():
     small = _compact(labels, None)
     assert set(np.unique(small)) == {0, 1, 2}
     assert len(cells_of_labels(small, np.ones((1, 20, 20)), ["DNA"]).table) == 2
+
+
+def test_cells_of_a_confluent_field_are_more_than_nuclei():
+    _, nuclei = drawn()
+    y, x = np.mgrid[:160, :200]
+    body = 1000 + 300 * np.sin(y / 9) + 300 * np.sin(x / 7)
+    body += np.random.default_rng(0).normal(0, 10, body.shape)
+    assert (segment_cells(nuclei, body[None], 0.65) > 0).sum() > 1.5 * (nuclei > 0).sum()
