@@ -249,6 +249,18 @@ def test_any_plan(data, seed, batch, width):
 
 
 @pytest.mark.slow
+def test_the_checks_of_a_gpu_pass_on_the_emulation(monkeypatch):
+    """`benchmarks.gpu_check` itself: its shapes, its plans, and whole models against the published numbers."""
+    monkeypatch.syspath_prepend(str(build.REPOSITORY))
+    from benchmarks import gpu_check
+
+    monkeypatch.setattr(gpu_check, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(gpu_check, "cuda", kernels)
+    rows = [*gpu_check._check_ops(examples=6, small=True), *gpu_check._check_golden()]
+    assert len(rows) > 100 and not [row for row in rows if not row["ok"]]
+
+
+@pytest.mark.slow
 def test_kernels_read_and_write_only_their_own_memory():
     """This file's quick tests once more under the address sanitizer."""
     flags = "-fsanitize=address -g"
