@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(WARPS * 32) add_norm_kernel(const __grid_const
     const int e = a.place(c);
     if (e >= a.width) continue;
     store(a.total + at + e, value[c], a.access(e));
-    const Vec weight = load_row(a.weight, e, a.width, 1.0f), bias = load_row(a.bias, e, a.width, 0.0f);
+    const Vec weight = load_row(a.weight, e, a.access(e), 1.0f), bias = load_row(a.bias, e, a.access(e), 0.0f);
     Vec out;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) out[i] = fmaf((value[c][i] - m.mean) * m.scale, weight[i], bias[i]);
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(WARPS * 32) add_norm_backward_kernel(const __g
     float mean = 0.0f, projection = 0.0f;
 #pragma unroll
     for (int c = 0; c < VECTORS; ++c) {
-      const Vec weight = load_row(a.weight, a.place(c), a.width, 0.0f);
+      const int e = a.place(c);
+      const Vec weight = e < a.width ? load_row(a.weight, e, a.access(e), 0.0f) : splat(0.0f);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         value[c][i] = (value[c][i] - m.mean) * m.scale;
@@ -174,7 +175,8 @@ int add_norm(const cellvim_add_norm &a, bool is_backward, const cellvim_cuda_cal
   const size_t vector = VEC * size_of(a.dtype);
   n.whole = a.width % VEC == 0 && is_aligned(a.hidden, vector) && is_aligned(a.normed, vector) &&
             is_aligned(a.residual, 16) && is_aligned(a.total, 16) && is_aligned(a.grad_normed, vector) &&
-            is_aligned(a.grad_total, 16) && is_aligned(a.grad_residual, 16) && is_aligned(a.grad_hidden, vector);
+            is_aligned(a.grad_total, 16) && is_aligned(a.grad_residual, 16) && is_aligned(a.grad_hidden, vector) &&
+            is_aligned(a.weight, 16) && is_aligned(a.bias, 16);
   Workspace workspace(call.workspace);
   const int64_t most = 4 * multiprocessors(call.device), blocks = divide_up<int64_t>(a.rows, WARPS);
   const int64_t workers = clamp<int64_t>(blocks, 1, most);

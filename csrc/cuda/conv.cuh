@@ -17,7 +17,7 @@ struct ConvSource {
   int64_t x_batch;
   int x_token, width, taps;
   const float *weight, *bias;  // (2, E, taps), (2, E) or null
-  bool whole;                  // rows of x, and of every other token array, start on a boundary of VEC values
+  bool whole;                  // rows of x, of every other token array and of weights start on a boundary of VEC values
 
   __device__ __forceinline__ Access access(int e) const { return {whole && e + VEC <= width, min(width - e, VEC)}; }
 };
@@ -27,19 +27,27 @@ struct Taps {
 };
 
 __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e) {
+  static_assert(TAPS == VEC, "a channel's taps are one access");
+  const Access access = from.access(e);
   Taps taps;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
 #pragma unroll
-    for (int j = 0; j < TAPS; ++j) {
-      taps.w[k][j] = splat(0.0f);
-      const int tap = j - (TAPS - from.taps);
-      if (tap >= 0)
+    for (int i = 0; i < VEC; ++i) {
+      const float *channel = from.weight + (int64_t)(k * from.width + e + i) * from.taps;
+      if (from.taps == TAPS && access.whole) {
+        const Vec all = unpack(load_whole(channel));
 #pragma unroll
-        for (int i = 0; i < VEC; ++i)
-          if (e + i < from.width) taps.w[k][j][i] = from.weight[(int64_t)(k * from.width + e + i) * from.taps + tap];
+        for (int j = 0; j < TAPS; ++j) taps.w[k][j][i] = all[j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < TAPS; ++j) {
+          const int tap = j - (TAPS - from.taps);
+          taps.w[k][j][i] = tap >= 0 && i < access.count ? channel[tap] : 0.0f;
+        }
+      }
     }
-    taps.bias[k] = load_row(from.bias ? from.bias + k * from.width : nullptr, e, from.width, 0.0f);
+    taps.bias[k] = load_row(from.bias ? from.bias + k * from.width : nullptr, e, access, 0.0f);
   }
   return taps;
 }
@@ -107,7 +115,8 @@ template <> constexpr int STEPS_PER_TURN<float> = 4;
 inline ConvSource conv_source(const void *x, int64_t x_batch, int64_t x_token, int64_t width, int64_t taps,
                               int32_t dtype, const float *weight, const float *bias) {
   const size_t vector = VEC * size_of(dtype);
-  const bool whole = width % VEC == 0 && x_batch % VEC == 0 && x_token % VEC == 0 && is_aligned(x, vector);
+  const bool whole = width % VEC == 0 && x_batch % VEC == 0 && x_token % VEC == 0 && is_aligned(x, vector) &&
+                     is_aligned(weight, 16) && is_aligned(bias, 16);
   return {x, x_batch, (int)x_token, (int)width, (int)taps, weight, bias, whole};
 }
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ Adj
   Vec row[2], sum_taps[2][TAPS], sum_bias[2], sum_extra[2];
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    row[k] = load_row(a.row ? a.row + k * E : nullptr, e, E, 0.0f);
+    row[k] = load_row(a.row ? a.row + k * E : nullptr, e, access, 0.0f);
     if (MODE == Adjoint::EXPAND)
 #pragma unroll
       for (int i = 0; i < VEC; ++i) row[k][i] *= 0.5f;  // the mean of the directions

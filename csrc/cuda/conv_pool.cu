@@ -297,7 +297,7 @@ template <class T> __global__ void __launch_bounds__(128) score_kernel(const __g
         for (int k = 0; k < 2; ++k) {
           const int64_t line = ((int64_t)k * a.batch + b) * a.plan.slots;
           const Vec u = silu<T>(window.conv(taps, k, t));
-          const Vec r = a.row ? load_row(a.row + k * E, e, E, 0.0f)
+          const Vec r = a.row ? load_row(a.row + k * E, e, access, 0.0f)
                               : load((const T *)a.grad + (line + here.slot(k)) * E + e, access);
 #pragma unroll
           for (int i = 0; i < VEC; ++i)

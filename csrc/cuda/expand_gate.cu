@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
   if (SKIP && e < E) {
     taps = load_taps(a.conv, e);
     for (int k = 0; k < 2; ++k) {
-      skip[k] = load_row(a.skip + k * E, e, E, 0.0f);
+      skip[k] = load_row(a.skip + k * E, e, a.conv.access(e), 0.0f);
       for (int i = 0; i < VEC; ++i) skip[k][i] *= 0.5f;  // the mean of the directions
     }
     window.start((const T *)a.conv.x + b * a.conv.x_batch, a.conv, e, ahead);
@@ -135,13 +135,14 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
       const Moments m = row_moments(lane, a.norm, a.eps, value);
       const auto gate = [&](int c, const Vec &gates) {
         const int e = lane.place(c);
-        const Vec mixed = value(e), weight = load_row(a.norm_weight, e, E, 1.0f);
-        const Vec bias = load_row(a.norm_bias, e, E, 0.0f);
+        const Access access = a.conv.access(e);
+        const Vec mixed = value(e), weight = load_row(a.norm_weight, e, access, 1.0f);
+        const Vec bias = load_row(a.norm_bias, e, access, 0.0f);
         Vec result;
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
           result[i] = fmaf((mixed[i] - m.mean) * m.scale, weight[i], bias[i]) * silu<T>(gates[i]);
-        store(out + e, result, a.conv.access(e));
+        store(out + e, result, access);
       };
 #pragma unroll
       for (int c = 0; c < AHEAD; ++c)
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
   if (SKIP && e < E) {
     taps = load_taps(a.conv, e);
     for (int k = 0; k < 2; ++k) {
-      skip[k] = load_row(a.skip + k * E, e, E, 0.0f);
+      skip[k] = load_row(a.skip + k * E, e, a.conv.access(e), 0.0f);
       for (int i = 0; i < VEC; ++i) skip[k][i] *= 0.5f;
     }
   }
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
           const int e = lane.place(c);
           const Access access = a.conv.access(e);
           const Vec mixed = value(e), gates = load(z + e, access), g = load(grad_out + e, access);
-          const Vec weight = load_row(a.norm_weight, e, E, 1.0f), bias = load_row(a.norm_bias, e, E, 0.0f);
+          const Vec weight = load_row(a.norm_weight, e, access, 1.0f), bias = load_row(a.norm_bias, e, access, 0.0f);
           Vec grad_z, g_normed, normalised;
 #pragma unroll
           for (int i = 0; i < VEC; ++i) {
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
           const int e = lane.place(c);
           const Access access = a.conv.access(e);
           const Vec normalised = value(e), g = load((const float *)grads + t * E + e, access);
-          const Vec weight = load_row(a.norm_weight, e, E, 1.0f);
+          const Vec weight = load_row(a.norm_weight, e, access, 1.0f);
           Vec grad, product;
 #pragma unroll
           for (int i = 0; i < VEC; ++i) {
@@ -346,7 +347,8 @@ int expand_gate(const cellvim_expand_gate &a, bool is_backward, const cellvim_cu
   const size_t vector = VEC * size_of(a.dtype);
   g.conv.whole &= a.z_batch % VEC == 0 && a.z_token % VEC == 0 && is_aligned(a.z, vector) && is_aligned(a.y, vector) &&
                   is_aligned(a.out, vector) && is_aligned(a.grad_out, vector) && is_aligned(a.grad_x, vector) &&
-                  is_aligned(a.grad_z, vector) && is_aligned(a.grad_y, vector) && is_aligned(a.grad_mixed, 16);
+                  is_aligned(a.grad_z, vector) && is_aligned(a.grad_y, vector) && is_aligned(a.grad_mixed, 16) &&
+                  is_aligned(a.skip, 16) && is_aligned(a.norm_weight, 16) && is_aligned(a.norm_bias, 16);
   g.batch = (int)a.batch, g.norm = a.norm, g.eps = a.eps;
   g.z = a.z, g.z_batch = a.z_batch, g.z_token = (int)a.z_token, g.y = a.y;
   g.skip = a.skip, g.norm_weight = a.norm_weight, g.norm_bias = a.norm_bias;

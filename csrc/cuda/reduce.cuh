@@ -16,13 +16,14 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 int sum_rows(const cellvim_cuda_call &call, const float *partial, int64_t count, int64_t stride, int64_t from,
              int64_t columns, float *out);
 
-// A row of weights that lies where four channels may not begin on a boundary.
-__device__ __forceinline__ Vec load_row(const float *row, int e, int width, float otherwise) {
+// Four weights of a row, or `otherwise` where there is no row.
+__device__ __forceinline__ Vec load_row(const float *row, int e, Access access, float otherwise) {
+  if (row && access.whole) return load(row + e, access);
   Vec v = splat(otherwise);
   if (row)
 #pragma unroll
     for (int i = 0; i < VEC; ++i)
-      if (e + i < width) v[i] = row[e + i];
+      if (i < access.count) v[i] = row[e + i];
   return v;
 }
 
