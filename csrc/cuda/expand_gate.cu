@@ -332,6 +332,8 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
 template <class T, bool SKIP>
 int run(const cellvim_expand_gate &a, const GateArguments &g, bool is_backward, const cellvim_cuda_call &call,
         Workspace &workspace, bool is_counting) {
+  // Fewer threads a block leave more registers to each.
+  if (a.width <= 256 * VEC) return run<T, SKIP, 256>(a, g, is_backward, call, workspace, is_counting);
   if (a.width <= 512 * VEC) return run<T, SKIP, 512>(a, g, is_backward, call, workspace, is_counting);
   return run<T, SKIP, 1024>(a, g, is_backward, call, workspace, is_counting);
 }

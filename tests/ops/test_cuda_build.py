@@ -42,8 +42,9 @@ BUDGET = {
     "expand_gate.cu": {
         "1024>": (64, 2000),  # more than 2,048 channels: Huge alone
         "adjoint_kernel": (255, 0),
-        "gate_backward_kernel<[^<>]*, true": (128, 256),
-        "gate_kernel": (128, 160),
+        "gate_(backward_)?kernel<[^<>]*, true, 256>": (184, 0),
+        "gate_backward_kernel<[^<>]*, true, 512>": (128, 352),
+        "gate_kernel<[^<>]*, true, 512>": (128, 192),
         "": (128, 0),
     },
 }
