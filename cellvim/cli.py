@@ -262,6 +262,7 @@ def models(
             )
         Console().print(table, "")
     print("Operations are of one image of 224 × 224 pixels, 3 channels or 8 with a token a channel (docs/models.md).")
+    print("Any other patch size works too, as in fastvim_tiny_patch14.")
     print("A name gives random weights: none are shipped yet. `cellvim embed --model PATH` takes trained ones.")
 
 

@@ -275,6 +275,8 @@ def plan_embedding(
     names, meanings = _plate_channels(plate, channels)
     dna = _nuclear_channel(plate, names, meanings) if unit == "cell" and cells in _SEGMENTED else None
     device = _device(device)
+    if crop_size is not None:
+        _check_crop_fits(crop_size, fields)
     built_for = _untrained_size(unit, crop_size, plate)
     encoder, model_name = _encoder(model, meanings, image_size=built_for, seed=seed)
     ids = _channel_ids(encoder, meanings, model_name)
@@ -448,6 +450,18 @@ def _check_choices(unit: str, crop_size: int | None, batch_size: int) -> None:
         raise InputError(f"The batch size is {batch_size}; expected at least 1.")
 
 
+def _check_crop_fits(crop_px: int, fields: list[Field]) -> None:
+    for field in fields:
+        with suppress(FieldReadError):
+            longest = max(field.shape[1:])
+            if crop_px > longest:
+                raise InputError(
+                    f"The crop is {crop_px} pixels, but the fields are {field.shape[1]} x {field.shape[2]}; expected "
+                    f"at most {longest}. Choose with --crop-size."
+                )
+            return
+
+
 def _fields_of(plate: Plate, wells: Sequence[str] | None) -> tuple[list[Field], list[str]]:
     """Return the fields of the wells, and the wells that have none."""
     from cellvim.data.wells import canonical_well
@@ -489,10 +503,14 @@ def _device(device: str) -> str:
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"The device '{device}' is not known; expected auto, cpu, cuda, cuda:1, mps or xpu.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        reason = reason if len(reason) < 160 else f"this PyTorch does not run on {kind} here"
         raise InputError(f"The device '{device}' cannot be used ({reason}). Leave --device out, or use cpu.") from error
     return device
 
@@ -581,7 +599,7 @@ def _untrained_remark(plan: EmbeddingPlan) -> str | None:
         return None
     return (
         f"{plan.model_name} has UNTRAINED weights (random, seed {plan.seed}). They show that everything works and are "
-        "a baseline to beat; they are no basis for a finding. Give trained weights with --model PATH."
+        "a baseline to beat; they are no basis for a finding. --model takes the path of a trained checkpoint."
     )
 
 

@@ -216,9 +216,12 @@ def test_no_field_can_be_read(run, images, weights, tmp_path):
     [
         (["--unit", "nucleus"], "cell, tile, field"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "not known"),
         (["--model", "resnet50"], "resnet50"),
         (["--model", "."], "."),
         (["--crop-size", "1"], "at least 8"),
+        (["--unit", "tile", "--crop-size", "1000000"], "expected at most"),
+        (["--z", "7"], "z=7 was asked for"),
         (["--wells", "Z99"], "Z99"),
         (["--z", "two"], "--z"),
     ],

@@ -196,7 +196,7 @@ def estimate_intensity_scale(
         if not read:
             raise PlateError(
                 f"{plate.path}: none of the {len(samples)} fields sampled for the intensity scale can be read "
-                f"({listing(samples)})."
+                f"({listing(samples)}). First reason: {_why(chosen[0], channels)}"
             )
         bounds = np.array([_bounds([s[c] for s in read], ask) for c in range(len(channels))]).reshape(-1, 2)
         if tolerance is None:
@@ -306,6 +306,15 @@ def _look(field: Field, channels: Sequence[str], illumination: Illumination | No
     if illumination is not None:
         image = illumination.apply(image)
     return [_Values.of(plane) for plane in image]
+
+
+def _why(field: Field, channels: Sequence[str]) -> str:
+    """Return why a field cannot be read."""
+    try:
+        field.read(channels)
+    except FieldReadError as error:
+        return str(error)
+    return "it can be read now; try again."
 
 
 @dataclass(frozen=True)
