@@ -3,7 +3,7 @@
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTHON ?= python3
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 demo: .venv/.ok
 	.venv/bin/cellvim demo
@@ -18,6 +18,9 @@ lint: .venv/.ok
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+docs: .venv/.ok
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 format: .venv/.ok
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
@@ -28,4 +31,4 @@ format: .venv/.ok
 	touch $@
 
 clean:
-	rm -rf .venv build demo
+	rm -rf .venv build demo site
