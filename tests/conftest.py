@@ -9,6 +9,8 @@ import pytest
 
 # Before torch is imported: threads that wait by spinning make models several times slower on a busy machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores; tests of threads set their own number
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
