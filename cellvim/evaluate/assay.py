@@ -1,0 +1,113 @@
+"""Assay quality: where each well lies between the controls of its plate, and Z′, how well these are apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from cellvim.errors import MetadataError
+from cellvim.evaluate.features import Features
+from cellvim.profiles.columns import Columns, negative_controls, positive_controls, text
+
+ACTIVITY = "activity"
+MAD_TO_STD = 1.4826
+
+
+def activity_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Place each row on the line from the negative to the positive controls of its plate.
+
+    The score is the projection onto that line, with the median negative control at 0 and the median positive control at
+    1. A control is placed on the line of the *other* controls: with more features than wells, the line through a
+    control's own plate would tell it apart by chance.
+
+    Parameters
+    ----------
+    features
+        What is projected.
+    obs
+        The table of the same rows.
+    columns
+        Controls and plate (all rows are one plate where obs has none).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a row of ``obs``, with its index: ``plate``, ``kind`` ("negative", "positive" or ""), ``activity`` (NaN
+        on plates without two controls of either kind).
+
+    Raises
+    ------
+    MetadataError
+        There are no negative or no positive controls, or no plate has two of each.
+    """
+    negative, positive = negative_controls(obs, columns), positive_controls(obs, columns)
+    plate = text(obs[columns.plate]).fillna("") if columns.plate is not None else pd.Series("", index=obs.index)
+    score = np.full(len(obs), np.nan)
+    for name in plate.unique():
+        rows = np.flatnonzero(plate == name)
+        if negative[rows].sum() >= 2 and positive[rows].sum() >= 2:
+            score[rows] = _project(features.values[rows], negative[rows], positive[rows])
+    if np.isnan(score).all():
+        raise MetadataError("No plate has two negative and two positive controls.")
+    kind = np.where(negative, "negative", np.where(positive, "positive", ""))
+    return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: score}, index=obs.index)
+
+
+def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    low, high = values[negative].mean(axis=0), values[positive].mean(axis=0)
+    projected = (values - (low + high) / 2) @ _direction(high - low)
+    for rows, others, sign in ((negative, low, -1), (positive, high, 1)):
+        n = int(rows.sum())
+        own = values[rows]
+        without = (n * others - own) / (n - 1)  # the mean of the other controls of its kind
+        ends = (without, np.broadcast_to(high, own.shape)) if sign < 0 else (np.broadcast_to(low, own.shape), without)
+        line = _direction(ends[1] - ends[0])
+        projected[rows] = ((own - (ends[0] + ends[1]) / 2) * line).sum(axis=1)
+    zero, one = np.median(projected[negative]), np.median(projected[positive])
+    return (projected - zero) / (one - zero) if one != zero else np.full(len(values), np.nan)
+
+
+def _direction(difference: np.ndarray) -> np.ndarray:
+    """Return unit vectors, scaled by the length of the line so that 1 is its whole length."""
+    length = (difference**2).sum(axis=-1, keepdims=True)
+    return difference / np.where(length > 0, length, 1)
+
+
+def assay_quality(scores: pd.DataFrame) -> pd.DataFrame:
+    """Compute Z′ [1]_ of each plate from activity scores.
+
+    Parameters
+    ----------
+    scores
+        By `activity_scores`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a plate: ``plate``, ``n_negative``, ``n_positive``; ``z_prime``, 1 − 3 (σ₊ + σ₋) / |μ₊ − μ₋|, above 0.5
+        in an excellent assay, below 0 where the controls overlap; ``robust_z_prime``, the same of medians and median
+        absolute deviations; ``ssmd``, (μ₊ − μ₋) / √(σ₊² + σ₋²). Plates without scores have NaN.
+
+    References
+    ----------
+    .. [1] Zhang, Chung and Oldenburg, "A simple statistical parameter for use in evaluation and validation of high
+       throughput screening assays", Journal of Biomolecular Screening, 1999.
+    """
+    results = []
+    for plate, table in scores.groupby("plate", sort=True):
+        low, high = (table.loc[table["kind"] == kind, ACTIVITY].to_numpy() for kind in ("negative", "positive"))
+        result = {"plate": plate, "n_negative": len(low), "n_positive": len(high)}
+        if min(len(low), len(high)) >= 2 and np.isfinite([*low, *high]).all():
+            spread = low.std(ddof=1), high.std(ddof=1)
+            robust = tuple(MAD_TO_STD * np.median(np.abs(group - np.median(group))) for group in (low, high))
+            result |= {
+                "z_prime": _ratio(1, -3 * sum(spread), abs(high.mean() - low.mean())),
+                "robust_z_prime": _ratio(1, -3 * sum(robust), abs(np.median(high) - np.median(low))),
+                "ssmd": _ratio(0, high.mean() - low.mean(), float(np.hypot(*spread))),
+            }
+        results.append(result)
+    return pd.DataFrame(results, columns=["plate", "n_negative", "n_positive", "z_prime", "robust_z_prime", "ssmd"])
+
+
+def _ratio(offset: float, numerator: float, denominator: float) -> float:
+    return offset + numerator / denominator if denominator > 0 else np.nan

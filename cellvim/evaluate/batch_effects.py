@@ -1,0 +1,125 @@
+"""Batch effects: can batches be told apart where they should not be?
+
+Silhouettes by scikit-learn and LISI by harmonypy. kBET is a chi-squared test of every neighbourhood, with scipy:
+scib-metrics, which has it, brings jax, several times the size of all else that this needs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from cellvim.errors import MetadataError
+from cellvim.evaluate.features import Features
+
+MAX_ROWS = 5000  # silhouettes take the square of the rows; more are sampled, and the table says how many were used
+MIN_NEIGHBOURS = 5
+
+
+def batch_effects(
+    features: Features, batch: pd.Series, *, label: pd.Series | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """Measure how far rows of different batches lie apart.
+
+    Parameters
+    ----------
+    features
+        What is compared. Best of negative controls alone, which are the same thing in every batch.
+    batch
+        (n,) the batch of each row; rows without one take no part.
+    label
+        (n,) treatments; with it, the silhouette of the treatments is measured, too.
+    seed
+        Of the sample, where there are more than 5,000 rows.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a measure: ``measure``, ``value``, ``best`` (what no batch effect would give), ``n_rows``.
+
+        ``batch silhouette``
+            1 − |s|, s the mean silhouette of the batches [1]_; 1 is best.
+        ``kBET acceptance``
+            Share of rows whose nearest neighbours (a quarter of the mean batch, at least 5) are of the batches in the
+            proportions of all rows, by a chi-squared test at 5 % [2]_; 0.95 is best.
+        ``batch LISI``
+            Number of batches in a row's neighbourhood, from 0 (only its own) to 1 (all) [3]_; 1 is best.
+        ``label silhouette``
+            Mean silhouette of the labels, scaled to 0 … 1 [1]_; 1 is best.
+
+    Raises
+    ------
+    MetadataError
+        There are fewer than two batches of at least two rows.
+
+    References
+    ----------
+    .. [1] Luecken et al., "Benchmarking atlas-level data integration in single-cell genomics", Nature Methods, 2022.
+    .. [2] Büttner et al., "A test metric for assessing single-cell RNA-seq batch correction", Nature Methods, 2019.
+    .. [3] Korsunsky et al., "Fast, sensitive and accurate integration of single-cell data with Harmony", Nature
+       Methods, 2019.
+    """
+    from sklearn.metrics import silhouette_score
+
+    codes, names = pd.factorize(batch)
+    counts = np.bincount(codes[codes >= 0], minlength=len(names))
+    if (counts >= 2).sum() < 2:
+        raise MetadataError(f"{len(names)} batches, {(counts >= 2).sum()} of them of two or more rows; expected two.")
+    rows = np.flatnonzero((codes >= 0) & (np.r_[counts, 0][codes] >= 2))
+    if len(rows) > MAX_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_ROWS, replace=False))
+    values, (codes, _) = features.values[rows], pd.factorize(codes[rows])
+    if features.distance == "cosine":  # so that Euclidean neighbours are those by cosine
+        norm = np.linalg.norm(values, axis=1, keepdims=True)
+        values = values / np.where(norm > 0, norm, 1)
+    n_batches = int(codes.max()) + 1
+    results = [("batch silhouette", 1 - abs(silhouette_score(values, codes)), 1.0)]
+    results.append(("kBET acceptance", kbet_acceptance(values, codes), 0.95))
+    lisi = _lisi(values, codes)
+    if lisi is not None:
+        results.append(("batch LISI", (np.median(lisi) - 1) / (n_batches - 1), 1.0))
+    if label is not None:
+        label_codes, _ = pd.factorize(label.to_numpy()[rows])
+        known = label_codes >= 0
+        n_labels = len(np.unique(label_codes[known]))
+        if 2 <= n_labels < known.sum():
+            score = silhouette_score(values[known], label_codes[known])
+            results.append(("label silhouette", (score + 1) / 2, 1.0))
+    return pd.DataFrame(results, columns=["measure", "value", "best"]).assign(n_rows=len(rows))
+
+
+def kbet_acceptance(values: np.ndarray, codes: np.ndarray, *, neighbours: int | None = None) -> float:
+    """Return the share of rows whose neighbourhood has the batches in the proportions of all rows (kBET).
+
+    Parameters
+    ----------
+    values
+        (n, D).
+    codes
+        (n,) batch numbers from 0.
+    neighbours
+        How many besides the row itself; a quarter of the mean batch, at least 5, by default.
+    """
+    from scipy.stats import chi2
+    from sklearn.neighbors import NearestNeighbors
+
+    n, n_batches = len(codes), int(codes.max()) + 1
+    k = neighbours or max(MIN_NEIGHBOURS, int(0.25 * n / n_batches))
+    k = min(k, n - 1)
+    near = NearestNeighbors(n_neighbors=k).fit(values).kneighbors(return_distance=False)  # without the row itself
+    observed = np.stack([(codes[near] == b).sum(axis=1) for b in range(n_batches)], axis=1)
+    expected = k * np.bincount(codes) / n
+    statistic = ((observed - expected) ** 2 / expected).sum(axis=1)
+    return float((chi2.sf(statistic, n_batches - 1) >= 0.05).mean())
+
+
+def _lisi(values: np.ndarray, codes: np.ndarray) -> np.ndarray | None:
+    """Return each row's LISI, or None where there are too few rows for a neighbourhood."""
+    perplexity = min(30, (len(codes) - 1) // 3)
+    if perplexity < 2:
+        return None
+    try:
+        from harmonypy import compute_lisi
+    except ImportError:
+        return None
+    return compute_lisi(values, pd.DataFrame({"batch": codes}), ["batch"], perplexity=perplexity)[:, 0]

@@ -1,0 +1,362 @@
+"""Aggregate cells to wells, in memory that does not grow with the number of cells.
+
+Means are summed up in one pass over the rows. A median or a trimmed mean needs all cells of a well at once, and is
+exact: wells are taken a few at a time, in the order in which they come in the store, and the rows between their first
+and last cell are read. `cellvim embed` writes the cells of a well side by side, so that this, too, is one pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from cellvim.errors import InputError, MetadataError, listing
+from cellvim.profiles.columns import OBJECT_COUNT, PLATE, WELL, keys, require
+from cellvim.profiles.store import RowStore, open_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+Statistic = Literal["mean", "median", "robust"]
+STATISTICS = ("mean", "median", "robust")
+TRIM = 0.1  # share of a well's cells left out at either end, by "robust"
+CHUNK_BYTES = 64 << 20  # rows read at once
+WELLS_BYTES = 256 << 20  # cells of the wells that are worked on at once; a larger single well is taken whole
+
+Progress = Callable[[int, int], None]
+
+
+def aggregate(
+    source: str | Path | AnnData,
+    *,
+    by: Sequence[str] = (PLATE, WELL),
+    statistic: Statistic = "mean",
+    min_cells: int = 1,
+    progress: Progress | None = None,
+) -> AnnData:
+    """Make one profile of the cells of each well.
+
+    Parameters
+    ----------
+    source
+        Embeddings: an AnnData or the path of one (``.zarr``, ``.h5ad``), which is read by runs of rows.
+    by
+        Columns of ``obs`` that say which rows belong together.
+    statistic
+        "mean"; "median"; or "robust", the mean of what remains of each feature when a tenth of the cells is left out
+        at either end [1]_.
+    min_cells
+        Wells with fewer cells get no profile; they are counted in ``uns``.
+    progress
+        Takes the rows done and their number.
+
+    Returns
+    -------
+    AnnData
+        Rows are sorted by ``by``.
+
+        ``X``
+            (wells, D) float32. Values that are not finite do not count; where none of a well is, the profile has NaN.
+        ``obs``
+            ``by``; ``Metadata_Object_Count``, the number of cells; every column whose value is the same for all cells
+            of each well; the mean over the cells of other columns of numbers (``area_um2`` and the like), but not of
+            ``Metadata_…``, which number things.
+        ``obsm["X_emb_<channel>"]``
+            As X, where the cells have them.
+        ``uns["cellvim"]``
+            As the cells have it, and under ``profile`` what was done here.
+
+    Warns
+    -----
+    UserWarning
+        Some values are not finite, or wells were left out.
+
+    Raises
+    ------
+    CellvimError
+        A column is not there, rows have no well, or there are no rows.
+
+    References
+    ----------
+    .. [1] Tukey and McLaughlin, "Less vulnerable confidence and significance procedures for location based on a single
+       sample: Trimming/Winsorization 1", Sankhya A, 1963.
+    """
+    if statistic not in STATISTICS:
+        raise InputError(f"Cells can be aggregated by {listing(STATISTICS)}, not by '{statistic}'.")
+    if min_cells < 1:
+        raise InputError(f"A well needs at least 1 cell; --min-cells is {min_cells}.")
+    with open_rows(source) as store:
+        groups = _groups(store, list(by))
+        results = _summarise(store, groups, statistic, progress)
+        obs, dropped_columns = _obs(store, groups)
+        return _profiles(store, groups, results, obs, dropped_columns, list(by), statistic, min_cells)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Which group each row belongs to."""
+
+    codes: np.ndarray  # (rows,) int32
+    keys: pd.DataFrame  # one row a group
+    counts: np.ndarray  # (groups,)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def _groups(store: RowStore, by: list[str]) -> _Groups:
+    if store.n_rows == 0:
+        raise InputError(f"{store.name} has no rows, so there is nothing to aggregate.")
+    columns = {}
+    for name in by:
+        require(pd.DataFrame(columns=store.obs_columns), name, option="--by")
+        columns[name] = store.column(name)
+        if n := int(columns[name].isna().sum()):
+            raise MetadataError(f"{n:,} of {store.n_rows:,} rows of {store.name} have no {name}; expected one in each.")
+    code = np.zeros(store.n_rows, np.int64)
+    for column in columns.values():
+        codes, values = pd.factorize(column)
+        code = code * len(values) + codes
+    code, _ = pd.factorize(code)
+    n = int(code.max()) + 1
+    first = np.full(n, store.n_rows, np.int64)
+    np.minimum.at(first, code, np.arange(store.n_rows))
+    table = pd.DataFrame({name: column.iloc[first].to_numpy() for name, column in columns.items()})
+    order = table.sort_values(by).index.to_numpy()
+    rank = np.empty(n, np.int32)
+    rank[order] = np.arange(n, dtype=np.int32)
+    codes = rank[code]
+    return _Groups(codes, table.loc[order].reset_index(drop=True), np.bincount(codes, minlength=n))
+
+
+def _summarise(
+    store: RowStore, groups: _Groups, statistic: Statistic, progress: Progress | None
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Return each matrix's profiles (groups, D) and how many of its values are not finite."""
+    total = store.n_rows * len(store.matrices)
+    results, done = {}, 0
+    for name in store.matrices:
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(min(done, total), total)
+
+        work = _means if statistic == "mean" else _order_statistics
+        results[name] = work(store, groups, name, statistic, advance)
+    return results
+
+
+def _chunks(store: RowStore, matrix: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    rows = max(1, CHUNK_BYTES // (8 * max(1, store.matrices[matrix])))
+    for begin in range(start, stop, rows):
+        yield begin, store.rows(begin, min(begin + rows, stop), matrix)
+
+
+def _means(
+    store: RowStore, groups: _Groups, matrix: str, _statistic: Statistic, advance: Callable[[int], None]
+) -> tuple[np.ndarray, int]:
+    sums = np.zeros((len(groups), store.matrices[matrix]))
+    missing = np.zeros(sums.shape, np.int64)
+    n_missing = 0
+    for begin, values in _chunks(store, matrix, 0, store.n_rows):
+        codes = groups.codes[begin : begin + len(values)]
+        if (np.diff(codes) < 0).any():
+            order = np.argsort(codes, kind="stable")
+            codes, values = codes[order], values[order]
+        starts = np.flatnonzero(np.r_[True, np.diff(codes) > 0])
+        with np.errstate(invalid="ignore", over="ignore"):
+            part = np.add.reduceat(values, starts, axis=0, dtype=np.float64)
+        if not np.isfinite(part).all():
+            bad = ~np.isfinite(values)
+            n_missing += int(bad.sum())
+            missing[codes[starts]] += np.add.reduceat(bad, starts, axis=0, dtype=np.int64)
+            part = np.add.reduceat(np.where(bad, 0, values), starts, axis=0, dtype=np.float64)
+        sums[codes[starts]] += part
+        advance(len(values))
+    counts = groups.counts[:, None] - missing
+    with np.errstate(invalid="ignore"):
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan), n_missing
+
+
+def _order_statistics(
+    store: RowStore, groups: _Groups, matrix: str, statistic: Statistic, advance: Callable[[int], None]
+) -> tuple[np.ndarray, int]:
+    result = np.empty((len(groups), store.matrices[matrix]))
+    n_missing = 0
+    for members, start, stop in _batches(groups, 8 * store.matrices[matrix]):
+        place = np.full(len(groups), -1, np.int64)  # where in the buffer each group's next row goes
+        ends = np.cumsum(groups.counts[members])
+        place[members] = ends - groups.counts[members]
+        buffer = None
+        for begin, values in _chunks(store, matrix, start, stop):
+            codes = groups.codes[begin : begin + len(values)]
+            chosen = np.flatnonzero(place[codes] >= 0)
+            chosen = chosen[np.argsort(codes[chosen], kind="stable")]
+            codes = codes[chosen]
+            buffer = np.empty((ends[-1], values.shape[1]), values.dtype) if buffer is None else buffer
+            starts = np.flatnonzero(np.r_[True, np.diff(codes) > 0]) if len(codes) else np.zeros(0, np.int64)
+            nth = np.arange(len(codes)) - np.repeat(starts, np.diff(np.r_[starts, len(codes)]))
+            buffer[place[codes] + nth] = values[chosen]
+            place += np.bincount(codes, minlength=len(groups)) * (place >= 0)
+        for member, end in zip(members, ends, strict=True):
+            result[member], bad = _location(buffer[end - groups.counts[member] : end], statistic)
+            n_missing += bad
+        advance(int(ends[-1]))
+    return result, n_missing
+
+
+def _batches(groups: _Groups, bytes_per_row: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield groups whose rows fit into memory together, and the first and last row (exclusive) of theirs."""
+    rows = np.arange(len(groups.codes))
+    first = np.full(len(groups), len(rows), np.int64)
+    last = np.zeros(len(groups), np.int64)
+    np.minimum.at(first, groups.codes, rows)
+    np.maximum.at(last, groups.codes, rows)
+    order = np.argsort(first, kind="stable")
+    limit = max(1, WELLS_BYTES // bytes_per_row)
+    batch, size = [], 0
+    for group in order:
+        if batch and size + groups.counts[group] > limit:
+            yield np.array(batch), int(first[batch].min()), int(last[batch].max()) + 1
+            batch, size = [], 0
+        batch.append(group)
+        size += groups.counts[group]
+    yield np.array(batch), int(first[batch].min()), int(last[batch].max()) + 1
+
+
+def _location(values: np.ndarray, statistic: Statistic) -> tuple[np.ndarray, int]:
+    """Return the location of each column, and how many values are not finite."""
+    values = values.astype(np.float64)
+    bad = ~np.isfinite(values)
+    n_bad = int(bad.sum())
+    if n_bad:
+        values[bad] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of columns without any finite value
+        if statistic == "median":
+            return (np.nanmedian if n_bad else np.median)(values, axis=0), n_bad
+        if not n_bad:
+            return _trimmed_mean(values), 0
+        columns = [_trimmed_mean(column[np.isfinite(column)][:, None])[0] for column in values.T]
+        return np.array(columns), n_bad
+
+
+def _trimmed_mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each column without its ``int(TRIM n)`` lowest and highest values."""
+    if len(values) == 0:
+        return np.full(values.shape[1], np.nan)
+    cut = int(TRIM * len(values))
+    if cut == 0:
+        return values.mean(axis=0)
+    values = np.partition(values, (cut, len(values) - cut - 1), axis=0)
+    return values[cut : len(values) - cut].mean(axis=0)
+
+
+def _obs(store: RowStore, groups: _Groups) -> tuple[pd.DataFrame, list[str]]:
+    """Return one row a group, and the names of the columns that differ within a group and are no numbers."""
+    columns: dict[str, object] = dict(groups.keys.items())
+    columns[OBJECT_COUNT] = groups.counts.astype(np.int64)
+    dropped = []
+    for name in store.obs_columns:
+        if name in columns:
+            continue
+        column = store.column(name)
+        constant = _constant(column, groups)
+        if constant is not None:
+            columns[name] = constant
+        elif name.startswith("Metadata_") or not _is_number(column):
+            dropped.append(name)
+        else:
+            values = column.to_numpy(np.float64, na_value=np.nan)
+            known = np.isfinite(values)
+            n = np.bincount(groups.codes[known], minlength=len(groups))
+            sums = np.bincount(groups.codes[known], weights=values[known], minlength=len(groups))
+            columns[name] = np.where(n > 0, sums / np.maximum(n, 1), np.nan)
+    return pd.DataFrame(columns), dropped
+
+
+def _is_number(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
+
+
+def _constant(column: pd.Series, groups: _Groups) -> pd.Series | None:
+    """Return each group's value if its rows all have the same one (or all none)."""
+    if _is_number(column):  # without a table of all values, which would be as large as the column
+        codes, values = column.to_numpy(np.float64, na_value=np.nan), None
+        codes = np.where(np.isnan(codes), -np.inf, codes)
+    else:
+        codes, values = pd.factorize(column)  # missing is -1
+    low = np.full(len(groups), np.inf if values is None else len(values), codes.dtype)
+    high = np.full(len(groups), -np.inf if values is None else -1, codes.dtype)
+    np.minimum.at(low, groups.codes, codes)
+    np.maximum.at(high, groups.codes, codes)
+    if (low != high).any():
+        return None
+    if values is None:
+        missing = np.isneginf(low)
+        return pd.Series(np.where(missing, np.nan, low)) if missing.any() else pd.Series(low).astype(column.dtype)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return pd.Series(
+            pd.Categorical.from_codes(low, categories=pd.Index(values).astype(column.cat.categories.dtype))
+        )
+    return pd.Series(values).reindex(np.where(low < 0, len(values), low)).reset_index(drop=True)
+
+
+def _profiles(
+    store: RowStore,
+    groups: _Groups,
+    results: dict[str, tuple[np.ndarray, int]],
+    obs: pd.DataFrame,
+    dropped_columns: list[str],
+    by: list[str],
+    statistic: Statistic,
+    min_cells: int,
+) -> AnnData:
+    import anndata
+
+    enough = groups.counts >= min_cells
+    obs.index = pd.Index(keys(obs, by).to_numpy(dtype=str).astype(object))
+    if not enough.any():
+        raise InputError(
+            f"No well of {store.name} has {min_cells} cells; the fullest has {groups.counts.max()}. Lower --min-cells."
+        )
+    if (left_out := obs.index[~enough]).size:
+        warnings.warn(
+            f"{len(left_out)} wells have fewer than {min_cells} cells and get no profile: {listing(left_out)}.",
+            stacklevel=4,
+        )
+    n_missing = sum(bad for _, bad in results.values())
+    if n_missing:
+        warnings.warn(f"{n_missing:,} values of {store.name} are not finite; they do not count.", stacklevel=4)
+    cellvim = store.uns()
+    cellvim["profile"] = {
+        "aggregate": {
+            "statistic": statistic,
+            "trim": TRIM if statistic == "robust" else 0.0,
+            "by": np.array(by, dtype=object),
+            "rows": store.n_rows,
+            "values_not_finite": n_missing,
+            "min_cells": min_cells,
+            "wells_left_out": np.array(left_out, dtype=object),
+            "columns_left_out": np.array(dropped_columns, dtype=object),
+        }
+    }
+    for name, column in obs.items():  # text repeats from plate to plate
+        if pd.api.types.is_object_dtype(column):
+            obs[name] = pd.Categorical(column)
+    return anndata.AnnData(
+        X=results["X"][0][enough].astype(np.float32),
+        obs=obs[enough],
+        var=pd.DataFrame(index=pd.Index(store.var_names, dtype=object)),
+        obsm={k: values[enough].astype(np.float32) for k, (values, _) in results.items() if k != "X"},
+        uns={"cellvim": cellvim},
+    )
