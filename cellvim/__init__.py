@@ -1,6 +1,7 @@
 """CellVim turns microscopy plates into embeddings.
 
-``open_plate``, ``embed``, ``create_model`` and ``load_checkpoint`` are what a notebook needs. Names are imported
+``open_plate``, ``embed``, ``profile``, ``evaluate_profiles``, ``create_model`` and ``load_checkpoint`` are what a
+notebook needs. Names are imported
 when they are first used, so that ``import cellvim`` and ``cellvim --help`` answer at once.
 """
 
@@ -17,13 +18,17 @@ _HOMES = {  # public name -> the module that defines it
     "EncoderConfig": "cellvim.models.config",
     "MaskedAutoencoder": "cellvim.models.mae",
     "create_model": "cellvim.models.registry",
+    "evaluate_profiles": "cellvim.evaluate",
     "embed": "cellvim.embedding",  # not embed.py: importing such a module would hide this function
     "export_onnx": "cellvim.models.onnx",
+    "from_pycytominer": "cellvim.profiles",
     "list_models": "cellvim.models.registry",
     "load_checkpoint": "cellvim.models.weights",
     "load_reference": "cellvim.models.weights",
     "open_plate": "cellvim.data.plate",
+    "profile": "cellvim.profiles",
     "save_checkpoint": "cellvim.models.weights",
+    "to_pycytominer": "cellvim.profiles",
 }
 
 __all__ = [
@@ -34,24 +39,30 @@ __all__ = [
     "__version__",
     "create_model",
     "embed",
+    "evaluate_profiles",
     "export_onnx",
+    "from_pycytominer",
     "list_models",
     "load_checkpoint",
     "load_reference",
     "open_plate",
+    "profile",
     "save_checkpoint",
+    "to_pycytominer",
 ]
 
 if TYPE_CHECKING:
     from cellvim.data.plate import open_plate
     from cellvim.embedding import embed
     from cellvim.errors import CellvimError
+    from cellvim.evaluate import evaluate_profiles
     from cellvim.models.config import EncoderConfig
     from cellvim.models.encoder import Encoder
     from cellvim.models.mae import MaskedAutoencoder
     from cellvim.models.onnx import export_onnx
     from cellvim.models.registry import create_model, list_models
     from cellvim.models.weights import load_checkpoint, load_reference, save_checkpoint
+    from cellvim.profiles import from_pycytominer, profile, to_pycytominer
 
 
 def __getattr__(name: str):

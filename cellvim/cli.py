@@ -86,6 +86,8 @@ def options(
 
 PlatePath = Annotated[str, typer.Argument(metavar="PLATE.zarr", help="An OME-Zarr plate: folder, zip file or URL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output when it exists.")]
+Control = Annotated[str, typer.Option(metavar="[COLUMN:]VALUE", help="Which rows are negative controls.")]
+Batch = Annotated[str | None, typer.Option(metavar="COLUMN", help="Plates that were made together.")]
 
 
 @app.command("import")
@@ -233,6 +235,135 @@ def embed(
     _report(summary)
     if summary.failed:
         raise typer.Exit(3)
+
+
+@app.command()
+def profile(
+    embeddings: Annotated[
+        list[Path],
+        typer.Argument(metavar="EMBEDDINGS…", help="AnnData of plates: .zarr, .h5ad or a table."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The profiles to write: .h5ad, .zarr, .parquet or .csv.")
+    ] = Path("profiles.h5ad"),
+    aggregate: Annotated[
+        str, typer.Option(help="A well's profile: mean, median or robust of its cells; none if rows are profiles.")
+    ] = "mean",
+    by: Annotated[
+        str, typer.Option(metavar="COLUMNS", help="Rows that agree in these columns make one profile.")
+    ] = "Metadata_Plate,Metadata_Well",
+    normalize: Annotated[
+        str,
+        typer.Option(
+            metavar="METHODS", help="robustmad, standardize, spherize, tvn, pca, harmony, in this order; or none."
+        ),
+    ] = "robustmad",
+    fit_on: Annotated[str, typer.Option(help="Fit on the negative controls, negcon, or on all rows.")] = "negcon",
+    per: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Fit for each plate, batch or COLUMN, or once for all.")
+    ] = None,
+    select_features: Annotated[
+        bool, typer.Option("--select-features", help="Leave out features that are redundant or do not vary.")
+    ] = False,
+    min_cells: Annotated[int, typer.Option(metavar="N", help="Wells with fewer cells get no profile.")] = 1,
+    control: Annotated[
+        str, typer.Option(metavar="[COLUMN:]VALUE", help="Which rows are negative controls.")
+    ] = "negcon",
+    batch: Batch = None,
+    seed: Annotated[int, typer.Option(help="Of PCA and Harmony.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make normalised profiles of wells from the embeddings of their cells."""
+    from cellvim.profiles import pipeline
+
+    with _remarks(), _progress("Aggregating", "") as progress:
+        profiles = pipeline.profile(
+            embeddings,
+            output,
+            aggregate_by=by.split(","),
+            statistic=None if aggregate == "none" else aggregate,
+            normalize=[] if normalize == "none" else normalize.split(","),
+            fit_on=fit_on,
+            per=per,
+            select=select_features,
+            min_cells=min_cells,
+            control=control,
+            batch=batch,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    made = [*profiles.layers, *profiles.obsm]
+    print(
+        f"{_count(profiles.n_obs, 'profile')} of {_count(profiles.n_vars, 'feature')}"
+        f"{', normalised: ' + ', '.join(made) if made else ''} → {output}\nNext: cellvim evaluate {output}"
+    )
+
+
+@app.command()
+def evaluate(
+    profiles: Annotated[Path, typer.Argument(metavar="PROFILES", help="Profiles: .h5ad, .zarr or a table.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write everything as JSON.")] = None,
+    use: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="X, a layer or an entry of obsm; what was made last by default.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAMES", help="Only these tasks: retrieval,assay,…")] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Classify this; treatments by default.")] = None,
+    control: Annotated[
+        str, typer.Option(metavar="[COLUMN:]VALUE", help="Which rows are negative controls.")
+    ] = "negcon",
+    positive: Annotated[str, typer.Option(metavar="[COLUMN:]VALUE", help="Which are positive controls.")] = "poscon",
+    perturbation: Annotated[str | None, typer.Option(metavar="COLUMN", help="What was done to the cells.")] = None,
+    dose: Annotated[str | None, typer.Option(metavar="COLUMN", help="How much of it.")] = None,
+    mechanism: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its mechanism of action.")] = None,
+    plate: Annotated[str | None, typer.Option(metavar="COLUMN", help="The plate.")] = None,
+    well: Annotated[str | None, typer.Option(metavar="COLUMN", help="The well.")] = None,
+    batch: Batch = None,
+    null_size: Annotated[int, typer.Option(help="Random draws for p values.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Say what profiles can tell: retrieval, mechanisms, classification, batches, Z′, dose response."""
+    from rich.console import Console
+
+    from cellvim.evaluate.evaluation import TASKS, evaluate_profiles
+    from cellvim.evaluate.tables import summary_tables
+    from cellvim.profiles import read_profiles
+
+    if output is not None and output.exists() and not overwrite:
+        raise InputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"The folder {output.absolute().parent} for the figures does not exist.")
+    with _remarks(), _progress("Evaluating", "") as progress:
+        result = evaluate_profiles(
+            read_profiles(profiles),
+            use=use.split(",") if use else None,
+            tasks=tasks.split(",") if tasks else TASKS,
+            label=label,
+            control=control,
+            positive=positive,
+            null_size=null_size,
+            seed=seed,
+            progress=progress,
+            perturbation=perturbation,
+            dose=dose,
+            mechanism=mechanism,
+            plate=plate,
+            well=well,
+            batch=batch,
+        )
+    console = Console()
+    for table in summary_tables(result):
+        console.print(table)
+        console.print()
+    roles = ("plate", "well", "batch", "perturbation", "dose", "mechanism", "pert_type")
+    taken = (f"{role} {column}" for role in roles if (column := result.settings["columns"][role]))
+    print(f"Columns: {', '.join(taken)}")
+    for row in result.left_out.itertuples():
+        print(f"Not computed: {row.task}: {row.reason}")
+    if output is not None:
+        result.save(output)
+        print(f"Wrote {output}")
 
 
 @app.command()
@@ -395,6 +526,21 @@ def _warn(line: str) -> None:
     from rich.text import Text
 
     Console(stderr=True, soft_wrap=True).print(Text("Warning: " + line, style="bold yellow"))
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Show warnings of our own as one line each, and none of the libraries'."""
+    import warnings
+
+    from cellvim.errors import CellvimWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", CellvimWarning)
+        yield
+    for warning in caught:
+        _warn(" ".join(str(warning.message).split()))
 
 
 def _count(n: int, what: str) -> str:

@@ -50,6 +50,10 @@ class FieldReadError(CellvimError):
     exit_code = 3
 
 
+class CellvimWarning(UserWarning):
+    """Something the user should know about a result that was computed all the same; the message is one clear line."""
+
+
 def listing(names: Iterable[object], limit: int = 12) -> str:
     """Return the names joined by commas, cut at ``limit`` with a count of the rest."""
     names = [str(n) for n in names]

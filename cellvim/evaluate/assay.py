@@ -1,4 +1,4 @@
-"""Assay quality: where each well lies between the controls of its plate, and Z′, how well these are apart."""
+"""Assay quality: where each well lies with respect to the controls of its plate, and Z′, how well these are apart."""
 
 from __future__ import annotations
 
@@ -51,6 +51,42 @@ def activity_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> 
         raise MetadataError("No plate has two negative and two positive controls.")
     kind = np.where(negative, "negative", np.where(positive, "positive", ""))
     return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: score}, index=obs.index)
+
+
+def distance_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Measure how far each row is from the negative controls of its plate, for want of positive ones.
+
+    The score is the Euclidean distance to the controls' mean, less the median of the controls' own distances, in
+    median absolute deviations (times 1.4826) of these. A control's distance is to the mean of the *other* controls.
+
+    Parameters and returns are those of `activity_scores`; plates need three negative controls.
+
+    Raises
+    ------
+    MetadataError
+        There are no negative controls, or no plate has three.
+    """
+    negative = negative_controls(obs, columns)
+    plate = text(obs[columns.plate]).fillna("") if columns.plate is not None else pd.Series("", index=obs.index)
+    score = np.full(len(obs), np.nan)
+    for name in plate.unique():
+        rows = np.flatnonzero(plate == name)
+        if negative[rows].sum() >= 3:
+            score[rows] = _distances(features.values[rows], negative[rows])
+    if np.isnan(score).all():
+        raise MetadataError("No plate has three negative controls to measure distances from.")
+    kind = np.where(negative, "negative", "")
+    return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: score}, index=obs.index)
+
+
+def _distances(values: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    n, own = int(negative.sum()), values[negative]
+    mean = own.mean(axis=0)
+    distance = np.linalg.norm(values - mean, axis=1)
+    distance[negative] = np.linalg.norm(own - (n * mean - own) / (n - 1), axis=1)
+    center = np.median(distance[negative])
+    spread = MAD_TO_STD * np.median(np.abs(distance[negative] - center))
+    return (distance - center) / spread if spread > 0 else np.full(len(values), np.nan)
 
 
 def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import CellvimError, InputError, MetadataError, OutputError, listing
-from cellvim.evaluate.assay import activity_scores, assay_quality
+from cellvim.evaluate.assay import activity_scores, assay_quality, distance_scores
 from cellvim.evaluate.batch_effects import batch_effects
 from cellvim.evaluate.classification import classify, split_by_group
 from cellvim.evaluate.consistency import replicate_consistency
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 FORMAT = 1  # of the JSON
+BETWEEN, DISTANCE = "between the controls", "distance from the negative controls"  # what activity is
 TASKS = ("retrieval", "consistency", "mechanism", "classification", "batch_effects", "assay", "dose_response")
 
 
@@ -58,7 +59,8 @@ class Evaluation:
         ``batch_effects``
             By `batch_effects`, one row a measure, with the column ``rows`` ("negative controls" or "all").
         ``activity``
-            By `activity_scores`, one row a well, named by ``row``; of the first set of features alone.
+            By `activity_scores`, or `distance_scores` where there are no positive controls (``score`` says which), one
+            row a well, named by ``row``; of the first set of features alone.
         ``assay``
             By `assay_quality`, one row a plate.
         ``dose_response``, ``dose_points``
@@ -411,7 +413,7 @@ class _Run:
     def assay(self) -> None:
         for features, scores in self._each("assay", lambda f: activity_scores(f, self.obs, self.columns)):
             if features is self.sets[0]:
-                self._keep("activity", features, scores.reset_index(names="row"))
+                self._keep("activity", features, scores.reset_index(names="row").assign(score=BETWEEN))
             table = assay_quality(scores)
             self._keep("assay", features, table)
             known = table["z_prime"].dropna()
@@ -419,24 +421,44 @@ class _Run:
                 self._note("assay", "Z′, median of plates", features, known.median(), len(known))
                 robust = table["robust_z_prime"].median()
                 self._note("assay", "robust Z′, median of plates", features, robust, len(known))
+        if "activity" not in self.tables:
+            for features, scores in self._each("activity", self._distances):
+                if features is self.sets[0]:
+                    self._keep("activity", features, scores.reset_index(names="row").assign(score=DISTANCE))
+
+    def _distances(self, features: Features) -> pd.DataFrame:
+        return distance_scores(features, self.obs, self.columns)
 
     def dose_response(self) -> None:
-        def work(features: Features) -> pd.DataFrame:
-            curves, points = dose_response(activity_scores(features, self.obs, self.columns), self.obs, self.columns)
-            self._keep("dose_points", features, points)
-            return curves
+        try:
+            activity_scores(self.sets[0], self.obs, self.columns)
+            score, measure = BETWEEN, lambda f: activity_scores(f, self.obs, self.columns)
+        except CellvimError:
+            score, measure = DISTANCE, self._distances
 
-        for features, table in self._each("dose response", work):
+        def work(features: Features) -> pd.DataFrame:
+            curves, points = dose_response(measure(features), self.obs, self.columns)
+            self._keep("dose_points", features, points.assign(score=score))
+            return curves.assign(score=score)
+
+        found = self._each("dose response", work)
+        for features, table in found:
             self._keep("dose_response", features, table)
-            fitted = table.dropna(subset=["r_squared"])
-            if features is self.sets[0]:
-                self.left_out += [
-                    {"task": "dose response", "reason": f"{row.perturbation}: {row.remark}"}
-                    for row in table[table["r_squared"].isna()].head(20).itertuples()
-                ]
+            fitted = table.dropna(subset=["r_squared", "p_value"])
             if len(fitted):
+                responding = (fitted["p_value"] < 0.05).mean()
+                self._note("dose response", "curves with a response (p < 0.05)", features, responding, len(fitted))
                 r_squared = fitted["r_squared"].median()
                 self._note("dose response", "R² of the curves, median", features, r_squared, len(fitted))
+                rank = fitted["spearman"].abs().median()
+                self._note("dose response", "|rank correlation| with the dose, median", features, rank, len(fitted))
+        if found:
+            if score == DISTANCE:
+                reason = "No positive controls to scale by: activity is the distance from the negative ones."
+                self.left_out.append({"task": "dose response", "reason": reason})
+            remarks = found[0][1].loc[found[0][1]["remark"] != ""].groupby("remark")["perturbation"]
+            for remark, names in remarks:
+                self.left_out.append({"task": "dose response", "reason": f"{remark} ({listing(names)})"})
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -75,6 +75,8 @@ def feature_sets(adata: AnnData, use: Sequence[str], *, seed: int = 0) -> tuple[
     for name in use:
         values = matrix(adata, name)
         finite = np.isfinite(values).all(axis=0)
+        if adata.n_obs > 1 and not np.ptp(values[:, finite], axis=0).any() and finite.any():
+            raise InputError(f"'{name}' is the same in every row; there is nothing to evaluate.")
         if not finite.any():
             raise InputError(f"'{name}' has no feature that is finite in every row; there is nothing to evaluate.")
         sets.append(Features(name, values[:, finite], left_out=int((~finite).sum())))
@@ -89,6 +91,8 @@ def feature_sets(adata: AnnData, use: Sequence[str], *, seed: int = 0) -> tuple[
             reasons.append(f"Baseline {INTENSITIES}: some are not finite.")
     if OBJECT_COUNT in adata.obs:
         count = adata.obs[OBJECT_COUNT].to_numpy(np.float64)[:, None]
+        # Wells with as many cells are ties, and copairs ranks replicates first among ties: break them at random.
+        count = count + np.random.default_rng(seed).uniform(-0.1, 0.1, count.shape)
         sets.append(Features(CELL_COUNT, count, "euclidean", is_baseline=True))
     else:
         reasons.append(f"Baseline {CELL_COUNT}: obs has no {OBJECT_COUNT} (cellvim profile adds it).")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import InputError, MetadataError, listing
+from cellvim.errors import CellvimWarning, InputError, MetadataError, listing
 from cellvim.profiles.columns import OBJECT_COUNT, PLATE, WELL, keys, require
 from cellvim.profiles.store import RowStore, open_rows
 
@@ -75,7 +75,7 @@ def aggregate(
 
     Warns
     -----
-    UserWarning
+    CellvimWarning
         Some values are not finite, or wells were left out.
 
     Raises
@@ -332,11 +332,14 @@ def _profiles(
     if (left_out := obs.index[~enough]).size:
         warnings.warn(
             f"{len(left_out)} wells have fewer than {min_cells} cells and get no profile: {listing(left_out)}.",
+            CellvimWarning,
             stacklevel=4,
         )
     n_missing = sum(bad for _, bad in results.values())
     if n_missing:
-        warnings.warn(f"{n_missing:,} values of {store.name} are not finite; they do not count.", stacklevel=4)
+        warnings.warn(
+            f"{n_missing:,} values of {store.name} are not finite; they do not count.", CellvimWarning, stacklevel=4
+        )
     cellvim = store.uns()
     cellvim["profile"] = {
         "aggregate": {

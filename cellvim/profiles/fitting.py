@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellvim.errors import MetadataError, listing
+from cellvim.errors import CellvimWarning, MetadataError, listing
 from cellvim.profiles.columns import Columns, find_columns, negative_controls, require, role, text
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def finite_features(values: np.ndarray, names: Any, what: str) -> np.ndarray:
         warnings.warn(
             f"{what}: {(~finite).sum()} of {len(finite)} features have values that are not finite and are left out: "
             f"{bad}.",
+            CellvimWarning,
             stacklevel=3,
         )
     return finite

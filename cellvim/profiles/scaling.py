@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import InputError, listing
+from cellvim.errors import CellvimWarning, InputError, listing
 from cellvim.profiles.columns import Columns, matrix
 from cellvim.profiles.fitting import feature_names, note, reference
 
@@ -58,7 +58,7 @@ def robust_mad(
 
     Warns
     -----
-    UserWarning
+    CellvimWarning
         Features do not vary among the rows fitted on; they are only centred.
 
     Raises
@@ -124,6 +124,7 @@ def _scale(adata, fit, method, fit_on, per, use, key, columns) -> None:
         warnings.warn(
             f"{key}: {constant.sum()} of {len(constant)} features do not vary among the rows that a group is fitted "
             f"on, so they are centred but not scaled there: {listing(names[constant])}.",
+            CellvimWarning,
             stacklevel=3,
         )
     where = put(adata, result, use, key)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import InputError, listing
+from cellvim.errors import CellvimWarning, InputError, listing
 from cellvim.profiles.columns import Columns, matrix
 from cellvim.profiles.fitting import feature_names, finite_features, note, reference
 from cellvim.profiles.scaling import _pycytominer, put
@@ -69,7 +69,7 @@ def spherize(
 
     Warns
     -----
-    UserWarning
+    CellvimWarning
         Features were left out, or there are fewer controls than features.
 
     Raises
@@ -98,10 +98,12 @@ def spherize(
         warnings.warn(
             f"Sphering {values.shape[1]} features on {fewest} rows: the covariance becomes the identity only in the "
             f"{fewest - 1} directions in which these rows vary. Use fewer features (PCA first) or more controls.",
+            CellvimWarning,
             stacklevel=2,
         )
     for name, rows, fitted in groups:
         try:
+            _check_independent(values[fitted])
             sphering = transform(method=method, epsilon=epsilon, return_numpy=True).fit(pd.DataFrame(values[fitted]))
         except ValueError as error:
             group = f" of {per} {name}" if name else ""
@@ -120,6 +122,15 @@ def spherize(
     note(adata, key, where, settings, arrays | {"groups": groups.groups, "features": names[kept]})
 
 
+def _check_independent(values: np.ndarray) -> None:
+    """Raise if a direction has no variance but rounding, which would be blown up; pycytominer looks at float64's."""
+    singular = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
+    rank = min(len(values) - 1, values.shape[1])
+    if singular[rank - 1] < 1e-6 * singular[0]:
+        n_independent = int((singular[:rank] >= 1e-6 * singular[0]).sum())
+        raise ValueError(f"{values.shape[1]} features, but only {n_independent} do not depend on the others exactly.")
+
+
 def _varying(values: np.ndarray, groups, names: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """Return (D,) which features vary in what every group is fitted on; warns of the others."""
     varying = np.ones(values.shape[1], bool)
@@ -129,6 +140,7 @@ def _varying(values: np.ndarray, groups, names: np.ndarray, kept: np.ndarray) ->
         warnings.warn(
             f"Sphering: {(kept & ~varying).sum()} features do not vary among the rows that are fitted on and are left "
             f"out: {listing(names[kept & ~varying])}.",
+            CellvimWarning,
             stacklevel=3,
         )
     return varying
