@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +12,10 @@ from cellvim.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from cellvim.data.normalize import IntensityScale
+
 BORDERS = ("pad", "reflect", "shift", "drop")
-CACHE_BYTES = (
-    1 << 17
-)  # of crops scaled at once: each pass finds them in the cache, and torch starts no threads for them
+CACHE_BYTES = 1 << 17  # of crops scaled at once: each pass finds them in the cache
 
 
 @dataclass(frozen=True)
@@ -273,16 +272,17 @@ def cut_and_scale(
     image: np.ndarray,
     first: np.ndarray,
     size_px: int,
-    scale: Callable[[np.ndarray], np.ndarray] | None,
+    scale: IntensityScale | None,
     *,
     border: str = "pad",
     labels: np.ndarray | None = None,
     numbers: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cut windows of a stored field on the CPU and scale them while they are in the cache.
+    """Cut windows of a stored field on the CPU and scale them on the way.
 
-    The same numbers as scaling the whole field and then `cut_crops`, but pixels in no crop are left alone. Starts no
-    threads, so that it can run in as many as there are processors.
+    The same numbers as scaling the whole field and then `cut_crops`, but pixels in no crop are left alone: in C++ each
+    is read and written once, without it NumPy does the same in blocks that stay in the cache. Starts no threads, so
+    that it can run in as many as there are processors.
 
     Parameters
     ----------
@@ -291,27 +291,51 @@ def cut_and_scale(
     first, size_px, border, labels, numbers
         As in `cut_on_device`, as arrays.
     scale
-        (n, C, S, S) float32 -> the same, in place; None leaves intensities as they are.
+        Of these C channels; None leaves intensities as they are.
 
     Returns
     -------
     np.ndarray
         (n, C, S, S) float32.
     """
+    from cellvim.ops import windows
+
+    crops = np.empty((len(first), len(image), size_px, size_px), np.float32)
+    if windows.refusal(image) is not None:
+        return _cut_and_scale_blocks(image, first, crops, scale, border, labels, numbers)
+    linear: dict[str, Any] = {}
+    if scale is not None:
+        low, factor = scale.low_and_factor()
+        linear = {"low": low, "factor": factor, "floor": scale.floor, "ceiling": scale.ceiling}
+    return windows.cut_windows(
+        image, first, crops, **linear, mirror=border == "reflect", labels=labels, numbers=numbers
+    )
+
+
+def _cut_and_scale_blocks(
+    image: np.ndarray,
+    first: np.ndarray,
+    crops: np.ndarray,
+    scale: IntensityScale | None,
+    border: str,
+    labels: np.ndarray | None,
+    numbers: np.ndarray | None,
+) -> np.ndarray:
+    """Fill crops (n, C, S, S) as `cut_and_scale` says, with NumPy alone."""
     n_channels, height, width = image.shape
-    crops = np.empty((len(first), n_channels, size_px, size_px), np.float32)
+    size_px = crops.shape[-1]
     if not len(first):
         return crops
     inside = ((first >= 0) & (first + size_px <= (height, width))).all(axis=1)
     within = np.flatnonzero(inside)
     step = max(1, CACHE_BYTES // (4 * n_channels * size_px**2))
     if len(within):
-        windows = np.lib.stride_tricks.sliding_window_view(image, (size_px, size_px), axis=(1, 2))
-        windows = windows.transpose(1, 2, 0, 3, 4)
+        views = np.lib.stride_tricks.sliding_window_view(image, (size_px, size_px), axis=(1, 2))
+        views = views.transpose(1, 2, 0, 3, 4)
         for start in range(0, len(within), step):
             places = within[start : start + step]
-            block = windows[first[places, 0], first[places, 1]].astype(np.float32)
-            crops[places] = block if scale is None else scale(block)
+            block = views[first[places, 0], first[places, 1]].astype(np.float32)
+            crops[places] = block if scale is None else scale.apply_in_place(block)
     beyond = np.flatnonzero(~inside)
     if len(beyond):
         offset = np.arange(size_px)
@@ -322,7 +346,7 @@ def cut_and_scale(
         place = np.clip(y, 0, height - 1)[:, :, None] * width + np.clip(x, 0, width - 1)[:, None, :]
         stored = np.take(image.reshape(n_channels, -1), place, axis=1)  # (C, m, S, S)
         block = np.ascontiguousarray(stored.transpose(1, 0, 2, 3), np.float32)
-        block = block if scale is None else scale(block)
+        block = block if scale is None else scale.apply_in_place(block)
         crops[beyond] = np.where(outside[:, None], np.float32(0), block)
     if labels is not None:
         others = _windows(labels[None], first, size_px, border)

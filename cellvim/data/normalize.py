@@ -80,10 +80,14 @@ class IntensityScale:
             )
         return self.apply_in_place(image.astype(np.float32))
 
+    def low_and_factor(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (C,) float32 each: what is taken off a channel, and what it is then multiplied by."""
+        width = np.where(self.high > self.low, self.high - self.low, np.inf)
+        return self.low.astype(np.float32), (1.0 / width).astype(np.float32)
+
     def apply_in_place(self, image: np.ndarray) -> np.ndarray:
         """Scale an image (C, H, W) or crops (n, C, H, W), float32, and return it."""
-        width = np.where(self.high > self.low, self.high - self.low, np.inf)
-        low, factor = self.low.astype(np.float32), (1.0 / width).astype(np.float32)
+        low, factor = self.low_and_factor()
         image -= low[:, None, None]
         image *= factor[:, None, None]
         if self.floor < 0:
@@ -97,9 +101,7 @@ class IntensityScale:
         """Return what `apply` returns, for an image (C, H, W) or crops (n, C, H, W) that are on a device already."""
         import torch
 
-        width = np.where(self.high > self.low, self.high - self.low, np.inf)
-        low = torch.from_numpy(self.low.astype(np.float32)).to(image.device)
-        factor = torch.from_numpy((1.0 / width).astype(np.float32)).to(image.device)
+        low, factor = (torch.from_numpy(side).to(image.device) for side in self.low_and_factor())
         scaled = image.to(torch.float32, copy=True)
         scaled.sub_(low[:, None, None]).mul_(factor[:, None, None])
         return scaled.nan_to_num_(nan=0.0, posinf=None, neginf=None).clamp_(self.floor, self.ceiling)

@@ -215,17 +215,16 @@ def _cut_stored(
     import pandas as pd
 
     shape = (image.shape[1], image.shape[2])
-    in_place = scale.apply_in_place if scale is not None else None
     if spec.unit == "tile":
         centers = tile_centers(*shape, size, max(1, round(size * spec.stride)))
         first, _ = place_windows(centers, size, shape)
         numbers = np.arange(1, len(first) + 1)
         table = pd.DataFrame({"object_number": numbers, "x_px": centers[:, 1], "y_px": centers[:, 0]})
-        return FieldCrops(index, field, torch.from_numpy(cut_and_scale(image, first, size, in_place)), table)
+        return FieldCrops(index, field, torch.from_numpy(cut_and_scale(image, first, size, scale)), table)
     first, kept = place_windows(cells.centers, size, shape, border=spec.border)
     table = cells.table[kept].reset_index(drop=True)
     masked = {"labels": cells.labels, "numbers": table["object_number"].to_numpy()} if spec.mask_neighbours else {}
-    crops = cut_and_scale(image, first, size, in_place, border=spec.border, **masked)
+    crops = cut_and_scale(image, first, size, scale, border=spec.border, **masked)
     return FieldCrops(index, field, torch.from_numpy(crops), table)
 
 
