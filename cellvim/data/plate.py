@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellvim.channels import match_channels
+from cellvim.data.chunks import ChunkedArray, plan_chunks
 from cellvim.data.plate_store import Folder, Location, Remote, locate, open_array
 from cellvim.data.wells import natural_key, well_name, well_position
 from cellvim.errors import FieldReadError, MetadataError, PlateError, listing
@@ -357,13 +358,15 @@ class Field:
         except FieldReadError:
             return False
 
-    def read(self, channels: Sequence[str | int] | None = None) -> np.ndarray:
+    def read(self, channels: Sequence[str | int] | None = None, *, out: np.ndarray | None = None) -> np.ndarray:
         """Read the pixels.
 
         Parameters
         ----------
         channels
             Names (matched as in `cellvim.channels.match_channels`) or indices; all if None.
+        out
+            Memory to decode into, (C, H, W) of the stored type, contiguous; it is what is returned then.
 
         Returns
         -------
@@ -379,19 +382,17 @@ class Field:
         """
         layout = self.layout
         indices = self._indices(channels)
+        shape = (len(indices), layout.height, layout.width)
+        if out is not None and (out.shape != shape or out.dtype != layout.dtype or not out.flags.c_contiguous):
+            raise ValueError(f"out is {out.shape} {out.dtype}; expected {shape} {layout.dtype}, contiguous")
         try:
             array = layout.open()
-            image = layout.to_chw(array, indices, z=self._z, t=self._t)
+            image = layout.to_chw(array, indices, z=self._z, t=self._t, out=out)
         except FieldReadError:
             raise
-        except (
-            Exception
-        ) as error:  # every codec has its own kinds; the field and the cause are named, nothing is hidden
+        except Exception as error:  # every codec has its own kinds; the field and the cause are named
             cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise self.error(f"its pixels cannot be read ({cause})") from error
-        if not image.any() and not layout.holds_data():
-            # Zarr reads absent chunks, and empty files, as zeros; a field of nothing else was never written, or lost.
-            raise self.error("none of its chunks is stored")
         return image
 
     @cached_property
@@ -490,7 +491,8 @@ class _Layout:
         if folder is None:
             raise field.error(f"its array lies at '{dataset.get('path')}', outside of the field")
         self.folder = folder
-        stored_shape, self.dtype = _array_shape_and_type(folder, field)
+        document = _array_document(folder, field)
+        stored_shape, self.dtype = _array_shape_and_type(document, field)
         self.axes = _axes(multiscale, len(stored_shape), field)
         sizes = dict(zip(self.axes, stored_shape, strict=True))
         self.height, self.width = sizes["y"], sizes["x"]
@@ -502,6 +504,9 @@ class _Layout:
         self.n_bytes = planes * self.height * self.width * self.dtype.itemsize
         if self.n_bytes > MAX_FIELD_BYTES:
             raise field.error(f"its declared shape {stored_shape} is larger than any field")
+        self._chunked = None
+        if isinstance(folder, Folder) and self.axes == [a for a in "tczyx" if a in self.axes]:  # as OME-Zarr wants it
+            self._chunked = plan_chunks(folder.path, folder.root, document)
         self.notes: list[str] = []
         self.channel_names, self.channel_colors = _channels(ome, n_channels, self.notes)
         self.pixel_size_um = _pixel_size(multiscale, dataset, self.axes, self.notes)
@@ -511,10 +516,10 @@ class _Layout:
             self.notes.append(f"fields are series of {self.n_t} time points: open the plate with t=... to choose")
 
     def open(self) -> Any:
-        """Open the array of the chosen resolution with Zarr."""
+        """Open the array of the chosen resolution: a `ChunkedArray` where that can decode its chunks, else Zarr's."""
         if self.n_bytes > SUSPICIOUS_BYTES and self.n_bytes > MAX_COMPRESSION * (stored := self.folder.stored_bytes()):
             raise self._field_error(f"it declares {self.n_bytes:,} bytes of pixels and stores {stored:,}")
-        array = open_array(self.folder)
+        array = self._chunked or open_array(self.folder)
         chunk = int(np.prod(array.chunks, dtype=float)) * self.dtype.itemsize
         if chunk > SUSPICIOUS_BYTES and chunk > 4 * self.n_bytes:
             raise self._field_error(f"its chunks {array.chunks} are far larger than its pixels")
@@ -524,11 +529,28 @@ class _Layout:
         """Return whether any chunk of the array is stored."""
         return self.folder.stored_bytes() > 0
 
-    def to_chw(self, array: Any, channels: list[int], *, z: int | str | None, t: int | None) -> np.ndarray:
+    def to_chw(
+        self, array: Any, channels: list[int], *, z: int | str | None, t: int | None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Read the (C, H, W) pixels of some channels, at one z plane (or projected over z) and one time point."""
         keys: dict[str, Any] = {"y": slice(None), "x": slice(None)}
         keys["t"] = self._choose("t", self.n_t, t)
         keys["z"] = slice(None) if z == "max" else self._choose("z", self.n_z, z)
+        if isinstance(array, ChunkedArray):
+            image = np.empty((len(channels), self.height, self.width), self.dtype) if out is None else out
+            is_empty = self._decode(array, channels, keys, image) == 0
+        else:
+            image = self._from_zarr(array, channels, keys)
+            if out is not None:
+                out[:] = image
+                image = out
+            is_empty = not image.any()
+        if is_empty and not self.holds_data():
+            # Absent chunks are zeros, and so are empty files to Zarr; a field of nothing else was not written, or lost.
+            raise self._field_error("none of its chunks is stored")
+        return image
+
+    def _from_zarr(self, array: Any, channels: list[int], keys: dict[str, Any]) -> np.ndarray:
         kept = [a for a in self.axes if a == "c" or isinstance(keys.get(a), slice)]
         order = [kept.index(a) for a in ("c", "z", "y", "x") if a in kept]
 
@@ -543,6 +565,30 @@ class _Layout:
         if not channels:
             return np.empty((0, self.height, self.width), self.dtype)
         return np.concatenate([read(slice(c, c + 1)) for c in channels])
+
+    def _decode(self, array: ChunkedArray, channels: list[int], keys: dict[str, Any], image: np.ndarray) -> int:
+        """Decode channels into an image, a stack channel by channel; return how many of its chunks are stored."""
+        whole = {"y": (0, self.height), "x": (0, self.width), "t": (keys["t"], keys["t"] + 1)}
+        stored: list[int] = []
+
+        def read(target: np.ndarray, c: int, z: tuple[int, int]) -> None:
+            at = whole | {"z": z, "c": (c, c + len(target) // (z[1] - z[0]))}
+            ranges = [at[a] for a in self.axes]
+            stored.append(array.read(ranges, target.reshape([stop - start for start, stop in ranges])))
+
+        if isinstance(keys["z"], slice):
+            stack = np.empty((self.n_z, self.height, self.width), self.dtype)
+            for i, c in enumerate(channels):
+                read(stack, c, (0, self.n_z))
+                stack.max(axis=0, out=image[i])
+            return sum(stored)
+        z = (keys["z"], keys["z"] + 1)
+        if channels == list(range(len(self.channel_names))):
+            read(image, 0, z)
+        else:
+            for i, c in enumerate(channels):
+                read(image[i : i + 1], c, z)
+        return sum(stored)
 
     def _choose(self, axis: str, size: int, chosen: int | str | None) -> int:
         if chosen is None:
@@ -654,13 +700,17 @@ def _image_folders(folder: Location) -> list[str]:
     return sorted(images, key=natural_key)
 
 
-def _array_shape_and_type(folder: Location, field: Field) -> tuple[tuple[int, ...], np.dtype]:
+def _array_document(folder: Location, field: Field) -> dict[str, Any]:
     try:
         document = _read_json(folder, "zarr.json") or _read_json(folder, ".zarray")
     except PlateError as error:
         raise field.error(str(error).rstrip(".")) from error
     if document is None:
         raise field.error(f"its array '{folder.name}' is not there")
+    return document
+
+
+def _array_shape_and_type(document: dict[str, Any], field: Field) -> tuple[tuple[int, ...], np.dtype]:
     shape, dtype = document.get("shape"), document.get("data_type", document.get("dtype"))
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise field.error(f"its array has the shape {shape!r}")

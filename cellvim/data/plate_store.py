@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
+from cellvim.data.chunks import SLACK_BYTES, ChunkBombError, refuse_link_out
 from cellvim.errors import PlateError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 MAX_METADATA_BYTES = 64 << 20
-SLACK_BYTES = 1 << 20  # a stored chunk may be this much larger than its pixels
 
 
 class Location:
@@ -67,8 +67,9 @@ class Location:
 class Folder(Location):
     """A folder of this machine."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
         self.path, self.name = path, path.name
+        self.root = path if root is None else root  # of the plate
 
     def __str__(self) -> str:
         return str(self.path)
@@ -87,7 +88,7 @@ class Folder(Location):
 
     def child(self, relative: str) -> Folder:
         """Return a folder below; it need not exist."""
-        return Folder(self.path.joinpath(*relative.split("/")))
+        return Folder(self.path.joinpath(*relative.split("/")), self.root)
 
     def inside(self, relative: str) -> Location | None:
         """Return a folder below, or None where the path is empty or leads out of this one."""
@@ -322,10 +323,6 @@ def _protocol(filesystem: Any) -> str:
     return filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
 
 
-class ChunkBombError(ValueError):
-    """A chunk would decompress to more than its pixels."""
-
-
 def open_array(location: Location) -> Any:
     """Open an array for reading; a chunk that would decompress to more than it declares is refused unread."""
     import zarr
@@ -343,6 +340,8 @@ def open_array(location: Location) -> Any:
             """Return a chunk's bytes, once they have been looked at."""
             if not self.limit or key.rpartition("/")[2] in METADATA:
                 return await self._store.get(key, prototype, byte_range)
+            if isinstance(location, Folder):
+                refuse_link_out(location.path / key, location.root)
             most = self.limit * (self.index[1] if self.index else 1) + SLACK_BYTES
             if byte_range is None and not isinstance(location, Remote):
                 try:
@@ -416,7 +415,7 @@ def _check_decompressed(chunk: memoryview, limit: int, key: str) -> None:
     head = bytes(chunk[:18])
     size = 0
     if head[:4] == b"\x28\xb5\x2f\xfd":
-        size = _zstd_content_size(head)
+        size = _zstd_content_size(head) or _zstd_decompressed_size(chunk, limit)
     elif head[:2] == b"\x1f\x8b" or (
         len(head) > 1 and head[0] & 0x0F == 8 and int.from_bytes(head[:2], "big") % 31 == 0
     ):
@@ -437,6 +436,17 @@ def _zstd_content_size(head: bytes) -> int:
     length = (1 if single else 0, 2, 4, 8)[flag]
     value = int.from_bytes(head[start : start + length], "little")
     return value + 256 if length == 2 else value
+
+
+def _zstd_decompressed_size(chunk: memoryview, limit: int) -> int:
+    """Return ``limit`` + 1 where a frame that does not say its size is larger than the limit."""
+    import imagecodecs
+
+    try:
+        imagecodecs.zstd_decode(chunk, out=bytearray(limit))
+    except imagecodecs.ZstdError as error:
+        return limit + 1 if "too small" in str(error) else 0  # damaged: the decoder will say
+    return 0
 
 
 def _inflated_size(chunk: memoryview, limit: int) -> int:

@@ -149,12 +149,19 @@ def cut_field(
 def _prepare(
     field: Field, names: Sequence[str], spec: CropSpec, cells: CellSource | None, pinned: bool
 ) -> tuple[torch.Tensor, Cells | None]:
-    raw = field.read(names)
-    found = cells.find(field, raw, names) if spec.unit == "cell" and cells is not None else None
-    if raw.dtype.byteorder not in ("=", "|"):
-        raw = raw.astype(raw.dtype.newbyteorder("="))
-    tensor = torch.from_numpy(raw)
-    return (tensor.pin_memory() if pinned else tensor), found
+    raw = None
+    if pinned and field.dtype.isnative:  # decoded straight into memory that the GPU reads while the processor goes on
+        n_channels, height, width = len(names), *field.shape[1:]
+        kind = torch.from_numpy(np.empty(0, field.dtype)).dtype
+        raw = torch.empty((n_channels, height, width), dtype=kind, pin_memory=True)
+        image = field.read(names, out=raw.numpy())
+    else:
+        image = field.read(names)
+    found = cells.find(field, image, names) if spec.unit == "cell" and cells is not None else None
+    if raw is None:
+        raw = torch.from_numpy(image if image.dtype.isnative else image.astype(image.dtype.newbyteorder("=")))
+        raw = raw.pin_memory() if pinned else raw
+    return raw, found
 
 
 def _cut(
@@ -189,7 +196,7 @@ def _cut(
         crops = cut_on_device(image, torch.from_numpy(first).to(device), size)
         return FieldCrops(index, field, crops, table)
     first, kept = place_windows(resampled_centers(cells.centers, factors), size, shape, border=spec.border)
-    table = cells.table[kept].reset_index(drop=True)
+    table = _rows(cells.table, kept)
     labels = numbers = None
     if spec.mask_neighbours:
         labels = torch.from_numpy(cells.labels).to(device)
@@ -222,10 +229,21 @@ def _cut_stored(
         table = pd.DataFrame({"object_number": numbers, "x_px": centers[:, 1], "y_px": centers[:, 0]})
         return FieldCrops(index, field, torch.from_numpy(cut_and_scale(image, first, size, scale)), table)
     first, kept = place_windows(cells.centers, size, shape, border=spec.border)
-    table = cells.table[kept].reset_index(drop=True)
+    table = _rows(cells.table, kept)
     masked = {"labels": cells.labels, "numbers": table["object_number"].to_numpy()} if spec.mask_neighbours else {}
     crops = cut_and_scale(image, first, size, scale, border=spec.border, **masked)
     return FieldCrops(index, field, torch.from_numpy(crops), table)
+
+
+def _rows(table: pd.DataFrame, kept: np.ndarray) -> pd.DataFrame:
+    """Return the rows of the crops that there are, numbered from 0."""
+    if not kept.all():
+        table = table[kept]
+    return (
+        table
+        if len(table) == 0 or (table.index[-1] == len(table) - 1 and table.index[0] == 0)
+        else table.reset_index(drop=True)
+    )
 
 
 def _float32(image: torch.Tensor) -> torch.Tensor:

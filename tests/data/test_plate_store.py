@@ -201,20 +201,53 @@ def bomb(kind: str, size: int) -> bytes:
         return zlib.compress(zeros)
     if kind == "zstd":
         return Zstd().encode(zeros)
+    if kind == "zstd without its size":  # RFC 8878: no content size, a window of 1 MB, then blocks of one byte repeated
+        block = (128 << 10) << 3 | 1 << 1
+        blocks = [(block | (i + 1 == size >> 17)).to_bytes(3, "little") + b"\0" for i in range(size >> 17)]
+        return b"\x28\xb5\x2f\xfd\x00\x50" + b"".join(blocks)
     return bytes(Blosc().encode(zeros))
 
 
-@pytest.mark.parametrize("kind", ["gzip", "zlib", "zstd", "blosc"])
-def test_chunk_that_would_fill_memory_is_refused(make_foreign_plate, kind, monkeypatch):
-    path, _ = make_foreign_plate("0.4", "cyx")
+@pytest.mark.parametrize("kind", ["gzip", "zlib", "zstd", "zstd without its size", "blosc"])
+@pytest.mark.parametrize("where", ["folder", "zip"])
+def test_chunk_that_would_fill_memory_is_refused(make_foreign_plate, tmp_path, kind, where):
+    path, data = make_foreign_plate("0.4", "cyx")
     array = path / "C/7/0/0"
     document = json.loads((array / ".zarray").read_text())
-    document["compressor"] = {"id": kind, **({"cname": "lz4", "clevel": 5, "shuffle": 1} if kind == "blosc" else {})}
+    codec = kind.split()[0]
+    document["compressor"] = {"id": codec, **({"cname": "lz4", "clevel": 5, "shuffle": 1} if kind == "blosc" else {})}
     (array / ".zarray").write_text(json.dumps(document))
-    for chunk in array.glob("[0-9]*"):
-        chunk.write_bytes(bomb(kind, 64 << 20))
-    with pytest.raises(FieldReadError, match="would decompress to"):
-        open_plate(path).fields[0].read()
+    for size in (16 << 20, 2 * 8 * 8 * 2) if kind != "zstd without its size" else (16 << 20, 0):
+        content = bomb(kind, size) if size else Zstd().encode(bytes(2 * 8 * 8 * 2))
+        for chunk in array.glob("[0-9]*"):
+            chunk.write_bytes(content)
+        field = open_plate(path if where == "folder" else zipped(path, tmp_path / f"{size}.zip")).fields[0]
+        if size == 16 << 20:
+            with pytest.raises(FieldReadError, match="would decompress to"):
+                field.read()
+        else:  # it is the size, not the codec, that was refused
+            assert field.read().shape == data.shape
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_chunk_that_is_a_link_out_of_the_plate_is_refused(make_foreign_plate, tmp_path, version):
+    path, _ = make_foreign_plate(version, "cyx")
+    array = path / "C/7/0/0"
+    chunk = array / ("0.0.0" if version == "0.4" else "c/0/0/0")
+    chunk.rename(tmp_path / "secret")
+    chunk.symlink_to(tmp_path / "secret")
+    for file in (array / ".zarray", array / "zarr.json"):  # once as it is, once with a codec that Zarr decodes
+        if file.exists():
+            with pytest.raises(FieldReadError, match=r"link to .*secret, outside of the plate"):
+                open_plate(path).fields[0].read()
+            document = json.loads(file.read_text())
+            if version == "0.4":
+                document["compressor"] = {"id": "gzip", "level": 1}
+            else:
+                document["codecs"][-1] = {"name": "gzip", "configuration": {"level": 1}}
+            file.write_text(json.dumps(document))
+            with pytest.raises(FieldReadError, match=r"link to .*secret, outside of the plate"):
+                open_plate(path).fields[0].read()
 
 
 def test_bomb_in_a_shard_is_refused(make_plate):

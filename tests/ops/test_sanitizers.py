@@ -34,7 +34,9 @@ def test_kernels_read_and_write_only_their_own_memory():
         "CELLVIM_CPU_LIBRARY": str(BUILD / "libcellvim_cpu.so"),
         "CELLVIM_BACKEND": "native",
     }
-    tests = [str(Path(__file__).parent / name) for name in ("test_native.py", "test_native_invariance.py", "test_windows.py")]
+    tests = [
+        str(Path(__file__).parent / name) for name in ("test_native.py", "test_native_invariance.py", "test_windows.py")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

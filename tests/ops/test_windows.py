@@ -25,7 +25,9 @@ def draw(dtype: str, shape=(3, 13, 19), seed: int = 0) -> np.ndarray:
     return image
 
 
-def naive(image, first, size, *, low=None, factor=None, floor=0.0, ceiling=1.0, mirror=False, labels=None, numbers=None):
+def naive(
+    image, first, size, *, low=None, factor=None, floor=0.0, ceiling=1.0, mirror=False, labels=None, numbers=None
+):
     out = np.zeros((len(first), len(image), size, size), np.float32)
     height, width = image.shape[1:]
     for n, c, i, j in itertools.product(*map(range, out.shape)):
