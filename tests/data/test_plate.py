@@ -349,3 +349,17 @@ def test_spoiled_metadata_never_escapes_as_anything_but_our_errors(make_plate):
             assert "\n" not in str(error)
         files[i].write_text(whole[i])
     assert refused > 40  # the rest did not matter for reading
+
+
+def test_fields_are_read_into_given_memory(make_plate, make_foreign_plate):
+    field = open_plate(make_plate(wells=("A01",), sites=("1",))).fields[0]
+    out = np.empty((2, 23, 31), "uint16")
+    assert field.read(["RNA", "DNA"], out=out) is out
+    np.testing.assert_array_equal(out, field.read()[[2, 0]])
+    for wrong in (out[:1], out.astype("int32"), np.empty((2, 23, 62), "uint16")[:, :, ::2]):
+        with pytest.raises(ValueError, match=r"expected \(2, 23, 31\) uint16"):
+            field.read(["RNA", "DNA"], out=wrong)
+    path, data = make_foreign_plate("0.5", "yxc")  # axes that Zarr itself reads
+    out = np.empty((2, 12, 17), "uint16")
+    assert open_plate(path).fields[0].read(out=out) is out
+    np.testing.assert_array_equal(out, data.transpose(2, 0, 1))
