@@ -353,6 +353,8 @@ def evaluate(
             batch=batch,
         )
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # of a file or a pipe rich believes that it has 80 columns
     for table in summary_tables(result):
         console.print(table)
         console.print()

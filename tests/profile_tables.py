@@ -24,7 +24,8 @@ def make_profiles(
 ) -> anndata.AnnData:
     """Profiles of wells: each plate has controls, and ``replicates`` wells of each compound and dose.
 
-    Compounds 2i and 2i + 1 have mechanism i, and move the profile in one direction, the more the higher the dose.
+    Compounds 2i and 2i + 1 have mechanism i, and move the profile in one direction, the more the higher the dose. So do
+    positive controls, in that of mechanism 0.
     """
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(compounds // 2 + 1, width))
@@ -49,7 +50,7 @@ def make_profiles(
         if row[3] == "trt":
             X[i] += effect * row[6] / max(doses) * directions[int(row[4].split()[1]) // 2]
         elif row[3] == "poscon":
-            X[i] += effect * directions[-1]
+            X[i] += effect * directions[0]
     X += plate_effect * rng.normal(size=(plates, width))[[int(p[1:]) for p in obs["Metadata_Plate"]]]
     obs["Metadata_Object_Count"] = rng.integers(50, 200, len(obs))
     obs.index = obs["Metadata_Plate"] + "__" + obs["Metadata_Well"]

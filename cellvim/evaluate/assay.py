@@ -16,9 +16,9 @@ MAD_TO_STD = 1.4826
 def activity_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
     """Place each row on the line from the negative to the positive controls of its plate.
 
-    The score is the projection onto that line, with the median negative control at 0 and the median positive control at
-    1. A control is placed on the line of the *other* controls: with more features than wells, the line through a
-    control's own plate would tell it apart by chance.
+    The score is the projection onto the line from the mean of the negative controls, 0, to that of the positive ones,
+    1. A control is placed on the line of the *other* controls: with more features than wells, a line that it had a part
+    in would tell it apart by chance.
 
     Parameters
     ----------
@@ -99,12 +99,11 @@ def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> 
         ends = (without, np.broadcast_to(high, own.shape)) if sign < 0 else (np.broadcast_to(low, own.shape), without)
         line = _direction(ends[1] - ends[0])
         projected[rows] = ((own - (ends[0] + ends[1]) / 2) * line).sum(axis=1)
-    zero, one = np.median(projected[negative]), np.median(projected[positive])
-    return (projected - zero) / (one - zero) if one != zero else np.full(len(values), np.nan)
+    return projected + 0.5
 
 
 def _direction(difference: np.ndarray) -> np.ndarray:
-    """Return unit vectors, scaled by the length of the line so that 1 is its whole length."""
+    """Return the direction of a line, scaled so that its whole length is 1."""
     length = (difference**2).sum(axis=-1, keepdims=True)
     return difference / np.where(length > 0, length, 1)
 
@@ -120,9 +119,10 @@ def assay_quality(scores: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row a plate: ``plate``, ``n_negative``, ``n_positive``; ``z_prime``, 1 − 3 (σ₊ + σ₋) / |μ₊ − μ₋|, above 0.5
-        in an excellent assay, below 0 where the controls overlap; ``robust_z_prime``, the same of medians and median
-        absolute deviations; ``ssmd``, (μ₊ − μ₋) / √(σ₊² + σ₋²). Plates without scores have NaN.
+        One row a plate: ``plate``, ``n_negative``, ``n_positive``; ``z_prime``, 1 − 3 (σ₊ + σ₋) / (μ₊ − μ₋), above 0.5
+        in an excellent assay, below 0 where the controls overlap, −∞ where μ₊ is not above μ₋; ``robust_z_prime``, the
+        same of medians and median absolute deviations; ``ssmd``, (μ₊ − μ₋) / √(σ₊² + σ₋²). Plates without scores have
+        NaN.
 
     References
     ----------
@@ -137,13 +137,13 @@ def assay_quality(scores: pd.DataFrame) -> pd.DataFrame:
             spread = low.std(ddof=1), high.std(ddof=1)
             robust = tuple(MAD_TO_STD * np.median(np.abs(group - np.median(group))) for group in (low, high))
             result |= {
-                "z_prime": _ratio(1, -3 * sum(spread), abs(high.mean() - low.mean())),
-                "robust_z_prime": _ratio(1, -3 * sum(robust), abs(np.median(high) - np.median(low))),
-                "ssmd": _ratio(0, high.mean() - low.mean(), float(np.hypot(*spread))),
+                "z_prime": _z_prime(sum(spread), high.mean() - low.mean()),
+                "robust_z_prime": _z_prime(sum(robust), float(np.median(high) - np.median(low))),
+                "ssmd": (high.mean() - low.mean()) / np.hypot(*spread) if any(spread) else np.nan,
             }
         results.append(result)
     return pd.DataFrame(results, columns=["plate", "n_negative", "n_positive", "z_prime", "robust_z_prime", "ssmd"])
 
 
-def _ratio(offset: float, numerator: float, denominator: float) -> float:
-    return offset + numerator / denominator if denominator > 0 else np.nan
+def _z_prime(spread: float, window: float) -> float:
+    return 1 - 3 * spread / window if window > 0 else -np.inf

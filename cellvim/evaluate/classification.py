@@ -14,7 +14,7 @@ from cellvim.evaluate.features import Features
 N_FOLDS = 5
 N_NEIGHBOURS = 5
 MAX_CLASSES = 1000  # beyond, a logistic regression takes hours and its figure says little
-CLASSIFIERS = ("logistic regression", "nearest neighbours")
+CLASSIFIERS = ("logistic", "kNN")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def logistic(dose: np.ndarray, bottom: float, top: float, ec50: float, hill: flo
 
 
 def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit `logistic` by least squares, from several starts.
+    """Fit `logistic` by least squares, from the best point of a grid.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, fl
     Raises
     ------
     InputError
-        There are too few doses, or no start converges.
+        There are too few doses, or the least squares do not converge.
     """
     from scipy.optimize import OptimizeWarning, curve_fit
 
@@ -93,33 +93,41 @@ def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, fl
         raise InputError(f"{len(positive)} doses above 0; a curve needs {MIN_DOSES}.")
     if np.ptp(response) == 0:
         raise InputError("The response is the same at every dose.")
-
-    def curve(x, bottom, top, log_ec50, hill):
-        return logistic(x, bottom, top, 10**log_ec50, hill)
-
     log_range = np.log10(positive[0]) - 1, np.log10(positive[-1]) + 1
     span = np.ptp(response)
     limits = response.min() - span, response.max() + span
     bounds = ([limits[0], limits[0], log_range[0], HILL[0]], [limits[1], limits[1], log_range[1], HILL[1]])
-    at_low, at_high = (response[dose == d].mean() for d in (dose.min(), positive[-1]))
-    best, best_cost, best_covariance = None, np.inf, None
-    for start in np.log10(np.quantile(positive, [0.2, 0.5, 0.8])):
-        for hill in (1.0, 4.0):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", OptimizeWarning)
-                    found, covariance = curve_fit(
-                        curve, dose, response, p0=(at_low, at_high, start, hill), bounds=bounds, max_nfev=5000
-                    )
-            except (RuntimeError, ValueError):
-                continue
-            cost = float(((curve(dose, *found) - response) ** 2).sum())
-            if cost < best_cost * (1 - 1e-9):
-                best, best_cost, best_covariance = found, cost, covariance
-    if best is None:
-        raise InputError("No curve fits: the least squares do not converge.")
-    error = float(np.sqrt(best_covariance[2, 2])) if np.isfinite(best_covariance[2, 2]) else np.nan
-    return np.array([best[0], best[1], 10 ** best[2], best[3]]), error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)  # of a covariance that cannot be told: the error is NaN
+            found, covariance = curve_fit(
+                lambda x, bottom, top, log_ec50, hill: logistic(x, bottom, top, 10**log_ec50, hill),
+                dose,
+                response,
+                p0=np.clip(_start(dose, response, log_range), *bounds),
+                bounds=bounds,
+                max_nfev=2000,
+            )
+    except RuntimeError as error:
+        raise InputError("No curve fits: the least squares do not converge.") from error
+    error = float(np.sqrt(covariance[2, 2])) if np.isfinite(covariance[2, 2]) else np.nan
+    return np.array([found[0], found[1], 10 ** found[2], found[3]]), error
+
+
+def _start(dose: np.ndarray, response: np.ndarray, log_range: tuple[float, float]) -> np.ndarray:
+    """Return the best of a grid of EC50s and slopes; for each, bottom and top are a straight line's least squares."""
+    log_ec50, hill = np.meshgrid(np.linspace(*log_range, 41)[1:-1], np.geomspace(0.3, 10, 9), indexing="ij")
+    log_ec50, hill = log_ec50.ravel()[:, None], hill.ravel()[:, None]
+    share = logistic(dose[None], 0, 1, 10**log_ec50, hill)  # (grid, n)
+    centred = share - share.mean(axis=1, keepdims=True)
+    variance = (centred**2).sum(axis=1)
+    slope = np.where(variance > 1e-12, centred @ response / np.maximum(variance, 1e-12), 0)
+    bottom = response.mean() - slope * share.mean(axis=1)
+    # a slope far beyond the data is an extrapolation from a corner of the curve
+    slope_is_sane = np.abs(slope) <= 2 * np.ptp(response)
+    cost = ((bottom[:, None] + slope[:, None] * share - response) ** 2).sum(axis=1)
+    best = int(np.argmin(np.where(slope_is_sane, cost, np.inf)))
+    return np.array([bottom[best], bottom[best] + slope[best], log_ec50[best, 0], hill[best, 0]])
 
 
 def _dosed_wells(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from cellvim.evaluate.features import Features, feature_sets, latest_representat
 from cellvim.evaluate.mechanism import mechanism_map, nearest_mechanism
 from cellvim.evaluate.retrieval import NULL_SIZE, replicate_map
 from cellvim.evaluate.treatments import find_treatments
-from cellvim.profiles.columns import Columns, find_columns, is_value, keys, negative_controls, role, text
+from cellvim.profiles.columns import Columns, find_columns, is_value, keys, negative_controls, require, role, text
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -197,6 +197,8 @@ def evaluate_profiles(
     if adata.n_obs == 0:
         raise InputError("There are no profiles: the AnnData has no rows.")
     found = find_columns(adata.obs, negative=control, positive=positive, **columns)
+    if label is not None:
+        require(adata.obs, label, option="--label")
     _check_one_row_a_well(adata, found)
     names = [use] if isinstance(use, str) else list(use or [latest_representation(adata)])
     sets, reasons = feature_sets(adata, names, seed=seed)
@@ -343,7 +345,7 @@ class _Run:
                 table = classify(features, split, seed=self.seed).assign(label=label, held_out=held_out)
                 self._keep("classification", features, table)
                 for row in table.itertuples():
-                    measure = f"{label}, {held_out} held out, {row.classifier}: balanced accuracy"
+                    measure = f"{label}, {held_out} held out: {row.classifier}"
                     self._note("classification", measure, features, row.balanced_accuracy, row.n_rows)
 
     def _splits(self):
@@ -357,9 +359,7 @@ class _Run:
 
         def treatments() -> pd.Series:
             if self.label is not None:
-                from cellvim.profiles.columns import require
-
-                return text(obs[require(obs, self.label, option="--label")])
+                return text(obs[self.label])
             found = find_treatments(obs, columns)
             names = keys(found.table.astype(str), [c for c in found.table if c != columns.mechanism], " ")
             labels = pd.Series(None, index=obs.index, dtype=object)

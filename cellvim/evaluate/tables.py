@@ -24,8 +24,9 @@ def summary_tables(evaluation: Evaluation) -> list[Table]:
     baselines = set(evaluation.summary.loc[evaluation.summary["is_baseline"], "features"])
     tables = []
     for task in dict.fromkeys(wide.index.get_level_values(0)):
-        table = Table(title=Text(str(task), style="bold"), title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
+        title = f"{task}: balanced accuracy" if task == "classification" else str(task)
+        table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
         for name in wide.columns:
             table.add_column(Text(str(name), style="dim" if name in baselines else "bold"), justify="right")
         table.add_column("best", justify="right", style="dim")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from cellvim.errors import InputError, MetadataError, listing, suggestion
 from cellvim.profiles.aggregation import Statistic, aggregate
@@ -151,6 +152,13 @@ def _concatenate(parts: list[AnnData], names: list[str], statistic: Statistic | 
                 f"{name} and {names[0]} were embedded by different weights ({str(hashes[1])[:12]} and "
                 f"{str(hashes[0])[:12]}); they cannot be compared. Embed all plates by one model."
             )
+    if statistic is not None:
+        rows = pd.concat([pd.Series(part.obs_names) for part in parts])
+        if twice := sorted(set(rows[rows.duplicated()])):
+            raise MetadataError(
+                f"{len(twice)} wells are in more than one of the inputs: {listing(twice)}. Plates need names of their "
+                "own; was one given twice?"
+            )
     joined = anndata.concat(parts, join="outer", merge="first")
     joined.uns = first.uns
     if statistic is not None:
@@ -161,11 +169,6 @@ def _concatenate(parts: list[AnnData], names: list[str], statistic: Statistic | 
             "wells_left_out": np.concatenate([r["wells_left_out"] for r in records]),
             "sources": np.array(names, dtype=object),
         }
-        if twice := sorted(set(joined.obs_names[joined.obs_names.duplicated()])):
-            raise MetadataError(
-                f"{len(twice)} wells are in more than one of the inputs: {listing(twice)}. Plates need names of their "
-                "own; was one given twice?"
-            )
     return joined
 
 
