@@ -369,6 +369,56 @@ def evaluate(
 
 
 @app.command()
+def attribute(
+    plate: PlatePath,
+    well: Annotated[str, typer.Option(help="The well of the crop: B03.")],
+    site: Annotated[str | None, typer.Option(help="Its field; the first one that holds a cell, by default.")] = None,
+    number: Annotated[
+        int | None, typer.Option(metavar="N", help="Its Metadata_ObjectNumber; nearest to the middle by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .pdf or .svg.")] = Path(
+        "attribution.png"
+    ),
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="A name of `cellvim models`, or a checkpoint.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="integrated_gradients, gradient_times_input, occlusion, or attention (its pooling).")
+    ] = "integrated_gradients",
+    target: Annotated[str, typer.Option(metavar="WHAT", help="embedding, or the number of a class.")] = "embedding",
+    steps: Annotated[int, typer.Option(help="Points of the path, for integrated gradients.")] = 32,
+    unit: Annotated[str, typer.Option(help="What was embedded: cell, tile or field.")] = "cell",
+    channels: Annotated[str | None, typer.Option(help="Channels by name, as for embed.")] = None,
+    crop_size: Annotated[int | None, typer.Option(metavar="PX", help="Side of the crop, as for embed.")] = None,
+    cells: Annotated[str, typer.Option(metavar="SOURCE", help="Where cells come from, as for embed.")] = "nuclei",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show which patches and channels of a crop drove its embedding, or a class."""
+    from cellvim.attribution.crop import explain_crop
+    from cellvim.attribution.picture import check_picture, save_picture
+    from cellvim.embedding import DEFAULT_MODEL, plan_embedding
+
+    check_picture(output, overwrite=overwrite)
+    plan = plan_embedding(
+        plate,
+        unit=unit,
+        model=model or DEFAULT_MODEL,
+        channels=channels,
+        crop_size=crop_size,
+        cells=cells,
+        device=device,
+        seed=seed,
+    )
+    explained = explain_crop(plan, well, site, number, method=method, target=target, steps=steps)
+    for remark in explained.remarks:
+        _warn(remark)
+    save_picture(explained.figure, output)
+    print(f"{explained.summary} → {output}")
+
+
+@app.command()
 def models(
     family: Annotated[str | None, typer.Argument(help="Only this family, such as fastchannelvim.")] = None,
 ) -> None:

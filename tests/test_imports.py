@@ -19,6 +19,7 @@ RANK = {  # a part imports parts of a lower rank, and itself
     "bench": 5,
     "embedding": 4,
     "report": 4,
+    "attribution": 4,
     "train": 3,
     "evaluate": 3,
     "profiles": 2.5,

@@ -100,6 +100,10 @@ class TokenGrid:
             self._plans[key] = self._make_plan(order, pooled)
         return self._plans[key]
 
+    def pooled_axes(self, block: int) -> frozenset[str]:
+        """Return which of the axes block number ``block`` pools away."""
+        return self._order_and_pooled(block)[1]
+
     def _order_and_pooled(self, block: int) -> tuple[tuple[str, ...], frozenset[str]]:
         """The block's axes, slowest first, and those pooled away (paper §3.1 and §3.4)."""
         two_axes = self.config.pool_axes == 2

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cellvim import ops
 from cellvim.models.config import EncoderConfig
+from cellvim.ops import reference
 from cellvim.ops.plan import ScanPlan
 
 
@@ -68,6 +69,11 @@ class Mixer(nn.Module):
 
         out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)  # (B, L, D)
         return out * self.gamma if self.config.layer_scale is not None else out
+
+    def pooling_shares(self, hidden: Tensor, plan: ScanPlan) -> Tensor:
+        """Return the weights that attention pooling gives (B, L, D) tokens: (2, B, L), summing to 1 over each slot."""
+        x = ops.linear(hidden, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)[0]  # (B, L, E)
+        return reference.attention_shares(x, *self._convolution(x), plan, *self._score())
 
     def _scan(self, pooled: Tensor) -> Tensor:
         """Project the pooled tokens to Δ, B and C and scan them; (2, B, P, E) -> (2, B, P, E)."""

@@ -87,12 +87,33 @@ def conv_pool(
     elif pool == "max":
         pooled = _pool_max(u, plan)
     elif pool == "attention":
-        # Not a matrix product: those may sum in another order for another batch size.
-        score = (u * score_weight.to(u.dtype)[:, None, None]).sum(-1) + score_bias.to(u.dtype)[:, None, None]
-        pooled = _pool_attention(u, score, plan)
+        pooled = _pool_attention(u, _score(u, score_weight, score_bias), plan)
     else:
         raise ValueError(f"pool is {pool!r}; expected one of {POOLS}")
     return pooled.to(x.dtype)
+
+
+def attention_shares(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: ScanPlan, score_weight: Tensor, score_bias: Tensor
+) -> Tensor:
+    """Return the weight that attention pooling gives each token; parameters as in `conv_pool`.
+
+    Returns
+    -------
+    (2, B, L)
+        In stored order. The tokens of a slot sum to 1; 0 where a ragged sample has no token.
+    """
+    u = _convolve(x, weight, bias, plan)  # (2, B, L, E), the block's order
+    score = _score(u, score_weight, score_bias)
+    if plan.is_dense:
+        grid, pooled = score.unflatten(2, plan.sizes), _pool_axes(plan)
+        largest = grid.amax(pooled, keepdim=True) if pooled else grid
+        share = torch.exp(grid - largest)
+        share = (share / share.sum(pooled, keepdim=True) if pooled else share).flatten(2)
+    else:
+        share, total = _slot_softmax(score, plan)
+        share = share / total.gather(2, plan.slot.expand(-1, len(x), -1))
+    return torch.stack([_to_stored_order(direction[..., None], plan)[..., 0] for direction in share])
 
 
 def pooled_scan(
@@ -303,14 +324,25 @@ def _pool_attention(u: Tensor, score: Tensor, plan: ScanPlan) -> Tensor:
     if plan.is_dense:
         share = _grouped(score[..., None], plan).softmax(dim=3)  # (2, B, P, G, 1)
         return (share * _grouped(u, plan)).sum(3)
+    share, total = _slot_softmax(score, plan)
+    return _scatter_sum(u * share[..., None], plan) / total[..., None]
+
+
+def _score(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The linear score of attention pooling, (2, B, L, E) -> (2, B, L)."""
+    # Not a matrix product: those may sum in another order for another batch size.
+    return (u * weight.to(u.dtype)[:, None, None]).sum(-1) + bias.to(u.dtype)[:, None, None]
+
+
+def _slot_softmax(score: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor]:
+    """Return exp(score − the slot's largest), (2, B, L), 0 where absent; and its sum over each slot, (2, B, P)."""
     score = score.masked_fill(~_present(plan)[None], float("-inf"))
-    slot = plan.slot.expand(-1, u.shape[1], -1)
+    slot = plan.slot.expand(-1, score.shape[1], -1)
     top = score.new_full((*score.shape[:2], plan.slots), float("-inf")).scatter_reduce(2, slot, score, "amax")
     top = torch.where(top.isinf(), torch.zeros_like(top), top).detach()
     share = torch.exp(score - top.gather(2, slot))  # 0 where absent
     total = torch.zeros_like(top).scatter_add(2, slot, share)
-    total = torch.where(total == 0, torch.ones_like(total), total)
-    return _scatter_sum(u * share[..., None], plan) / total[..., None]
+    return share, torch.where(total == 0, torch.ones_like(total), total)
 
 
 def _slot_index(u: Tensor, plan: ScanPlan) -> Tensor:

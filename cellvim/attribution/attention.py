@@ -1,0 +1,111 @@
+"""What attention pooling weighs: the share of each token among those it is pooled with, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellvim.attribution.baselines import check_inputs, in_evaluation
+from cellvim.errors import ModelError
+
+if TYPE_CHECKING:
+    from cellvim.models.encoder import Encoder
+    from cellvim.models.grid import TokenGrid
+    from cellvim.models.patch_embed import Channels
+
+_IMAGE_AXES = ("channel", "row", "column")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionScores:
+    """The weights of attention pooling.
+
+    Attributes
+    ----------
+    shares
+        (depth, 2, B, C, rows, columns) float32: of each block and direction (forward, backward). They sum to 1 over the
+        block's pooled axes. C is 1 for joint tokens, which hold all channels.
+    pooled
+        Of each block: the names of the axes pooled together, of "channel", "row" and "column".
+    patch_px
+        Distance from patch to patch in pixels of the input.
+    """
+
+    shares: np.ndarray
+    pooled: tuple[tuple[str, ...], ...]
+    patch_px: int
+
+    @property
+    def patches(self) -> np.ndarray:
+        """(B, C, rows, columns): share by an equal share, mean over blocks and directions; 1 is even."""
+        sizes = dict(zip(_IMAGE_AXES, self.shares.shape[3:], strict=True))
+        group = np.array([np.prod([sizes[axis] for axis in axes]) for axes in self.pooled])
+        return (self.shares.mean(1) * group[:, None, None, None, None]).mean(0)
+
+    @property
+    def compares_channels(self) -> bool:
+        """Whether any block weighs channels against each other (``pool_axes=2``)."""
+        return any("channel" in axes for axes in self.pooled)
+
+
+def attention_scores(model: Encoder, images: Tensor | np.ndarray, *, channels: Channels = None) -> AttentionScores:
+    """Return the weights that a model with ``pool="attention"`` gives its tokens.
+
+    Parameters
+    ----------
+    model
+        An `Encoder` with ``pool="attention"``.
+    images
+        (B, C, H, W), normalised as for the model.
+    channels
+        Ids or names of the images' channels, as for `Encoder.forward`.
+
+    Raises
+    ------
+    ModelError
+        The model pools in another way.
+    InputError, ChannelError
+        The images or channels do not fit the model.
+
+    References
+    ----------
+    Kapse et al., Fast Vision Mamba (2025), Table 20 (attention pooling).
+    """
+    inputs = check_inputs(model, images, channels, None)
+    if model.config.pool != "attention":
+        raise ModelError(
+            f"The model pools by '{model.config.pool}', which has no scores; attention scores need pool='attention'. "
+            "Gradients and occlusion explain any model."
+        )
+    with in_evaluation(model), torch.no_grad():
+        hidden, grid = model.embed(inputs.images, channels=channels)
+        residual, shares = None, []
+        for i, block in enumerate(model.layers):
+            plan = grid.plan(i)
+            normed, _ = block.norm(hidden, residual)
+            shares.append(_as_image(block.mixer.pooling_shares(normed, plan), grid, model.config.scan_path))
+            hidden, residual = block(hidden, residual, plan)
+    pooled = tuple(_pooled_axes(model, grid, i) for i in range(len(shares)))
+    return AttentionScores(torch.stack(shares).float().cpu().numpy(), pooled, model.config.stride)
+
+
+def _as_image(shares: Tensor, grid: TokenGrid, scan_path: str) -> Tensor:
+    """(2, B, L) in stored order -> (2, B, C, rows, columns)."""
+    if grid.class_position is not None:  # its own group, its share is 1
+        place = grid.class_position
+        shares = torch.cat([shares[..., :place], shares[..., place + 1 :]], dim=-1)
+    maps = shares.unflatten(2, [grid.sizes[axis] for axis in grid.axes])
+    maps = maps.permute(0, 1, *(2 + grid.axes.index(axis) for axis in _IMAGE_AXES))
+    return maps.transpose(3, 4) if scan_path == "colwise" else maps
+
+
+def _pooled_axes(model: Encoder, grid: TokenGrid, block: int) -> tuple[str, ...]:
+    """Names of the axes of the image that a block pools together."""
+    pooled = grid.pooled_axes(block)
+    if model.config.scan_path == "colwise":
+        pooled = {{"row": "column", "column": "row"}.get(axis, axis) for axis in pooled}
+    return tuple(axis for axis in _IMAGE_AXES if axis in pooled)
