@@ -1,54 +1,72 @@
-"""The main job: embed a plate's cells, tiles or fields into an AnnData.
+"""The main job: embed the cells, tiles or fields of plates into an AnnData.
 
-Reads as it runs: plan → for each field: read, locate the units, cut, embed → append → finish. A field is the unit of
-work: its rows depend on the plan and on its own pixels, never on the fields before it.
+Reads as it runs: plan → take up what is done already → embed the fields that are left, here or in workers → put all
+rows together. A field is the unit of work: its rows depend on the plan and on its own pixels, never on who embeds it,
+when, or after what. So the result is the same bytes whatever the workers, their order and the interruptions.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as default
-from datetime import UTC, datetime
-from functools import cached_property
-from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 
-from cellvim.channels import canonical_name, find_dna_channel, match_channels, parse_channel_overrides
-from cellvim.errors import ChannelError, FieldReadError, InputError, ModelError, listing, suggestion
+from cellvim.errors import FieldReadError, InputError, Interrupted, OutputError, listing, suggestion
+from cellvim.planning import (
+    DEFAULT_MODEL,
+    UNITS,
+    Channels,
+    EmbeddingPlan,
+    Plates,
+    Unit,
+    plan_embedding,
+    usable_device,
+)
+from cellvim.provenance import untrained_remark
+from cellvim.running.account import Account, FieldsLeft
+from cellvim.running.ledger import (
+    MARKER,
+    Failure,
+    Key,
+    Ledger,
+    Rows,
+    check_ours,
+    identity_digest,
+    open_ledger,
+)
+from cellvim.running.storage import storage_at
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
-    from cellvim.data.cell_sources import CellSource
-    from cellvim.data.crops import CropSpec
-    from cellvim.data.normalize import IntensityScale
-    from cellvim.data.plate import Field, Plate
+    from cellvim.data.plate import Field
     from cellvim.models.encoder import Encoder
+    from cellvim.running.workers import Done
 
-Unit = Literal["cell", "tile", "field"]
-Channels = str | Sequence[str] | Mapping[str, str] | None
+ENGINES = ("processes", "ray")
 
-UNITS = ("cell", "tile", "field")
-DEFAULT_MODEL = "fastchannelvim_tiny_patch16"
-_SEGMENTED = ("nuclei", "cells", "cellpose")  # sources of cells that need a channel of nuclei
-CELL_UM = 40.0  # a cell with its surroundings, when the plate says how large a pixel is
-CELL_PX = 64  # and when it does not
-TILE_PX = 224
+__all__ = [
+    "DEFAULT_MODEL",
+    "UNITS",
+    "EmbeddingPlan",
+    "EmbeddingSummary",
+    "embed",
+    "embed_field",
+    "plan_embedding",
+    "run_embedding",
+]
 
 
 def embed(
-    plate: str | Path | Plate,
+    plate: Plates,
     output: str | Path | None = None,
     *,
     model: str | Path | Encoder = DEFAULT_MODEL,
@@ -57,24 +75,30 @@ def embed(
     wells: Sequence[str] | None = None,
     crop_size: int | None = None,
     crop_um: float | None = None,
+    um_per_px: float | None = None,
     overlap: float = 0.0,
     cells: str | Path = "nuclei",
     border: str = "pad",
     mask_neighbours: bool = False,
     scale_by: Literal["all", "controls"] = "all",
-    batch_size: int = 64,
+    illumination: bool = False,
+    batch_size: int | None = None,
     device: str = "auto",
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    per_channel: bool = False,
     seed: int = 0,
+    workers: int = 1,
     overwrite: bool = False,
 ) -> AnnData:
-    """Embed a plate and return the AnnData.
+    """Embed plates and return the AnnData.
 
     Parameters
     ----------
     plate
-        An OME-Zarr plate: its path, or what `open_plate` returned.
+        An OME-Zarr plate: its path or URL, or what `open_plate` returned. Or a list of plates, to be embedded into one.
     output
-        Where to write the AnnData (Zarr). Without it the result is in memory only.
+        Where to write the AnnData. Without it the result is in memory only. When a run was interrupted, the same call
+        goes on where it stopped.
     model
         A name (see `list_models`; its weights are random), the path of a checkpoint, or an `Encoder`.
     unit
@@ -88,7 +112,9 @@ def embed(
         Side in plate pixels of a cell's crop or of a tile. By default what the model was trained on, or, for a model
         without training, 40 µm around a cell (64 pixels when the pixel size is unknown) and 224 pixels for a tile.
     crop_um
-        That side in µm instead. Plates of different pixel sizes are then resampled to one.
+        That side in µm instead. Crops of plates of different pixel sizes are then resized to one.
+    um_per_px
+        Resample every field to this pixel size before anything is cut.
     overlap
         Of neighbouring tiles, as a share of their side.
     cells
@@ -100,14 +126,22 @@ def embed(
         Set what belongs to other cells to 0.
     scale_by
         Intensities are scaled by the percentiles of "all" wells, or of the negative "controls" of the plate map.
+    illumination
+        Estimate the light's shape from the plate and divide it out of what is embedded.
     batch_size
-        Crops embedded at once.
+        Crops embedded at once; by the free memory if None.
     device
         "auto", "cpu", "cuda", "cuda:1", "mps".
+    precision
+        "float32" or "bfloat16"; "auto" takes bfloat16 on a GPU that has it.
+    per_channel
+        Also keep the mean of each channel's tokens, in ``obsm["X_emb_<channel>"]``.
     seed
         Of random weights and of the pixels that the intensity scale is estimated on.
+    workers
+        Processes to share the fields out among.
     overwrite
-        Replace ``output`` when it exists.
+        Start anew, and replace ``output`` when it exists.
 
     Returns
     -------
@@ -127,10 +161,13 @@ def embed(
     """
     import anndata
 
-    from cellvim.export import check_output
+    from cellvim.assembly import check_free
+    from cellvim.export import format_of
 
     if output is not None:
-        check_output(Path(output), overwrite=overwrite)
+        check_free(output, overwrite=overwrite)
+        if format_of(output) == "parquet":
+            raise InputError("cellvim.embed returns an AnnData; write Parquet with `cellvim embed`, or name a .zarr.")
     plan = plan_embedding(
         plate,
         model=model,
@@ -139,83 +176,51 @@ def embed(
         wells=wells,
         crop_size=crop_size,
         crop_um=crop_um,
+        um_per_px=um_per_px,
         overlap=overlap,
         cells=cells,
         border=border,
         mask_neighbours=mask_neighbours,
         scale_by=scale_by,
+        illumination=illumination,
         batch_size=batch_size,
         device=device,
+        precision=precision,
+        per_channel=per_channel,
         seed=seed,
+        cache=None if output is None else cache_folder(output),
     )
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(output) if output is not None else Path(temporary) / "embeddings.zarr"
-        summary = run_embedding(plan, target, overwrite=overwrite)
+        summary = run_embedding(plan, target, overwrite=overwrite, workers=workers)
         for remark in summary.remarks():
             warnings.warn(remark, stacklevel=2)
-        return anndata.read_zarr(target)
-
-
-@dataclass(frozen=True)
-class EmbeddingPlan:
-    """Everything that decides what the rows will be. Made by `plan_embedding`."""
-
-    plate: Plate
-    fields: list[Field]
-    lost_wells: list[str]  # that the plate lists, but has no field of
-    unit: Unit
-    channels: list[str]  # the plate's names, in the model's order
-    meanings: list[str]  # what each is called towards the model: the plate's name unless the user said otherwise
-    channel_ids: list[int]  # the model's numbers for them
-    dna: str | None  # the channel that nuclei are found in
-    model: Encoder
-    model_name: str
-    trained: bool
-    cutting: CropSpec  # the same as the next, with what to do at borders and with neighbours
-    cells: CellSource | None  # where cells come from; None for other units
-    crop_px: int | None  # side of a crop on the plate; None: the whole field
-    input_px: int | None  # side of a crop as the model sees it; None: the field at its own resolution
-    scale: IntensityScale
-    batch_size: int
-    device: str
-    seed: int
-
-    @property
-    def read_channels(self) -> list[str]:
-        """Channels to read: those to embed and then, if it is none of them, the one that nuclei are found in."""
-        extra = [self.dna] if self.dna is not None and self.dna not in self.channels else []
-        return [*self.channels, *extra]
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        """Hash of the weights' names, types, shapes and values."""
-        digest = sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if name.endswith("_extra_state"):  # of the channel sampling in training, no weight
-                continue
-            array = tensor.detach().cpu().contiguous().numpy()
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        return anndata.read_h5ad(target) if format_of(target) == "h5ad" else anndata.read_zarr(target)
 
 
 @dataclass
 class EmbeddingSummary:
     """What a run of `run_embedding` did."""
 
-    output: Path
+    output: str | Path
     unit: Unit
     n_fields: int
     n_units: int = 0
     seconds: float = 0.0
     failed: list[tuple[str, str]] = default(default_factory=list)  # name of the field, and why
     untrained: str | None = None  # what to say about the weights
+    n_resumed: int = 0  # fields that were done before
+    n_waiting: int = 0  # fields that other shards have not done yet
+    shard: str | None = None
 
     def __str__(self) -> str:
         rate = self.n_units / self.seconds if self.seconds else 0.0
         counts = ((self.n_units, self.unit), (self.n_fields - len(self.failed), "field"))
         units, fields = (f"{n:,} {name}{'s' * (n != 1)}" for n, name in counts)
-        return f"{units} from {fields} in {self.seconds:.1f} s ({rate:,.1f} {self.unit}s/s) → {self.output}"
+        done = f"{units} from {fields} in {self.seconds:.1f} s ({rate:,.1f} {self.unit}s/s)"
+        if self.n_waiting:
+            return f"Shard {self.shard}: {done}. {self.n_waiting:,} fields of other shards are left for {self.output}"
+        return f"{done} → {self.output}"
 
     def remarks(self) -> list[str]:
         """Return what the user must know about the result, a line each; empty if all is as it should be."""
@@ -224,9 +229,10 @@ class EmbeddingSummary:
             names = listing(name for name, _ in self.failed)
             lines.append(
                 f"{len(self.failed)} of {self.n_fields} fields could not be read and are missing from the output: "
-                f'{names}. First reason: {self.failed[0][1]} All reasons: uns["cellvim"]["failed_fields"].'
+                f"{names}. First reason: {self.failed[0][1]} All reasons: {self.output}.failures.csv, and "
+                'uns["cellvim"]["failed_fields"].'
             )
-        if self.n_units == 0 and len(self.failed) < self.n_fields:
+        if self.n_units == 0 and len(self.failed) < self.n_fields and not self.n_waiting:
             lines.append(
                 f"No {self.unit} was found in any field, so the output has no rows. Is the right channel named DNA, "
                 "and are the images in focus? Try `cellvim info`, or --unit tile."
@@ -234,142 +240,163 @@ class EmbeddingSummary:
         return lines
 
 
-def plan_embedding(
-    plate: str | Path | Plate,
-    *,
-    model: str | Path | Encoder = DEFAULT_MODEL,
-    unit: Unit = "cell",
-    channels: Channels = None,
-    wells: Sequence[str] | None = None,
-    crop_size: int | None = None,
-    crop_um: float | None = None,
-    overlap: float = 0.0,
-    cells: str | Path = "nuclei",
-    border: str = "pad",
-    mask_neighbours: bool = False,
-    scale_by: Literal["all", "controls"] = "all",
-    batch_size: int = 64,
-    device: str = "auto",
-    seed: int = 0,
-) -> EmbeddingPlan:
-    """Check everything that was asked for, before any work is done; parameters as in `embed`.
-
-    Raises
-    ------
-    CellvimError
-        Something given cannot be used.
-    """
-    from cellvim.data.cell_sources import open_cells
-    from cellvim.data.crops import CropSpec
-    from cellvim.data.normalize import estimate_intensity_scale, reference_wells
-    from cellvim.data.plate import open_plate
-
-    _check_choices(unit, crop_size, batch_size)
-    if scale_by not in ("all", "controls"):
-        raise InputError(f"Intensities can be scaled by all wells or by the controls, not by '{scale_by}'.")
-    plate = open_plate(plate) if isinstance(plate, str | Path) else plate
-    if crop_um is not None:
-        _, crop_size = CropSpec(unit, crop_size, size_um=crop_um).pixels(plate.pixel_size_um)
-        _check_choices(unit, crop_size, batch_size)
-    fields, lost_wells = _fields_of(plate, wells)
-    names, meanings = _plate_channels(plate, channels)
-    dna = _nuclear_channel(plate, names, meanings) if unit == "cell" and cells in _SEGMENTED else None
-    device = _device(device)
-    if crop_size is not None:
-        _check_crop_fits(crop_size, fields)
-    built_for = _untrained_size(unit, crop_size, plate)
-    encoder, model_name = _encoder(model, meanings, image_size=built_for, seed=seed)
-    ids = _channel_ids(encoder, meanings, model_name)
-    order = np.argsort(ids).tolist()  # as in training, and so that the plate's order of channels does not matter
-    names, meanings, ids = ([values[i] for i in order] for values in (names, meanings, ids))
-    crop_px = input_px = None
-    if unit != "field":
-        input_px = encoder.config.image_height
-        crop_px = crop_size or input_px
-        if encoder.config.image_width != input_px:
-            raise ModelError(
-                f"{model_name} is built for {input_px} x {encoder.config.image_width} pixels, but a {unit} is square. "
-                "Use --unit field or another model."
-            )
-    cutting = CropSpec(unit, crop_px, overlap=overlap, border=border, mask_neighbours=mask_neighbours)
-    return EmbeddingPlan(
-        plate=plate,
-        fields=fields,
-        lost_wells=lost_wells,
-        unit=unit,
-        channels=names,
-        meanings=meanings,
-        channel_ids=ids,
-        dna=dna,
-        model=encoder.to(device).eval(),
-        model_name=model_name,
-        trained=bool(encoder.is_trained),
-        cutting=cutting,
-        cells=open_cells(cells, plate, dna=dna) if unit == "cell" else None,
-        crop_px=crop_px,
-        input_px=input_px,
-        scale=estimate_intensity_scale(
-            plate, names, wells=reference_wells(plate) if scale_by == "controls" else None, seed=seed
-        ),
-        batch_size=1 if unit == "field" else batch_size,
-        device=device,
-        seed=seed,
-    )
-
-
 def run_embedding(
     plan: EmbeddingPlan,
     output: str | Path,
     *,
     overwrite: bool = False,
+    format: str | None = None,
+    workers: int = 1,
+    devices: Sequence[str] = (),
+    engine: str = "processes",
+    address: str | None = None,
+    shard: str | None = None,
+    spatialdata: bool = False,
+    log: bool = False,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> EmbeddingSummary:
-    """Embed field by field and write the AnnData.
+    """Embed field by field and write the result; go on where an earlier run of the same plan was stopped.
 
     Parameters
     ----------
     plan
         From `plan_embedding`.
     output
-        The AnnData store to write; it gets its name only when it is whole.
+        What to write; it gets its name only when it is whole. Until then rows are in ``<output>.partial``.
     overwrite
-        Replace ``output`` when it exists.
+        Start anew, and replace ``output`` when it exists.
+    format
+        zarr, h5ad or parquet; by the output's suffix if None.
+    workers, devices
+        Processes, and the devices that they take in turn; one process is this one.
+    engine, address
+        "processes" of this machine, or "ray" and the address of its cluster.
+    shard
+        ``i/n``: embed only the i-th of n equal parts of the fields. Whichever shard is done last puts all together.
+    spatialdata
+        Add what SpatialData needs to know.
+    log
+        Keep the log beside the output.
     progress
         Called at the start and after each field with the fields done, the fields in all and the rows so far.
 
     Raises
     ------
     OutputError
-        The output exists or cannot be written.
+        The output exists or cannot be written, or what lies beside it is not of this job.
+    Interrupted
+        Ctrl-C; what is done is kept.
     """
-    from cellvim.export import AnnDataWriter
+    from cellvim.assembly import assemble, check_free, clear, failures_of, finished_before
+    from cellvim.export import format_of
+    from cellvim.running.manifest import hardware, read_manifest, versions
+    from cellvim.running.sessions import Session
+    from cellvim.running.shards import parse_shard
 
-    start, started = time.perf_counter(), datetime.now(UTC)
-    summary = EmbeddingSummary(Path(output), plan.unit, len(plan.fields), untrained=_untrained_remark(plan))
-    for well in plan.lost_wells:
-        summary.n_fields += 1
-        summary.failed.append((well, f"Well {well} is listed by the plate, but has no field."))
-    width = plan.model.config.embed_dim
-    with AnnDataWriter(output, _field_table(plan), width, overwrite=overwrite) as writer:
-        if progress is not None:
-            progress(0, len(plan.fields), 0)
-        for index, field in enumerate(plan.fields):
-            try:
-                embeddings, objects, spatial = embed_field(plan, field)
-            except (FieldReadError, ChannelError) as error:  # one bad field never stops a plate
-                summary.failed.append((field.name, str(error)))
-            else:
-                writer.append(index, embeddings, objects, spatial)
-                summary.n_units += len(objects)
-            if progress is not None:
-                progress(index + 1, len(plan.fields), summary.n_units)
-        summary.seconds = time.perf_counter() - start
-        writer.finish({"cellvim": _provenance(plan, summary, started)})
+    start = time.perf_counter()
+    _check_running(engine, workers, address, shard, overwrite)
+    format = format_of(output, format)
+    part = None if shard is None else parse_shard(shard)
+    made = None if overwrite else finished_before(output, identity_digest(plan.identity), shard=part is not None)
+    if made is not None:
+        return _summary_of(plan, output, made)
+    replaces = check_free(output, overwrite=overwrite)
+    ledger = _ledger(plan, output, overwrite=overwrite, replaces=replaces)
+    devices = [usable_device(d) for d in devices] or [plan.device]
+    about = {"engine": engine, "workers": workers, "devices": devices, "batch_size": plan.batch_size}
+    session = Session(ledger, shard=part and str(part), about=about | {"hardware": hardware(), "versions": versions()})
+    summary = EmbeddingSummary(output, plan.unit, plan.n_fields, untrained=untrained_remark(plan), shard=shard)
+    state = "stopped"
+    try:
+        stretch = None if part is None else part.stretch(plan.n_fields)
+        again: list[Key] | None = None
+        while True:
+            left = FieldsLeft(plan, ledger, stretch, again)
+            note = Account(session, summary, left, progress)
+            for done in _engine(plan, ledger, left, engine, workers, devices, address):
+                note(done)
+            if not _is_settled(plan, ledger, summary):
+                summary.n_units, summary.n_fields = session.record["rows"], session.record["fields"]
+                summary.failed = []
+                break
+            failures = failures_of(plan, list(ledger.failures().values()))
+            options = {"format": format, "spatialdata": spatialdata, "log": log}
+            again = assemble(plan, ledger, session, output, failures, **options)
+            if not again:  # else rows turned out to be damaged
+                break
+        state = "finished"
+    except KeyboardInterrupt as error:
+        state = "interrupted"
+        raise Interrupted(_interruption(plan, ledger, overwrite)) from error
+    finally:
+        session.close(state)
+    if not summary.n_waiting and read_manifest(output) is not None:
+        clear(ledger)
+    summary.seconds = time.perf_counter() - start
     return summary
 
 
+def embed_plates(
+    plates: Sequence[str],
+    output: str,
+    planned: Mapping[str, Any],
+    run: Mapping[str, Any],
+    *,
+    per_plate: bool,
+    overwrite: bool,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Iterator[EmbeddingSummary]:
+    """Plan and run the embedding of plates, into one output or, in a folder of that name, into one a plate.
+
+    Parameters
+    ----------
+    plates
+        Paths or URLs.
+    output
+        What to write, or with ``per_plate`` the folder.
+    planned, run
+        Options of `plan_embedding` and of `run_embedding`.
+    per_plate
+        One output a plate. Those that are there already, made by the same job, are left as they are.
+    overwrite, progress
+        As in `run_embedding`.
+
+    Yields
+    ------
+    EmbeddingSummary
+        One an output.
+    """
+    from cellvim.assembly import check_free, finished_before
+    from cellvim.export import format_of
+
+    if not per_plate:
+        check_free(output, overwrite=overwrite or run["shard"] is not None)
+        plan = plan_embedding(list(plates), **planned, cache=cache_folder(output))
+        yield run_embedding(plan, output, **run, overwrite=overwrite, progress=progress)
+        return
+    if "://" not in output:
+        try:
+            Path(output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another.") from error
+    suffix = format_of("", run["format"])
+    taken: set[str] = set()
+    for source in plates:
+        plan = plan_embedding(source, **planned, cache=cache_folder(f"{output}/plates"))
+        name = plan.plates[0].name
+        if name in taken:
+            raise InputError(f"Several plates are called {name}, so their outputs would be one. Embed them apart.")
+        taken.add(name)
+        target = f"{output}/{name}.{suffix}"
+        made = None if overwrite else finished_before(target, identity_digest(plan.identity), shard=True)
+        if made is not None:
+            yield _summary_of(plan, target, made)
+            continue
+        yield run_embedding(plan, target, **run, overwrite=overwrite, progress=progress)
+
+
 def embed_field(plan: EmbeddingPlan, field: Field) -> tuple[np.ndarray, pd.DataFrame, np.ndarray]:
-    """Embed the units of one field.
+    """Embed the units of one field of the plan.
 
     Returns
     -------
@@ -382,293 +409,113 @@ def embed_field(plan: EmbeddingPlan, field: Field) -> tuple[np.ndarray, pd.DataF
 
     Raises
     ------
-    FieldReadError, ChannelError
-        The field's pixels cannot be read, or it lacks a channel.
+    FieldReadError
+        The field cannot be embedded.
     """
-    raw = field.read(plan.read_channels)  # (C, H, W), the DNA channel last where it is not embedded
-    objects, centers, labels = _locate(plan, field, raw)  # (n, 2) as (y, x); (H, W) where neighbours are masked
-    image = plan.scale.apply(raw[: len(plan.channels)])  # (C, H, W) float32
-    embeddings = np.zeros((len(objects), plan.model.config.embed_dim), np.float32)
-    for first in range(0, len(objects), plan.batch_size):
-        batch = slice(first, first + plan.batch_size)
-        numbers = objects["Metadata_ObjectNumber"].to_numpy()[batch]
-        embeddings[batch] = _features(plan, _cut(plan, image, centers[batch], labels, numbers))
-    return embeddings, objects, centers[:, ::-1] * (field.pixel_size_um or 1.0)
+    key = next(key for key in plan.all_keys() if plan.plates[key[0]].fields[key[1]] is field)
+    [(_, rows)] = plan.embed([key], threads=1)
+    if not isinstance(rows, Rows):
+        raise FieldReadError(rows)
+    return rows.embeddings, rows.objects, rows.spatial
 
 
-def _locate(plan: EmbeddingPlan, field: Field, raw: np.ndarray) -> tuple[pd.DataFrame, np.ndarray, np.ndarray | None]:
-    """Return the units of a field: numbers about each, its centre (y, x) in pixels, and labels to mask others by."""
-    from cellvim.data.crops import place_windows, tile_centers
-
-    height, width = raw.shape[1:]
-    if plan.cells is not None:
-        found = plan.cells.find(field, raw, plan.read_channels)
-        _, kept = place_windows(found.centers, plan.crop_px, (height, width), border=plan.cutting.border)
-        objects = found.table[kept].reset_index(drop=True).drop(columns=["y_px", "x_px"])
-        objects = objects.rename(columns={"object_number": "Metadata_ObjectNumber"})
-        return objects, found.centers[kept], found.labels if plan.cutting.mask_neighbours else None
-    if plan.unit == "tile":
-        stride = max(1, round(plan.crop_px * plan.cutting.stride))
-        centers = np.asarray(tile_centers(height, width, plan.crop_px, stride), dtype=np.float64)
-    else:
-        centers = np.array([[(height - 1) / 2, (width - 1) / 2]])
-    return pd.DataFrame({"Metadata_ObjectNumber": np.arange(1, len(centers) + 1)}), centers, None
+def cache_folder(output: str | Path) -> Path | None:
+    """Return where what is estimated of the plates is kept: a folder beside the output; None beside a URL."""
+    return None if "://" in str(output) else Path(f"{str(output).rstrip('/')}.intensities")
 
 
-def _cut(
-    plan: EmbeddingPlan, image: np.ndarray, centers: np.ndarray, labels: np.ndarray | None, numbers: np.ndarray
-) -> np.ndarray:
-    """Return what the model sees of each unit: (n, C, h, w) float32."""
-    from cellvim.data.crops import cut_crops, resize_crops
-
-    if plan.crop_px is None:
-        return image[None]
-    crops = cut_crops(image, centers, plan.crop_px, border=plan.cutting.border, labels=labels, numbers=numbers)
-    return resize_crops(crops, plan.input_px)
-
-
-def _features(plan: EmbeddingPlan, crops: np.ndarray) -> np.ndarray:
-    """Return the model's features of up to a batch of crops, (n, C, h, w) -> (n, D)."""
-    import torch
-
-    missing = 0 if plan.device == "cpu" else plan.batch_size - len(crops)
-    images = torch.from_numpy(np.ascontiguousarray(crops)).to(plan.device)
-    if missing:  # a GPU's libraries choose kernels by the batch size; kept constant, a cell's row is always the same
-        images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-    with torch.inference_mode():
-        return plan.model.forward_features(images, channels=plan.channel_ids)[: len(crops)].float().cpu().numpy()
+def _check_running(engine: str, workers: int, address: str | None, shard: str | None, overwrite: bool) -> None:
+    if engine not in ENGINES:
+        raise InputError(
+            f"The engine '{engine}' is not known; expected {listing(ENGINES)}.{suggestion(engine, ENGINES)}"
+        )
+    if shard is not None and overwrite:
+        raise InputError(
+            "Each shard with --overwrite would remove what the others have done. Remove the output and its .partial "
+            "folder before the shards begin, or choose another --output."
+        )
+    if workers < 1:
+        raise InputError(f"There are to be {workers} workers; expected at least 1.")
+    if address is not None and engine != "ray":
+        raise InputError("--address is that of a Ray cluster: it goes with --engine ray.")
 
 
-def _check_choices(unit: str, crop_size: int | None, batch_size: int) -> None:
-    if unit not in UNITS:
-        raise InputError(f"The unit '{unit}' is not known; expected {listing(UNITS)}.{suggestion(unit, UNITS)}")
-    if unit == "field" and crop_size is not None:
-        raise InputError("A crop size goes with the units cell and tile; a field is embedded whole.")
-    if crop_size is not None and crop_size < 8:
-        raise InputError(f"The crop size is {crop_size} pixels; expected at least 8.")
-    if batch_size < 1:
-        raise InputError(f"The batch size is {batch_size}; expected at least 1.")
+def _ledger(plan: EmbeddingPlan, output: str | Path, *, overwrite: bool, replaces: bool) -> Ledger:
+    from cellvim.running.sessions import read_sessions
 
-
-def _check_crop_fits(crop_px: int, fields: list[Field]) -> None:
-    for field in fields:
-        with suppress(FieldReadError):
-            longest = max(field.shape[1:])
-            if crop_px > longest:
-                raise InputError(
-                    f"The crop is {crop_px} pixels, but the fields are {field.shape[1]} x {field.shape[2]}; expected "
-                    f"at most {longest}. Choose with --crop-size."
+    if overwrite:
+        for other in read_sessions(storage_at(output)):
+            if other["alive"]:
+                raise OutputError(
+                    f"Another cellvim embed is at work on this output (process {other['pid']} on {other['host']}), so "
+                    "it cannot be started anew. Stop that one first."
                 )
-            return
+    return open_ledger(output, plan.identity, overwrite=overwrite, replaces=replaces)
 
 
-def _fields_of(plate: Plate, wells: Sequence[str] | None) -> tuple[list[Field], list[str]]:
-    """Return the fields of the wells, and the wells that have none."""
-    from cellvim.data.wells import canonical_well
+def _engine(
+    plan: EmbeddingPlan,
+    ledger: Ledger,
+    left: FieldsLeft,
+    engine: str,
+    workers: int,
+    devices: Sequence[str],
+    address: str | None,
+) -> Iterator[Done]:
+    """Return what works through the fields that are left: this process, several of this machine, or a cluster."""
+    from cellvim.running.workers import work, work_in_processes
 
-    wanted = plate.wells if wells is None else [canonical_well(well) for well in wells]
-    unknown = [well for well in wanted if well not in plate.wells]
-    if unknown:
-        raise InputError(f"{Path(plate.path).name} has no well {listing(unknown)}; it has {listing(plate.wells)}.")
-    fields = [field for field in plate.fields if field.well in wanted]
-    present = {field.well for field in fields}
-    return fields, [well for well in plate.wells if well in wanted and well not in present]
+    if engine == "ray":
+        from cellvim.running.ray_engine import work_on_ray
 
-
-def _plate_channels(plate: Plate, channels: Channels) -> tuple[list[str], list[str]]:
-    """Return the plate's names of the channels to embed, and what they are called towards the model."""
-    if channels is None:
-        return list(plate.channel_names), list(plate.channel_names)
-    if isinstance(channels, Mapping):
-        channels = [f"{meaning}={name}" for meaning, name in channels.items()]
-    pairs = parse_channel_overrides(channels if isinstance(channels, str) else ",".join(channels))
-    ids = match_channels([name for _, name in pairs], plate.channel_names, where=Path(plate.path).name)
-    return [plate.channel_names[i] for i in ids], [
-        meaning or plate.channel_names[i] for (meaning, _), i in zip(pairs, ids, strict=True)
-    ]
+        return work_on_ray(plan, ledger, left, workers=workers, address=address)
+    if workers > 1 or len(devices) > 1:
+        return work_in_processes(plan, ledger, left, workers=max(workers, len(devices)), devices=devices)
+    return work(plan.on(devices[0]), ledger, left, threads=2)
 
 
-def _nuclear_channel(plate: Plate, names: list[str], meanings: list[str]) -> str:
-    """Return the channel to find nuclei in: of those chosen by what they mean, else any of the plate."""
-    for available, chosen in ((meanings, names), (plate.channel_names, plate.channel_names)):
-        if sum(canonical_name(name) == "DNA" for name in available) == 1:
-            return chosen[find_dna_channel(available, where=Path(plate.path).name)]
-    return plate.channel_names[find_dna_channel(plate.channel_names, where=Path(plate.path).name)]
+def _is_settled(plan: EmbeddingPlan, ledger: Ledger, summary: EmbeddingSummary) -> bool:
+    """Return whether every field, of all shards, is done or has failed for good; and sum up."""
+    from cellvim.assembly import failures_of
+
+    n_done = n_rows = 0
+    failed = ledger.failures()
+    for number in range(len(plan.plates)):
+        done = ledger.done([number])
+        n_done, n_rows = n_done + len(done), n_rows + sum(done.values())
+        ledger.forgive(key for key in failed if key in done)  # it went well after all, elsewhere
+        failed = {key: failure for key, failure in failed.items() if key not in done}
+    failures = failures_of(plan, list(failed.values()))
+    summary.n_units = n_rows
+    summary.n_fields = plan.n_fields + sum(len(plate.lost_wells) for plate in plan.plates)
+    summary.failed = [_named(plan, failure) for failure in failures]
+    summary.n_waiting = plan.n_fields - n_done - len(failed)
+    return summary.n_waiting == 0
 
 
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps", "xpu"):
-        raise InputError(f"The device '{device}' is not known; expected auto, cpu, cuda, cuda:1, mps or xpu.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by the kind of device
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        reason = reason if len(reason) < 160 else f"this PyTorch does not run on {kind} here"
-        raise InputError(f"The device '{device}' cannot be used ({reason}). Leave --device out, or use cpu.") from error
-    return device
+def _named(plan: EmbeddingPlan, failure: Failure) -> tuple[str, str]:
+    return (failure.field if len(plan.plates) == 1 else f"{failure.plate} {failure.field}", failure.reason)
 
 
-def _encoder(
-    model: str | Path | Encoder, channels: list[str], *, image_size: int | tuple[int, int], seed: int
-) -> tuple[Encoder, str]:
-    """Return the encoder and what to call it: given, loaded from a file, or made by name with random weights."""
-    if not isinstance(model, str | Path):
-        return model, "the given model"
-    path = Path(model)
-    if path.exists() or path.suffix in (".safetensors", ".pth", ".ckpt"):
-        from cellvim.models.weights import load_checkpoint
-
-        return load_checkpoint(path), path.name
-    import torch
-
-    from cellvim.models.registry import create_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        changes = {"in_channels": len(channels), "channel_names": tuple(channels), "image_size": image_size}
-        return create_model(str(model), **changes, num_classes=0), str(model)
-
-
-def _untrained_size(unit: Unit, crop_size: int | None, plate: Plate) -> int | tuple[int, int]:
-    """Return the size to build a model for that has no training to agree with: the unit's own, nothing is resized."""
-    if unit == "field":
-        for field in plate.fields:
-            with suppress(FieldReadError):
-                return field.shape[1:]
-    if crop_size is not None:
-        return crop_size
-    if unit == "tile":
-        return TILE_PX
-    return CELL_PX if plate.pixel_size_um is None else max(16, 16 * round(CELL_UM / plate.pixel_size_um / 16))
-
-
-def _channel_ids(encoder: Encoder, meanings: list[str], model_name: str) -> list[int]:
-    """Return the model's numbers for the channels, matched by name."""
-    config = encoder.config
-    if config.readout == "tokens":
-        raise ModelError(f"{model_name} gives every token (readout='tokens'); an embedding needs one row a unit.")
-    if config.channel_names is None:
-        raise ModelError(
-            f"{model_name} does not say what its {config.in_channels} channels are, so they cannot be matched by name. "
-            "Save it with channel_names in its configuration."
-        )
-    ids = match_channels(meanings, list(config.channel_names), where=model_name)
-    if config.tokens == "joint" and sorted(ids) != list(range(config.in_channels)):
-        raise ModelError(
-            f"{model_name} needs all of its channels ({listing(config.channel_names)}); the plate gives "
-            f"{listing(meanings)}. A model with per-channel tokens takes any of them."
-        )
-    return ids
-
-
-def _field_table(plan: EmbeddingPlan) -> pd.DataFrame:
-    """Return one row a field: plate, well, site and the plate map's columns."""
-    sites = [f.site for f in plan.fields]
-    wells = [f.well for f in plan.fields]
-    table = pd.DataFrame(
-        {
-            "Metadata_Plate": plan.plate.name,
-            "Metadata_Well": wells,
-            "Metadata_Site": [int(s) for s in sites] if all(str(s).isdigit() for s in sites) else sites,
-        }
-    )
-    plate_map = plan.plate.well_metadata.reindex(wells)
-    for name in plate_map.columns:
-        column = (
-            f"Metadata_{name}" if name in _OWN_COLUMNS or name.startswith(("mean_intensity_", "qc_")) else str(name)
-        )
-        if column not in table:
-            table[column] = plate_map[name].to_numpy()
-    if "pert_type" in table and "Metadata_pert_type" not in table:
-        table["Metadata_pert_type"] = table["pert_type"]
-    return table
-
-
-_OWN_COLUMNS = {"Metadata_ObjectNumber", "area_px", "area_um2", "touches_border"}
-
-
-def _untrained_remark(plan: EmbeddingPlan) -> str | None:
-    if plan.trained:
-        return None
-    return (
-        f"{plan.model_name} has UNTRAINED weights (random, seed {plan.seed}). They show that everything works and are "
-        "a baseline to beat; they are no basis for a finding. --model takes the path of a trained checkpoint."
+def _summary_of(plan: EmbeddingPlan, output: str | Path, manifest: dict[str, Any]) -> EmbeddingSummary:
+    """Return the summary of a run that was through already, and clear up behind it."""
+    storage = storage_at(output)
+    if storage.exists():
+        check_ours(storage)
+        storage.remove_all(MARKER)
+    failures = [Failure(**failure) for failure in manifest["failed"]]
+    return EmbeddingSummary(
+        output,
+        plan.unit,
+        plan.n_fields + sum(len(plate.lost_wells) for plate in plan.plates),
+        n_units=manifest["rows"],
+        failed=[_named(plan, failure) for failure in failures],
+        untrained=untrained_remark(plan),
+        n_resumed=plan.n_fields,
     )
 
 
-def _provenance(plan: EmbeddingPlan, summary: EmbeddingSummary, started: datetime) -> dict[str, Any]:
-    """Return uns["cellvim"]: enough to repeat the run."""
-    import json
-
-    import torch
-
-    pixel_size_um = plan.plate.pixel_size_um
-    crop = {"size_px": "whole field"}
-    if plan.crop_px is not None:
-        crop = {"size_px": plan.crop_px, "input_px": plan.input_px}
-        if pixel_size_um is not None:
-            crop["size_um"] = plan.crop_px * pixel_size_um
-        if plan.cutting.overlap:
-            crop["overlap"] = plan.cutting.overlap
-        if plan.cutting.border != "pad":
-            crop["border"] = plan.cutting.border
-        if plan.cutting.mask_neighbours:
-            crop["mask_neighbours"] = True
-    return {
-        "model": {"name": plan.model_name, "config": json.dumps(plan.model.config.to_dict())},
-        "weights": {
-            "trained": plan.trained,
-            "sha256": plan.weights_sha256,
-            **({} if plan.trained else {"seed": plan.seed, "warning": _untrained_remark(plan)}),
-        },
-        "plate": {
-            "name": plan.plate.name,
-            "path": str(Path(plan.plate.path).resolve()),
-            "pixel_size_um": "unknown" if pixel_size_um is None else pixel_size_um,
-            "wells": sorted({f.well for f in plan.fields}),
-        },
-        "unit": plan.unit,
-        "cells": "not used" if plan.cells is None else plan.cells.name,
-        "cell_notes": "" if plan.cells is None else "; ".join(dict.fromkeys(plan.cells.notes)),
-        "channels": {
-            "plate": plan.channels,
-            "model": [plan.model.config.channel_names[i] for i in plan.channel_ids],
-            "model_ids": plan.channel_ids,
-            "nuclei": plan.dna or "not used",
-        },
-        "preprocessing": {"intensity": plan.scale.to_dict(), "crop": crop},
-        "spatial_unit": "pixel" if pixel_size_um is None else "micrometer",
-        "failed_fields": pd.DataFrame(
-            {
-                "field": np.array([name for name, _ in summary.failed], dtype=object),
-                "reason": np.array([reason for _, reason in summary.failed], dtype=object),
-            }
-        ),
-        "seed": plan.seed,
-        "batch_size": plan.batch_size,
-        "device": plan.device,
-        "versions": {"python": sys.version.split()[0], **_versions("cellvim", "numpy", "scikit-image", "zarr")}
-        | {"torch": str(torch.__version__)},
-        "run": {
-            "command": " ".join(sys.argv),
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": summary.seconds,
-        },
-    }
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def _interruption(plan: EmbeddingPlan, ledger: Ledger, overwrite: bool) -> str:
+    n = len(ledger.done(range(len(plan.plates))))
+    how = "The same command without --overwrite goes on from there" if overwrite else "The same command goes on there"
+    return f"Interrupted: {n:,} of {plan.n_fields:,} fields are done and kept in {ledger.storage.name}. {how}."

@@ -44,6 +44,14 @@ class BackendError(InputError):
     """A kernel back-end was named that is not there."""
 
 
+class DeviceError(CellvimError):
+    """A device cannot do what was asked of it: the whole run stops, whatever the field."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a line about what is kept."""
+
+
 class FieldReadError(CellvimError):
     """One field's pixels cannot be read; the rest of the plate goes on."""
 

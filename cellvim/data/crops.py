@@ -455,15 +455,19 @@ def resize_crops(crops: np.ndarray, size_px: int) -> np.ndarray:
     """
     if crops.shape[-2:] == (size_px, size_px):
         return crops
-    if not len(crops):
-        return np.empty((*crops.shape[:2], size_px, size_px), crops.dtype)
     import torch
 
-    resized = torch.nn.functional.interpolate(
-        torch.from_numpy(np.ascontiguousarray(crops, dtype=np.float32)),
-        size=(size_px, size_px),
-        mode="bilinear",
-        align_corners=False,
-        antialias=True,
+    return resize_on_device(torch.from_numpy(np.ascontiguousarray(crops, dtype=np.float32)), size_px).numpy()
+
+
+def resize_on_device(crops: torch.Tensor, size_px: int) -> torch.Tensor:
+    """Do what `resize_crops` does with crops (n, C, S, S) that are on a device already."""
+    import torch
+
+    if crops.shape[-2:] == (size_px, size_px):
+        return crops
+    if not len(crops):
+        return crops.new_empty((0, crops.shape[1], size_px, size_px))
+    return torch.nn.functional.interpolate(
+        crops, size=(size_px, size_px), mode="bilinear", align_corners=False, antialias=True
     )
-    return resized.numpy()

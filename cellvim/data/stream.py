@@ -7,7 +7,7 @@ workers are spawned.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cellvim.data.cell_sources import Cells, CellSource
+    from cellvim.data.illumination import Illumination
     from cellvim.data.normalize import IntensityScale
     from cellvim.data.plate import Field
 
@@ -61,7 +62,7 @@ class FieldCrops:
 
 
 def stream_crops(
-    fields: Sequence[Field],
+    fields: Iterable[Field],
     channels: Sequence[str],
     spec: CropSpec,
     *,
@@ -71,6 +72,7 @@ def stream_crops(
     workers: int = 2,
     ahead: int = 4,
     extra_channels: Sequence[str] = (),
+    illumination: Illumination | None = None,
 ) -> Iterator[FieldCrops]:
     """Yield every field's crops, in the order of the fields.
 
@@ -80,7 +82,7 @@ def stream_crops(
     Parameters
     ----------
     fields
-        Of one or several plates.
+        Of one or several plates; taken one at a time, as they are needed.
     channels
         Names on the plate, in the order of the crops' channels.
     spec
@@ -95,6 +97,8 @@ def stream_crops(
         Threads, and fields in memory before the one in use.
     extra_channels
         Channels to read for finding cells alone.
+    illumination
+        Divided out of what is cut, before it is scaled. Cells are found and measured on intensities as stored.
 
     Notes
     -----
@@ -109,7 +113,7 @@ def stream_crops(
     on_cpu = device.type == "cpu"  # then the threads cut too: there is nothing for them to overlap with
 
     def prepare(item: tuple[int, Field]) -> Any:
-        raw, found = _prepare(item[1], names, spec, cells, device.type == "cuda")
+        raw, found = _prepare(item[1], names, spec, cells, device.type == "cuda", illumination, len(channels))
         return _cut(*item, raw, found, len(channels), spec, scale, device) if on_cpu else (raw, found)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -147,17 +151,25 @@ def cut_field(
 
 
 def _prepare(
-    field: Field, names: Sequence[str], spec: CropSpec, cells: CellSource | None, pinned: bool
+    field: Field,
+    names: Sequence[str],
+    spec: CropSpec,
+    cells: CellSource | None,
+    pinned: bool,
+    illumination: Illumination | None,
+    n_channels: int,
 ) -> tuple[torch.Tensor, Cells | None]:
     raw = None
     if pinned and field.dtype.isnative:  # decoded straight into memory that the GPU reads while the processor goes on
-        n_channels, height, width = len(names), *field.shape[1:]
+        height, width = field.shape[1:]
         kind = torch.from_numpy(np.empty(0, field.dtype)).dtype
-        raw = torch.empty((n_channels, height, width), dtype=kind, pin_memory=True)
+        raw = torch.empty((len(names), height, width), dtype=kind, pin_memory=True)
         image = field.read(names, out=raw.numpy())
     else:
         image = field.read(names)
     found = cells.find(field, image, names) if spec.unit == "cell" and cells is not None else None
+    if illumination is not None:
+        raw, image = None, illumination.apply(image[:n_channels])
     if raw is None:
         raw = torch.from_numpy(image if image.dtype.isnative else image.astype(image.dtype.newbyteorder("=")))
         raw = raw.pin_memory() if pinned else raw

@@ -132,6 +132,15 @@ class Encoder(nn.Module, HubModel):
         """
         return self._tokens(images, channels, keep)[0]
 
+    def forward_token_maps(self, images: Tensor, channels: Channels = None) -> Tensor:
+        """Return the tokens after the final norm as maps, (B, D, C, rows, columns), channels in the images' order.
+
+        C is 1 with joint tokens; a class token is left out.
+        """
+        tokens, grid = self._tokens(images, channels, None)
+        maps = self._map(tokens, -1, grid)
+        return maps if self.config.tokens == "per_channel" else maps[:, :, None]
+
     def forward_head(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Read the tokens out and classify them, (B, L, D) -> (B, num_classes); the feature without a head."""
         if self.config.readout == "max" and self.config.num_classes and grid.class_position is None:

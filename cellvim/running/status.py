@@ -1,0 +1,133 @@
+"""How far a run is: from its ledger while it runs or is stopped, from its manifest when it is done."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cellvim.errors import InputError
+from cellvim.running.ledger import Ledger, check_ours, read_run
+from cellvim.running.manifest import manifest_name, read_manifest
+from cellvim.running.sessions import read_sessions
+from cellvim.running.storage import storage_at
+
+_SHOWN = ("host", "pid", "command", "shard", "started", "state", "alive", "fields", "rows", "failed", "seconds")
+
+
+def read_status(output: str | Path) -> dict[str, Any]:
+    """Return how far the run that makes ``output`` is.
+
+    Returns
+    -------
+    dict
+        ``state``: running, stopped or done; ``fields``, ``done``, ``failed``, ``rows``; ``plates``: the same for each;
+        ``failures``; ``sessions``: who worked on it; ``seconds_left``, where someone is at work.
+
+    Raises
+    ------
+    InputError
+        There is neither such a run nor its result.
+    """
+    storage = storage_at(output)
+    run = None
+    if storage.exists():
+        check_ours(storage)
+        run = read_run(storage)
+    if run is None:
+        return _of_manifest(output)
+    ledger = Ledger(storage, run["identity"])
+    sessions = [{k: s[k] for k in _SHOWN} for s in read_sessions(storage)]
+    failures = ledger.failures()
+    plates = []
+    for number, (_, plate) in enumerate(sorted(run["identity"]["plates"].items())):
+        done = ledger.done([number])
+        failed = sum(1 for key in failures if key[0] == number and key not in done)
+        total = plate["fields"]["count"]
+        plates.append(
+            {"name": plate["name"], "fields": total, "done": len(done), "failed": failed, "rows": sum(done.values())}
+        )
+    sums = {name: sum(plate[name] for plate in plates) for name in ("fields", "done", "failed", "rows")}
+    alive = [s for s in sessions if s["alive"]]
+    left = sums["fields"] - sums["done"] - sums["failed"]
+    rate = sum(s["fields"] / s["seconds"] for s in alive if s["seconds"] and s["fields"])
+    return {
+        "output": str(output),
+        "state": "running" if alive else "stopped",
+        **sums,
+        "seconds_left": round(left / rate) if rate else None,
+        "plates": plates,
+        "failures": [vars(f) for f in failures.values()],
+        "sessions": sessions,
+    }
+
+
+def describe(status: dict[str, Any]) -> str:
+    """Return what `read_status` found, as text."""
+    share = 100 * status["done"] / status["fields"] if status["fields"] else 100.0
+    what = {
+        "running": "is running",
+        "stopped": "was stopped; the same command goes on where it stopped",
+        "done": "is done",
+    }[status["state"]]
+    lines = [
+        f"{status['output']} {what}",
+        f"{'fields':<9} {status['done']:,} of {status['fields']:,} done ({share:.1f} %), {status['failed']:,} failed",
+        f"{'rows':<9} {status['rows']:,}",
+    ]
+    if status.get("seconds_left") is not None:
+        lines.append(f"{'left':<9} about {_duration(status['seconds_left'])}")
+    plates = status.get("plates", [])
+    if len(plates) > 1:
+        lines += [
+            f"{'plate':<9} {p['name']}: {p['done']:,} of {p['fields']:,}, {p['rows']:,} rows" for p in plates[:50]
+        ]
+        if len(plates) > 50:
+            lines.append(f"{'':<9} and {len(plates) - 50} more plates")
+    for session in status["sessions"]:
+        shard = f", shard {session['shard']}" if session["shard"] else ""
+        rate = session["fields"] / session["seconds"] if session["seconds"] else 0.0
+        lines.append(
+            f"{'session':<9} {session['state']}: process {session['pid']} on {session['host']}{shard}, since "
+            f"{_local(session['started'])}, {session['fields']:,} fields in {_duration(session['seconds'])} "
+            f"({rate:.2f} fields/s)"
+        )
+    for failure in status["failures"][:20]:
+        lines.append(f"{'failed':<9} {failure['plate']} {failure['field']}: {failure['reason']}")
+    if len(status["failures"]) > 20:
+        lines.append(f"{'':<9} and {len(status['failures']) - 20} more")
+    return "\n".join(lines)
+
+
+def _of_manifest(output: str | Path) -> dict[str, Any]:
+    manifest = read_manifest(output)
+    if manifest is None:
+        raise InputError(
+            f"Nothing is known of {output}: beside it lies neither the ledger of a run ({output}.partial) nor the "
+            f"manifest of one that is done ({manifest_name(output)})."
+        )
+    failed = [f for f in manifest["failed"] if f["tries"]]  # wells without any field were none to begin with
+    return {
+        "output": str(output),
+        "state": "done",
+        "fields": manifest["fields"],
+        "done": manifest["fields"] - len(failed),
+        "failed": len(failed),
+        "rows": manifest["rows"],
+        "plates": [],
+        "failures": manifest["failed"],
+        "sessions": [{k: s.get(k) for k in _SHOWN} for s in manifest["sessions"]],
+    }
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    if seconds < 7200:
+        return f"{seconds // 60} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _local(stamp: str) -> str:
+    return datetime.fromisoformat(stamp).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
