@@ -55,7 +55,9 @@ def test_demo_leaves_an_anndata_of_the_plate(folder):
     assert set(adata.obs["Metadata_pert_type"]) == {"negcon", "poscon", "trt"}
     assert np.isfinite(adata.X).all()
     assert not adata.uns["cellvim"]["weights"]["trained"]
-    assert sorted(os.listdir(folder)) == ["demo.png", "embeddings.zarr", "plate.zarr"]
+    assert sorted(os.listdir(folder)) == [
+        *("demo.png", "embeddings.zarr", "embeddings.zarr.manifest.json", "plate.zarr")
+    ]
 
 
 def test_demo_draws_cells_and_a_dot_per_well(folder):
