@@ -13,6 +13,7 @@ test: .venv/.ok
 	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/.ok
+	.venv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[test,ray]'
 	.venv/bin/python -m pytest -m slow
 
 lint: .venv/.ok

@@ -128,9 +128,9 @@ def _write(plan, ledger, session, output, failures, format, spatialdata, damaged
     uns = provenance(plan, [(f.plate, f.field, f.reason) for f in failures], spatialdata=spatialdata)
     workplace = None
     if storage.is_local:
-        for left in Path(storage.name).glob("whole-*"):  # of a session that was killed
+        for left in storage.path.glob("whole-*"):  # of a session that was killed
             shutil.rmtree(left, ignore_errors=True)
-        workplace = Path(storage.name) / f"whole-{session.id}"
+        workplace = storage.path / f"whole-{session.id}"
         workplace.mkdir()
 
     def naming() -> None:

@@ -316,6 +316,8 @@ def run_embedding(
             for done in _engine(plan, ledger, left, engine, workers, devices, address):
                 note(done)
             if not _is_settled(plan, ledger, summary):
+                if part is None:
+                    raise RuntimeError(f"{summary.n_waiting} fields were given to no worker: a bug of the engine")
                 summary.n_units, summary.n_fields = session.record["rows"], session.record["fields"]
                 summary.failed = []
                 break

