@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellvim.errors import InputError, listing, suggestion
+from cellvim.errors import FieldReadError, InputError, listing, suggestion
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from cellvim.data.plate import Field
     from cellvim.embedding import EmbeddingPlan
 
 
@@ -59,39 +58,53 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
     FieldReadError
         The field's pixels cannot be read.
     """
+    from cellvim.data.crops import resize_on_device
+    from cellvim.data.stream import stream_crops
     from cellvim.data.wells import canonical_well
 
     well = canonical_well(well)
-    fields = [field for field in plan.fields if field.well == well]
+    plate = plan.plates[0]
+    fields = [field for field in plate.fields if field.well == well]
     if not fields:
-        raise InputError(f"The plate has no well {well}; it has {listing(plan.plate.wells)}.")
+        raise InputError(f"The plate has no well {well}; it has {listing(plate.plate.wells)}.")
     if site is not None:
         known = [field.site for field in fields]
         fields = [field for field in fields if field.site == str(site)]
         if not fields:
             raise InputError(f"Well {well} has no site '{site}'; it has {listing(known)}.")
     for field in fields:
-        raw = field.read(plan.read_channels)
-        numbers, centers, labels = _units(plan, field, raw)
-        if len(numbers):
+        [cut] = stream_crops(
+            [field],
+            plate.channels,
+            plate.cutting,
+            scale=plate.scale,
+            cells=plate.cells,
+            workers=1,
+            extra_channels=plate.extra_channels,
+            illumination=plate.illumination,
+        )
+        if cut.failed is not None:
+            raise FieldReadError(cut.failed)
+        if len(cut.crops):
             break
     else:
         raise InputError(f"No {plan.unit} was found in {listing(f.name for f in fields)}. Choose another --well.")
+    numbers = cut.table["object_number"].to_numpy()
     if number is None:
-        middle = (np.array(raw.shape[1:]) - 1) / 2
-        place = int(np.square(centers - middle).sum(1).argmin())
+        middle = (np.array(field.shape[1:]) - 1) / 2
+        place = int(np.square(cut.table[["y_px", "x_px"]].to_numpy() - middle).sum(1).argmin())
     elif number in numbers:
         place = int(np.flatnonzero(numbers == number)[0])
     else:
         raise InputError(
             f"Field {field.name} has no {plan.unit} number {number}; it has {numbers.min()} to {numbers.max()}."
         )
-    image = plan.scale.apply(raw[: len(plan.channels)])
-    image = _cut(plan, image, centers[place : place + 1], labels, numbers[place : place + 1])
-    pixel = field.pixel_size_um
-    if pixel is not None and plan.crop_px is not None:
-        pixel *= plan.crop_px / plan.input_px
-    return Crop(image, list(plan.channels), f"{plan.plate.name}__{well}__{field.site}__{numbers[place]}", pixel)
+    crop = cut.crops[place : place + 1]
+    crop = crop if plan.input_px is None else resize_on_device(crop, plan.input_px)
+    pixel = plate.cutting.um_per_px or field.pixel_size_um
+    if pixel is not None and plate.crop_px is not None:
+        pixel *= plate.crop_px / plan.input_px
+    return Crop(crop[0].numpy(), list(plate.channels), f"{plate.name}__{well}__{field.site}__{numbers[place]}", pixel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,18 +152,20 @@ def explain_crop(
     if isinstance(target, str) and target.lstrip("-").isdigit():
         target = int(target)
     crop = read_crop(plan, well, site, number)
-    images, remarks = crop.image[None], []
+    images, channel_ids, remarks = crop.image[None], plan.plates[0].channel_ids, []
     if not plan.trained:
         remarks.append(
             f"{plan.model_name} has UNTRAINED weights (random, seed {plan.seed}): what drives its embedding is chance."
         )
     if method == "attention":
-        found = attention_scores(plan.model, images, channels=plan.channel_ids)
+        found = attention_scores(plan.model, images, channels=channel_ids)
         summary = f"{crop.name}: largest share of attention {found.patches[0].max():.2f} times an even one"
         if not found.compares_channels:
             remarks.append("This model pools within each channel, so its scores do not compare channels.")
     else:
-        found = attribute(plan.model, images, channels=plan.channel_ids, target=target, method=method, steps=steps)
+        found = attribute(
+            plan.model, images, channels=plan.plates[0].channel_ids, target=target, method=method, steps=steps
+        )
         shares = ", ".join(
             f"{name} {share:.0%}" for name, share in zip(crop.channel_names, found.channel_share[0], strict=True)
         )
@@ -167,28 +182,3 @@ def explain_crop(
     title = f"{crop.name}\n{plan.model_name}" + ("" if plan.trained else ", UNTRAINED (random weights)")
     figure = draw_attribution(found, crop.image, crop.channel_names, title=title, um_per_px=crop.um_per_px)
     return Explained(figure, summary, remarks)
-
-
-def _units(plan: EmbeddingPlan, field: Field, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the numbers (n,) and centres (n, 2) as (y, x) of a field's units, and labels to mask neighbours by."""
-    from cellvim.data.crops import place_windows, tile_centers
-
-    height, width = raw.shape[1:]
-    if plan.cells is not None:
-        found = plan.cells.find(field, raw, plan.read_channels)
-        _, kept = place_windows(found.centers, plan.crop_px, (height, width), border=plan.cutting.border)
-        numbers = found.table["object_number"].to_numpy()[kept]
-        return numbers, found.centers[kept], found.labels if plan.cutting.mask_neighbours else None
-    if plan.unit == "field":
-        return np.array([1]), np.array([[(height - 1) / 2, (width - 1) / 2]]), None
-    centers = tile_centers(height, width, plan.crop_px, max(1, round(plan.crop_px * plan.cutting.stride)))
-    return np.arange(1, len(centers) + 1), centers, None
-
-
-def _cut(plan: EmbeddingPlan, image: np.ndarray, center: np.ndarray, labels: np.ndarray | None, number: np.ndarray):
-    from cellvim.data.crops import cut_crops, resize_crops
-
-    if plan.crop_px is None:
-        return image
-    crop = cut_crops(image, center, plan.crop_px, border=plan.cutting.border, labels=labels, numbers=number)
-    return resize_crops(crop, plan.input_px)[0]

@@ -62,7 +62,7 @@ def test_the_crop_is_what_was_embedded(plate, model, options):
     assert crop.name == row.name
     assert crop.channel_names == ["DNA", "GFP"]  # the model's order
     with torch.inference_mode():
-        feature = plan.model.forward_features(torch.from_numpy(crop.image[None]), channels=plan.channel_ids)
+        feature = plan.model.forward_features(torch.from_numpy(crop.image[None]), channels=plan.plates[0].channel_ids)
     np.testing.assert_allclose(feature[0], adata[row.name].X[0], atol=1e-5)
 
 
