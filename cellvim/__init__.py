@@ -46,6 +46,7 @@ __all__ = [
     "load_checkpoint",
     "load_reference",
     "open_plate",
+    "pl",
     "profile",
     "save_checkpoint",
     "to_pycytominer",
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name == "pl":
+        return import_module("cellvim.pl")
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
         globals()[name] = value

@@ -26,6 +26,7 @@ RANK = {  # a part imports parts of a lower rank, and itself
     "report": 4,
     "attribution": 4,
     "train": 3,
+    "pl": 3.5,
     "evaluate": 3,
     "profiles": 2.5,
     "export": 2.3,

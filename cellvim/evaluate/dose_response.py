@@ -42,7 +42,7 @@ def dose_response(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> 
     MetadataError
         There is no column of doses, it holds no numbers, or no perturbation has four doses.
     """
-    wells = _dosed_wells(scores, obs, columns)
+    wells = dosed_wells(scores, obs, columns)
     points = wells.groupby(["perturbation", "dose"])[ACTIVITY].agg(n_wells="size", mean="mean", std="std").reset_index()
     curves = [
         {"perturbation": name} | _curve(table["dose"].to_numpy(), table[ACTIVITY].to_numpy())
@@ -130,7 +130,14 @@ def _start(dose: np.ndarray, response: np.ndarray, log_range: tuple[float, float
     return np.array([bottom[best], bottom[best] + slope[best], log_ec50[best, 0], hill[best, 0]])
 
 
-def _dosed_wells(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+def dosed_wells(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Return ``perturbation``, ``dose`` and ``activity`` of the rows that have a dose and are no controls.
+
+    Raises
+    ------
+    MetadataError
+        There are none, or no column of doses.
+    """
     name = role(columns, "dose", obs)
     dose = pd.to_numeric(text(obs[name]), errors="coerce").to_numpy(np.float64)
     if columns.perturbation is not None and columns.perturbation != name:

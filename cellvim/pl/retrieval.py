@@ -1,0 +1,147 @@
+"""Which perturbations can be told from controls, and which mechanisms from each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from cellvim.errors import InputError
+from cellvim.evaluate.mechanism import nearest_mechanism
+from cellvim.evaluate.retrieval import THRESHOLD, replicate_map
+from cellvim.pl.assay import _features
+from cellvim.pl.canvas import POSITIVE, TREATED, new_axes, plain
+from cellvim.profiles.columns import find_columns
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+    from cellvim.evaluate import Evaluation
+
+
+def retrieval(
+    adata: AnnData,
+    *,
+    use: str | None = None,
+    label: int = 5,
+    control: str = "negcon",
+    evaluation: Evaluation | None = None,
+    seed: int = 0,
+    ax: Axes | None = None,
+    **columns: str | None,
+) -> Axes:
+    """Draw each treatment's mean average precision against its q value.
+
+    Parameters
+    ----------
+    adata
+        Profiles.
+    use
+        Representation; what was normalised last by default.
+    label
+        How many of the best to name.
+    control
+        Value of the column of controls, or COLUMN:VALUE.
+    evaluation
+        Take the figures from here instead of computing them.
+    seed
+        Of the p values.
+    ax
+        Axes to draw on; a new figure without.
+    **columns
+        ``perturbation``, ``dose``, ``plate``: names of columns, if not the usual.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    CellvimError
+        There are no perturbations, replicates or controls.
+    """
+    features = _features(adata, use)
+    if evaluation is not None:
+        table = evaluation.tables.get("retrieval", pd.DataFrame(columns=["features"]))
+        table = table[table["features"] == features.name]
+        if table.empty:
+            raise InputError(f"The evaluation has no retrieval of '{features.name}'.")
+    else:
+        found = find_columns(adata.obs, negative=control, **columns)
+        table = replicate_map(features, adata.obs, found, seed=seed)
+    table = table.sort_values("mean_average_precision", ascending=False)
+    axes = new_axes(ax, (4.6, 3.8))
+    height = -np.log10(table["corrected_p_value"].astype(float))
+    active = table["active"].astype(bool)
+    axes.scatter(table["mean_average_precision"], height, s=18, c=np.where(active, POSITIVE, TREATED), lw=0, alpha=0.8)
+    axes.axhline(-np.log10(THRESHOLD), color="0.6", lw=0.8, ls="--")
+    names = _names(table)
+    for row in range(min(label, len(table))):
+        x, y = table["mean_average_precision"].iloc[row], height.iloc[row]
+        offset = (-4, -9 * (row + 1)) if x > 0.5 else (4, -9 * (row + 1))  # the best often share one spot
+        style = {"ha": "right" if x > 0.5 else "left", "fontsize": 6.5, "color": "0.25"}
+        axes.annotate(plain(names[row], 28), (x, y), offset, textcoords="offset points", **style)
+    axes.set(xlabel="mean average precision", ylabel="−log₁₀ q", xlim=(-0.03, 1.03))
+    axes.set_title(f"{int(active.sum())} of {len(table)} treatments active (q < {THRESHOLD})", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _names(table: pd.DataFrame) -> list[str]:
+    """Return what to call each treatment: its perturbation and dose, the columns before the number of replicates."""
+    about = table.columns[: list(table.columns).index("n_replicates")][:2]
+    return [" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in table[about].to_numpy()]
+
+
+def mechanisms(
+    adata: AnnData, *, use: str | None = None, scheme: str = "nsc", ax: Axes | None = None, **columns: str | None
+) -> Axes:
+    """Draw which mechanism the nearest other compound has: rows are true, columns predicted.
+
+    Parameters
+    ----------
+    adata
+        Profiles.
+    use
+        Representation; what was normalised last by default.
+    scheme
+        "nsc", not the same compound, or "nsb", nor the same batch.
+    ax
+        Axes to draw on; a new figure without.
+    **columns
+        ``mechanism``, ``perturbation``, ``dose``, ``batch``: names of columns, if not the usual.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    CellvimError
+        There are no mechanisms, or nothing can be predicted.
+    """
+    found = find_columns(adata.obs, **columns)
+    table = nearest_mechanism(_features(adata, use), adata.obs, found)
+    if f"{scheme}_correct" not in table:
+        raise InputError(f"The scheme is nsc, or with batches nsb; '{scheme}' cannot be computed here.")
+    table = table.dropna(subset=[f"{scheme}_correct"])
+    if table.empty:
+        raise InputError(f"No treatment can be predicted by {scheme}.")
+    counts = pd.crosstab(table[found.mechanism].astype(str), table[f"{scheme}_mechanism"].astype(str))
+    names = sorted(set(counts.index) | set(counts.columns))
+    counts = counts.reindex(index=names, columns=names, fill_value=0)
+    axes = new_axes(ax, (0.32 * len(names) + 2.6, 0.32 * len(names) + 2.2))
+    share = counts.div(counts.sum(axis=1).replace(0, 1), axis=0)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in zip(*np.nonzero(counts.to_numpy()), strict=True):
+        color = "white" if share.iat[i, j] > 0.5 else "0.2"
+        axes.text(j, i, str(counts.iat[i, j]), ha="center", va="center", fontsize=7, color=color)
+    labels = [plain(name, 26) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), labels, fontsize=7)
+    axes.set(xlabel="mechanism of the nearest neighbour", ylabel="mechanism")
+    accuracy = table[f"{scheme}_correct"].astype(bool).mean()
+    axes.set_title(f"{scheme.upper()} accuracy {accuracy:.3f}, {len(table)} treatments", fontsize=9)
+    return axes
