@@ -149,6 +149,8 @@ def import_command(
         f"channels {', '.join(plate.channel_names)} → {target}\n"
         f"Next: cellvim embed {target} -o embeddings.zarr"
     )
+    for note in plate.cellvim_attributes.get("notes", ()):
+        _say(f"Note: {note}.")
 
 
 @app.command()

@@ -285,6 +285,7 @@ class Plate:
         step = max(1, len(fields) // max_fields)
         constant: Counter[str] = Counter()
         saturated: Counter[str] = Counter()
+        without_value: Counter[str] = Counter()
         odd, looked_at = [], 0
         for field in fields[::step][:max_fields]:
             try:
@@ -296,9 +297,14 @@ class Plate:
             flat = image.reshape(image.shape[0], -1)
             low, high = flat.min(axis=1), flat.max(axis=1)
             constant.update(n for n, same in zip(field.channel_names, low == high, strict=True) if same)
+            if image.dtype.kind == "f":
+                finite = np.isfinite(flat).all(axis=1)
+                without_value.update(n for n, good in zip(field.channel_names, finite, strict=True) if not good)
             if np.issubdtype(image.dtype, np.unsignedinteger):
                 share = (flat == np.iinfo(image.dtype).max).mean(axis=1)
                 saturated.update(n for n, s in zip(field.channel_names, share, strict=True) if s > 0.01)
+        for name, count in without_value.items():
+            odd.append(f"channel {name} has pixels that are NaN or infinite in {count} of {looked_at} fields looked at")
         for name, count in constant.items():
             odd.append(f"channel {name} is constant in {count} of {looked_at} fields looked at")
         for name, count in saturated.items():

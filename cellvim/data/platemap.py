@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,11 +233,13 @@ def _read(path: Path) -> pd.DataFrame:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise MetadataError(f"{path} is larger than {_LARGEST >> 20} MB; expected a table with one row a well.")
-        text = content.decode("utf-8-sig")
+        text = _decode(content, path)
         header = text.partition("\n")[0]
         delimiter = max(_DELIMITERS, key=header.count)
         # as text first: a column "01" must not become 1, nor a row "NA" of a 1536-well plate a missing value
-        table = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False)
+        table = pd.read_csv(
+            io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False, skip_blank_lines=False, header=None
+        )
     except (EOFError, ValueError, zlib.error, csv.Error) as error:
         if isinstance(error, MetadataError):
             raise
@@ -243,9 +247,30 @@ def _read(path: Path) -> pd.DataFrame:
         raise MetadataError(f"{path} cannot be read as a table: {cause}.") from error
     except OSError as error:
         raise MetadataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if table.empty:
+    table.index += 1  # the line, as an editor counts it: a message can say where
+    table = table.fillna("")
+    table = table[(table != "").any(axis=1)]
+    if len(table) < 2:
         raise MetadataError(f"{path} has no rows; expected one a well.")
-    return table.rename(columns=lambda c: str(c).strip())
+    names = [str(name).strip() for name in table.iloc[0]]
+    if repeated := [name for name, count in Counter(names).items() if count > 1 and name]:
+        raise MetadataError(f"{path} has columns more than once: {listing(repeated)}. Rename them, or leave one out.")
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+    return table.iloc[1:].set_axis(names, axis=1)
+
+
+def _decode(content: bytes, path: Path) -> str:
+    """Return the text of a table: UTF-8, or UTF-16 as spreadsheets write it, with its byte order mark."""
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return content.decode("utf-16")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        seen = content.split(b"\n")[line - 1][:60].strip().decode("utf-8", "replace")
+        raise MetadataError(
+            f"{path}, line {line} is not UTF-8 text: {seen!r}. Save the table as CSV UTF-8, so that no name is misread."
+        ) from error
 
 
 def _wells(table: pd.DataFrame, path: Path) -> pd.Series:
@@ -253,12 +278,15 @@ def _wells(table: pd.DataFrame, path: Path) -> pd.Series:
     names = {_plain(c): c for c in reversed(list(table.columns))}
     well, row, column = (next((names[n] for n in known if n in names), None) for known in (_WELL, _ROW, _COLUMN))
     if well is not None:
-        positions = table[well].map(lambda text: _parse(canonical_well, text, path))
+        positions = table[well].copy()
+        positions[:] = [_parse(canonical_well, text, path, line) for line, text in table[well].items()]
         keep = [well]
     elif row is not None and column is not None:
         both = zip(table[row], table[column], strict=True)
         positions = table[row].copy()
-        positions[:] = [_parse(_from_row_and_column, pair, path) for pair in both]
+        positions[:] = [
+            _parse(_from_row_and_column, pair, path, line) for line, pair in zip(table.index, both, strict=True)
+        ]
         keep = [row, column]
     else:
         raise MetadataError(
@@ -278,11 +306,11 @@ def _from_row_and_column(pair: tuple[str, str]) -> str:
     return well_name(*well_position(f"r{row}c{int(column)}"))
 
 
-def _parse(read: Any, value: Any, path: Path) -> str:
+def _parse(read: Any, value: Any, path: Path, line: int) -> str:
     try:
         return read(value)
     except MetadataError as error:
-        raise MetadataError(f"{path}: {error}") from error
+        raise MetadataError(f"{path}, line {line}: {error}") from error
 
 
 def _typed(column: pd.Series) -> pd.Series:

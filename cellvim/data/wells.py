@@ -29,7 +29,10 @@ def well_position(name: str) -> tuple[int, int]:
     if match := _NUMBERS.match(text):
         row, column = int(match[1]), int(match[2])
     elif match := _LETTERS.match(text):
-        row, column = row_number(match[1]), int(match[2])
+        try:
+            row, column = row_number(match[1]), int(match[2])
+        except MetadataError as error:
+            raise MetadataError(f"'{name}' is not a well: {error}") from error
     else:
         raise MetadataError(f"'{name}' is not a well; expected a name such as A1, A01 or r01c01.")
     if not (1 <= row <= MAX_ROWS and 1 <= column <= MAX_COLUMNS):

@@ -18,7 +18,7 @@ import numpy as np
 
 from cellvim.channels import display_color
 from cellvim.data.wells import canonical_well, natural_key, well_position
-from cellvim.errors import FieldReadError, OutputError
+from cellvim.errors import FieldReadError, OutputError, listing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +76,7 @@ class PlateWriter:
         self._windows: dict[tuple[str, str], np.ndarray] = {}  # (well, site) -> (C, 4) min, low, high, max
         self._digests: dict[tuple[str, str], str] = {}  # (well, site) -> hash of the pixels that were handed over
         self._positions: dict[tuple[str, str], tuple[float, float]] = {}
+        self._without_value: dict[tuple[str, str], list[float]] = {}  # share of pixels a channel that are no number
         self._job = job
         self._journal = threading.Lock()
         self._finished = False
@@ -135,6 +136,7 @@ class PlateWriter:
             # An all-zero field is stored too: a chunk that is absent has been lost.
             config={"write_empty_chunks": True},
         )
+        no_value = _share_without_value(image)
         sample = image.reshape(len(image), -1)
         sample = sample[:, :: max(1, sample.shape[1] // 20_000)].astype(np.float64)
         sample[~np.isfinite(sample)] = np.nan
@@ -146,10 +148,11 @@ class PlateWriter:
             self._windows[well, site], self._digests[well, site] = window, digest
             if position_um is not None:
                 self._positions[well, site] = position_um
+            entry = {"well": well, "site": site, "window": window.tolist(), "digest": digest, "position": position_um}
+            if any(no_value):
+                self._without_value[well, site] = entry["without_value"] = no_value
             if self._job is not None:
-                self._note(
-                    {"well": well, "site": site, "window": window.tolist(), "digest": digest, "position": position_um}
-                )
+                self._note(entry)
 
     def _note(self, entry: dict[str, Any]) -> None:
         with (self.partial / JOURNAL).open("a", encoding="utf-8") as file:
@@ -171,9 +174,23 @@ class PlateWriter:
                 self._windows[key], self._digests[key] = np.array(entry["window"], float), str(entry["digest"])
                 if entry["position"] is not None:
                     self._positions[key] = tuple(entry["position"])
+                if "without_value" in entry:
+                    self._without_value[key] = list(entry["without_value"])
         except (OSError, IndexError, KeyError, TypeError, ValueError):
             pass  # the line that was being written: up to there it is good
         return bool(self._windows)
+
+    def odd_pixels(self) -> list[str]:
+        """Say in which fields pixels are NaN or infinite, one sentence a channel."""
+        odd = []
+        for i, name in enumerate(self.channel_names):
+            fields = {"/".join(key): shares[i] for key, shares in sorted(self._without_value.items()) if shares[i]}
+            blank = [field for field, share in fields.items() if share == 1]
+            if blank:
+                odd.append(f"channel {name} is NaN or infinite in every pixel of {len(blank)} fields: {listing(blank)}")
+            if some := [field for field, share in fields.items() if share < 1]:
+                odd.append(f"channel {name} is NaN or infinite in some pixels of {len(some)} fields: {listing(some)}")
+        return odd
 
     def verify(self, count: int) -> int:
         """Read fields back, evenly spread, and hold them against what was handed over; return how many.
@@ -266,7 +283,7 @@ class PlateWriter:
         )
         if verify and provenance is not None:
             provenance = {**provenance, "verified_fields": min(verify, len(self._windows))}
-        own: dict[str, Any] = {"format": 1, **_plate_map(well_metadata), "notes": list(notes)}
+        own: dict[str, Any] = {"format": 1, **_plate_map(well_metadata), "notes": [*notes, *self.odd_pixels()]}
         if provenance:
             own["provenance"] = provenance
         _write_group(self.partial, {"ome": _dump(plate), "cellvim": own})
@@ -339,6 +356,13 @@ class PlateWriter:
         os.replace(self.partial, self.target)
         self._finished = True
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _share_without_value(image: np.ndarray) -> list[float]:
+    """Return the share of each channel's pixels that are NaN or infinite; only floats can be."""
+    if image.dtype.kind != "f":
+        return []
+    return [float(1 - np.isfinite(plane).mean()) for plane in image]
 
 
 def _digest(image: np.ndarray) -> str:

@@ -334,3 +334,33 @@ def test_plate_says_how_it_was_made(tmp_path, make_tiffs):
     assert made["format"] == "tiff_folder" and made["source"] == "images"
     assert made["channels"] == {"ch1": "DNA", "ch2": "ch2", "ch3": "ch3"}
     assert str(tmp_path) not in str(made)
+
+
+def test_pixels_without_a_value_are_told(tmp_path):
+    """Also after a kill: what the first run saw is in its journal."""
+    from cellvim.data.writer import PlateWriter
+
+    values = np.random.default_rng(0).random((8, 9)).astype("float32")
+    some = np.where(values < 0.1, np.inf, values)
+    for well, er in {"A01": np.full((8, 9), np.nan, "float32"), "A02": some, "A03": values}.items():
+        tifffile.imwrite(tmp_path / f"{well}_f1_DNA.tif", values)
+        tifffile.imwrite(tmp_path / f"{well}_f1_ER.tif", er)
+    expected = [
+        "channel ER is NaN or infinite in every pixel of 1 fields: A01/1",
+        "channel ER is NaN or infinite in some pixels of 1 fields: A02/1",
+    ]
+    plate = import_plate(tmp_path, tmp_path / "p.zarr")
+    assert plate.cellvim_attributes["notes"] == expected
+    assert any("ER has pixels that are NaN or infinite in 2 of 3 fields" in odd for odd in plate.oddities())
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        PlateWriter(tmp_path / "q.zarr", name="q", channel_names=["a"], job="1") as one,
+    ):
+        one.write_field("A01", "1", np.full((1, 4, 4), np.nan, "float32"))
+        raise KeyboardInterrupt
+    with PlateWriter(tmp_path / "q.zarr", name="q", channel_names=["a"], job="1") as two:
+        assert two.done == {("A01", "1")}
+        two.finish()
+    notes = open_plate(tmp_path / "q.zarr").cellvim_attributes["notes"]
+    assert notes == ["channel a is NaN or infinite in every pixel of 1 fields: A01/1"]

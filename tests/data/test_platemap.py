@@ -79,8 +79,8 @@ def test_unreadable_maps_are_errors(table, text, words):
 def test_missing_or_binary_file_is_an_error(tmp_path):
     with pytest.raises(MetadataError, match="is not a file"):
         read_platemap(tmp_path / "none.csv")
-    (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(MetadataError, match="cannot be read"):
+    (tmp_path / "b.csv").write_bytes(b"\x00\x80")
+    with pytest.raises(MetadataError, match="line 1 is not UTF-8 text"):
         read_platemap(tmp_path / "b.csv")
 
 
@@ -202,3 +202,40 @@ def test_jump_wells_and_compounds_join_by_their_id(table, tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(MetadataError, match="cannot be read"):
         read_platemap(path)
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "map.csv"
+    text = "Well,drug\nA01,x\nA02,Café\n"
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(
+        MetadataError, match=r"map.csv, line 3 is not UTF-8 text: 'A02,Caf.'\. Save the table as CSV UTF-8"
+    ):
+        read_platemap(path)
+    for encoding in ("utf-16", "utf-8-sig"):  # as spreadsheets write it: with a mark of the encoding
+        path.write_bytes(text.encode(encoding))
+        assert list(read_platemap(path)[0]["drug"]) == ["x", "Café"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Well,drug\nA01,x\nZZ99,y\n", "line 3: 'ZZ99' is not a well"),
+        ("Well,drug\n\nA01,x\n\nA55,y\n", "line 5: Well 'A55' is not on a plate"),
+        ("Well,drug\nA01,x\n,total\n", "line 3: '' is not a well"),
+        ("Row,Column,drug\nA,1,x\nA,one,y\n", "line 3: 'one' is not a plate column"),
+    ],
+)
+def test_wells_that_are_none_are_refused_with_their_line(tmp_path, text, line):
+    (tmp_path / "map.csv").write_text(text)
+    with pytest.raises(MetadataError, match=line):
+        read_platemap(tmp_path / "map.csv")
+
+
+def test_repeated_columns_are_refused_and_blank_lines_are_not(tmp_path):
+    (tmp_path / "map.csv").write_text("Well,drug,dose, drug \nA01,x,1,y\n")
+    with pytest.raises(MetadataError, match=r"columns more than once: drug\."):
+        read_platemap(tmp_path / "map.csv")
+    (tmp_path / "map.csv").write_text("Well,drug,\nA01,x,\n,,\n\nA02,y\n")
+    table, _ = read_platemap(tmp_path / "map.csv")
+    assert list(table.index) == ["A01", "A02"] and list(table["drug"]) == ["x", "y"]
