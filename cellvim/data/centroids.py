@@ -26,7 +26,7 @@ _X_UM, _Y_UM = ("xum", "centroidxum", "centerxum"), ("yum", "centroidyum", "cent
 _WELL = ("well", "wellposition", "wellname", "wellid", "wellloc")
 _SITE = ("site", "field", "fieldid", "fov", "siteid", "siteidx")
 _PLATE = ("plate", "platename", "plateid", "barcode", "assayplatebarcode")
-_NUMBER = ("objectnumber", "object", "label", "objectid", "number")
+_NUMBER = ("objectnumber", "numberobjectnumber", "object", "label", "objectid", "number")
 _IMAGE = ("imagenumber",)
 _TABLE = ("tablenumber",)
 

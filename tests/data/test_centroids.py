@@ -131,3 +131,25 @@ def test_published_nuclei_are_read(shared_data):
         assert len(table) == count
         for axis in ("X", "Y"):
             np.testing.assert_array_equal(table[axis.lower()], raw[f"Location_Center_{axis}"])
+
+
+def test_cytotable_keeps_the_objects_own_numbers(tmp_path):
+    """Columns as CytoTable makes them of CellProfiler's SQLite, whose numbers have another name than in its CSV."""
+    pytest.importorskip("pyarrow")
+    table = pd.DataFrame(
+        {
+            "Metadata_ImageNumber": [1, 1],
+            "Image_Metadata_Well": ["A1", "A1"],
+            "Image_Metadata_Plate": ["P", "P"],
+            "Image_Metadata_Site": ["1", "1"],
+            "Metadata_Cells_Number_Object_Number": [2, 4],
+            "Metadata_Nuclei_Number_Object_Number": [5, 9],
+            "Cytoplasm_AreaShape_Center_X": [0.0, 0.0],
+            "Cytoplasm_AreaShape_Center_Y": [0.0, 0.0],
+            "Metadata_Nuclei_Location_Center_X": [3.5, 4.0],
+            "Metadata_Nuclei_Location_Center_Y": [5.5, 6.0],
+        }
+    )
+    table.to_parquet(tmp_path / "converted.parquet")
+    found = rows(read_centroids(tmp_path / "converted.parquet", plate_name="P"))
+    assert found == [("A01", "1", 5, 3.5, 5.5), ("A01", "1", 9, 4.0, 6.0)]

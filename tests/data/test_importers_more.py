@@ -40,10 +40,48 @@ def test_imagexpress_takes_wavelengths_from_the_htd(tmp_path, make_tiffs):
     thumb = folder / "TimePoint_1" / "P_A01_s1_w1_thumb0AB1C2D3-0000-1111-2222-333344445555.tif"
     tifffile.imwrite(thumb, np.zeros((4, 4), "uint8"))
     plate = import_plate(folder, tmp_path / "p.zarr")
-    assert plate.channel_names == ["DAPI", "FITC"] and plate.name == "My plate"
+    assert plate.channel_names == ["DAPI", "FITC"] and plate.name == "P"
     assert [f.name for f in plate.fields] == ["A01/1", "A01/2", "B12/1", "B12/2"]
     np.testing.assert_array_equal(plate.fields[3].read(["FITC"])[0], pixels("TimePoint_1/P_B12_s2_w2.tif", folder))
     assert make_import_plan(imagexpress(make_tiffs, "DAPI")).channel_names == {}  # two alike: they keep w1 and w2
+
+
+def test_imagexpress_names_with_a_guid_and_rows_beyond_z(tmp_path, make_tiffs):
+    guid = "0AB1C2D3-0000-1111-2222-33334444555"
+    names = [f"TimePoint_1/Plate_7_{w}_s1_w{c}{guid}{c}.TIF" for w in ("A01", "AF48") for c in (1, 2)]
+    folder = imagexpress(make_tiffs, names=names)
+    (folder / "P.HTD").rename(folder / "TimePoint_1/Plate_7.htd")
+    plan = make_import_plan(folder)
+    assert list(plan.fields) == [("A01", "1"), ("AF48", "1")] and plan.channel_names == {"w1": "DAPI", "w2": "FITC"}
+    assert plan.plate_name == "Plate_7"
+    folder = make_tiffs([f"X_A01_s1_[{guid}1].tif", f"X_B02_s1_[{guid}2].tif"], folder="bracketed")
+    (folder / "X.HTD").write_text(HTD.format("FITC"))
+    assert list(make_import_plan(folder).fields) == [("A01", "1"), ("B02", "1")]
+
+
+METASERIES = (
+    "<MetaData><PlaneInfo>"
+    '<prop id="spatial-calibration-state" type="bool" value="on"/>'
+    '<prop id="spatial-calibration-x" type="float" value="0.7032"/>'
+    '<prop id="spatial-calibration-units" type="string" value="um"/>'
+    '<custom-prop id="_IllumSetting_" type="string" value="{}"/>'
+    "</PlaneInfo></MetaData>"
+)
+
+
+def test_imagexpress_without_its_htd_as_in_jump(tmp_path):
+    """JUMP's source_8: the plate folder alone, with thumbnails; the TIFFs themselves name the wavelengths."""
+    for well in ("A01", "A02"):
+        for wave, name in enumerate(("Cy5", "DAPI"), start=1):
+            for kind, size in (("", 12), ("_thumb", 3)):
+                path = tmp_path / f"HTS_{well}_s1_w{wave}{kind}0AB1C2D3-0000-1111-2222-333344445555.tif"
+                image = np.full((size, size), 10 * wave, "uint16")
+                tifffile.imwrite(path, image, description=METASERIES.format(name), software="MetaSeries", metadata=None)
+    plate = import_plate(tmp_path, tmp_path.parent / "source_8.zarr")
+    assert plate.channel_names == ["Cy5", "DAPI"] and plate.pixel_size_um == 0.7032 and plate.name == "source_8"
+    assert plate.fields[1].read(["DAPI"]).tolist() == np.full((1, 12, 12), 20).tolist()
+    plan = make_import_plan(tmp_path, format="tiff")  # thumbnails are no images of a folder of TIFFs either
+    assert list(plan.fields) == [("A01", "1"), ("A02", "1")] and plan.channel_keys == ["w1", "w2"]
 
 
 def test_imagexpress_stacks_and_single_files(tmp_path, make_tiffs):
@@ -87,7 +125,7 @@ def load_data(folder, *, wells=("A01", "P24"), missing=(), channels=("OrigDNA", 
     return folder
 
 
-@pytest.mark.parametrize("how", ["folder", "csv", "gz", "elsewhere"])
+@pytest.mark.parametrize("how", ["folder", "csv", "gz", "elsewhere", "parquet", "parquet itself"])
 def test_load_data_says_what_files_show(tmp_path, how):
     folder = load_data(tmp_path / "images", channels=("OrigER", "OrigDNA"))
     source, given = folder, None
@@ -100,6 +138,12 @@ def test_load_data_says_what_files_show(tmp_path, how):
         given.write_bytes(gzip.compress(content) if how == "gz" else content)
         (folder / "load_data.csv").unlink()
         given = None if how == "gz" else given
+    if how.startswith("parquet"):  # as cpg0016 has it, with other columns and types
+        pytest.importorskip("pyarrow")
+        table = pd.read_csv(folder / "load_data.csv").assign(Metadata_Site=3, Count_Nuclei=1.5)
+        table.to_parquet(folder / "load_data_with_illum.parquet")
+        (folder / "load_data.csv").unlink()
+        source = folder if how == "parquet" else folder / "load_data_with_illum.parquet"
     plate = import_plate(source, tmp_path / "p.zarr", load_data=given)
     assert plate.name == "BR1" and sorted(plate.channel_names) == ["DNA", "ER"]
     assert [f.name for f in plate.fields] == ["A01/3", "P24/3"]
@@ -198,9 +242,19 @@ def test_single_cells_come_back_as_tiles(tmp_path):
     for i, cell in enumerate(cells["A01", 1]):
         np.testing.assert_array_equal(strip[:, :, 16 * i : 16 * i + 16], cell)
     assert any("1 cells of BR1.pq have no file" in odd for odd in plate.oddities())
+    # the release has a table and a folder for each of its plates, side by side
+    np.save(tmp_path / "jumpcp/BR2_B02_1_7.npy", np.zeros((16, 16, 8), "uint8"))
+    pd.DataFrame([{"path": "BR2_B02_1_7.npy", "ID": "BR2_B02_1_7", "well_loc": "B02", "plate_id": "BR2"}]).to_parquet(
+        folder / "BR2.pq"
+    )
+    with pytest.raises(PlateError, match=r"2 parquet tables \(BR1.pq, BR2.pq\); choose a plate with --plate-name"):
+        make_import_plan(folder)
+    for source, options in ((folder, {"plate_name": "BR2"}), (folder / "BR2.pq", {})):
+        other = import_plate(source, tmp_path / "two.zarr", overwrite=True, **options)
+        assert other.name == "BR2" and other.wells == ["B02"] and other.fields[0].shape == (8, 16, 16)
     np.save(folder / "numpy" / "BR1_A01_1_1.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(PlateError, match="cannot be read as"):
-        import_plate(folder, tmp_path / "q.zarr")
+        import_plate(folder / "BR1.pq", tmp_path / "q.zarr")
 
 
 def test_positions_of_an_operetta_export_are_kept(shared_data, tmp_path):

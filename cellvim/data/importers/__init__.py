@@ -18,8 +18,8 @@ import numpy as np
 
 import cellvim
 from cellvim.channels import parse_channel_names
-from cellvim.data.importers.imagexpress import find_htd, plan_imagexpress
-from cellvim.data.importers.load_data import find_load_data, plan_load_data
+from cellvim.data.importers.imagexpress import find_htd, is_imagexpress, plan_imagexpress
+from cellvim.data.importers.load_data import find_load_data, is_load_data, plan_load_data
 from cellvim.data.importers.ome_tiff import find_ome_tiffs, plan_ome_tiff
 from cellvim.data.importers.phenix import JUMP_CHANNELS, find_index, plan_phenix
 from cellvim.data.importers.plan import Choice, ImportPlan, MaximumOf, PageOf, Source
@@ -69,7 +69,8 @@ def import_plate(
     Parameters
     ----------
     source
-        Folder with the files, or a LoadData CSV with the images in or below its folder.
+        Folder with the files; or a LoadData table (CSV or parquet), or a table of single cells (parquet), with what it
+        lists in or below its folder.
     target
         The plate to make, such as ``plate.zarr``.
     metadata
@@ -123,8 +124,12 @@ def import_plate(
     source, target = Path(source), Path(target)
     if not source.exists():
         raise PlateError(f"{source} does not exist; expected a folder of microscope images.")
-    if source.is_file() and load_data is None and source.name.lower().endswith((".csv", ".csv.gz")):
-        source, load_data = source.parent, source
+    cell_table = None
+    if source.is_file() and load_data is None:
+        if source.name.lower().endswith((".csv", ".csv.gz")) or is_load_data(source):
+            source, load_data = source.parent, source
+        elif source.suffix.lower() in (".pq", ".parquet"):
+            source, cell_table = source.parent, source
     if not source.is_dir():
         raise PlateError(f"{source} is a file; expected a folder of microscope images, or a LoadData CSV.")
     check_target(target, overwrite=overwrite)
@@ -134,7 +139,14 @@ def import_plate(
         raise InputError(f"--pixel-size is {pixel_size_um}; expected micrometers, above 0.")
 
     plan = make_import_plan(
-        source, format=format, pattern=pattern, load_data=load_data, plate_name=plate_name, z=z, t=t
+        source,
+        format=format,
+        pattern=pattern,
+        load_data=load_data,
+        cell_table=cell_table,
+        plate_name=plate_name,
+        z=z,
+        t=t,
     )
     names = _name_channels(plan, channel_names, source)
     name = plate_name or plan.plate_name or target.name.removesuffix(".zarr").removesuffix(".ome")
@@ -168,6 +180,7 @@ def make_import_plan(
     format: str = "auto",
     pattern: str | None = None,
     load_data: str | Path | None = None,
+    cell_table: Path | None = None,
     plate_name: str | None = None,
     z: int | str | None = None,
     t: int | None = None,
@@ -179,7 +192,8 @@ def make_import_plan(
         raise InputError(f"--z is {z!r}; expected the number of a plane, from 0, or max.")
     choice = Choice(z, t)
     if format == "auto":
-        format = "load_data" if load_data is not None else "tiff" if pattern is not None else _format_of(source)
+        given = {"load_data": load_data, "single_cells": cell_table, "tiff": pattern}
+        format = next((name for name, value in given.items() if value is not None), None) or _format_of(source)
     if pattern is not None and format not in ("tiff", "ome_tiff"):
         raise InputError(f"--pattern is for --format tiff and ome_tiff; {format} files are told by their own names.")
     if format == "phenix":
@@ -189,7 +203,7 @@ def make_import_plan(
     if format == "ome_tiff":
         return plan_ome_tiff(source, pattern=pattern, choice=choice)
     if format == "single_cells":
-        return plan_single_cells(source, plate_name=plate_name)
+        return plan_single_cells(source, table_path=cell_table, plate_name=plate_name)
     if format == "load_data":
         table = Path(load_data) if load_data is not None else find_load_data(source)
         if table is None or not table.is_file():
@@ -207,6 +221,8 @@ def _format_of(source: Path) -> str:
         return "imagexpress"
     if find_ome_tiffs(source):
         return "ome_tiff"
+    if is_imagexpress(source):
+        return "imagexpress"
     return "single_cells" if find_cell_tables(source) and not find_tiffs(source) else "tiff"
 
 

@@ -9,19 +9,35 @@ from typing import TYPE_CHECKING, Any
 from cellvim.data.importers.plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
 from cellvim.data.importers.tiff_folder import find_tiffs
 from cellvim.data.wells import canonical_well
-from cellvim.errors import MetadataError, PlateError, listing
+from cellvim.errors import InputError, MetadataError, PlateError, listing
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CSV_NAMES = ("load_data.csv", "load_data.csv.gz", "load_data_with_illum.csv", "load_data_with_illum.csv.gz")
+CSV_NAMES = tuple(
+    f"{stem}{suffix}"
+    for stem in ("load_data", "load_data_with_illum")
+    for suffix in (".csv", ".csv.gz", ".parquet")  # the last is how cpg0016 has them
+)
 _FILE = re.compile(r"^(?:Image_)?FileName_(?P<channel>\w+)$")
 _PLATE_LEVEL = ("Metadata_Source", "Metadata_Batch")
 
 
 def find_load_data(source: Path) -> Path | None:
-    """Return a folder's LoadData CSV, or None."""
+    """Return a folder's LoadData table, or None."""
     return next((source / name for name in CSV_NAMES if (source / name).is_file()), None)
+
+
+def is_load_data(path: Path) -> bool:
+    """Return whether a parquet file is a LoadData table, by its columns."""
+    if path.suffix.lower() not in (".parquet", ".pq"):
+        return False
+    try:
+        from pyarrow.parquet import ParquetFile
+
+        return any(_FILE.match(name) for name in ParquetFile(path).schema_arrow.names)
+    except (ImportError, OSError, ValueError):  # its reader will say what is wrong
+        return False
 
 
 def plan_load_data(
@@ -36,7 +52,7 @@ def plan_load_data(
     Parameters
     ----------
     table_path
-        CSV, also gzipped, with ``FileName_OrigDNA`` … columns, and ``Metadata_Well`` or rows and columns.
+        CSV, also gzipped, or parquet, with ``FileName_OrigDNA`` … columns, and ``Metadata_Well`` or rows and columns.
     images
         Folder with the images; sub-folders are searched too. Nothing outside of it is read.
     plate_name
@@ -154,11 +170,29 @@ def _read(path: Path) -> pd.DataFrame:
 
     import pandas as pd
 
+    if path.suffix.lower() in (".parquet", ".pq"):
+        return _read_parquet(path)
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError, EOFError, zlib.error) as error:
         cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise PlateError(f"{path} cannot be read as a LoadData CSV: {cause}.") from error
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+    except ImportError as error:
+        raise InputError(f"{path} is parquet, which needs pyarrow: pip install 'cellvim[tables]'.") from error
+    try:
+        names = parquet.ParquetFile(path).schema_arrow.names
+        wanted = [n for n in names if n.startswith("Metadata_") or n.startswith("PathName_") or _FILE.match(n)]
+        table = parquet.ParquetFile(path).read(columns=wanted).to_pandas()
+    except (ArrowException, OSError, ValueError) as error:
+        cause = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise PlateError(f"{path} cannot be read as a LoadData table: {cause}.") from error
+    return table.astype("string").fillna("").astype(object)
 
 
 def _wells(table: pd.DataFrame, path: Path) -> Any:

@@ -32,11 +32,13 @@ def find_cell_tables(source: Path) -> list[Path]:
     return sorted(p for p in source.glob("*") if p.suffix.lower() in (".pq", ".parquet"))
 
 
-def plan_single_cells(source: Path, *, plate_name: str | None = None) -> ImportPlan:
+def plan_single_cells(source: Path, *, table_path: Path | None = None, plate_name: str | None = None) -> ImportPlan:
     """Read the table: ``path`` of each cell's .npy (C, S, S), ``well_loc``, and ``ID`` as plate_well_site_object.
 
-    The cells of a site become one image, side by side in the order of the table: ``--unit tile`` with the cells' own
-    size gives exactly them back. Paths, also ``s3://`` ones, are looked for below the folder by their last parts.
+    ``source`` is the folder of the release, with a table and a folder of cells a plate (``plate_name`` then chooses),
+    or one of a single plate. The cells of a site become one image, side by side in the order of the table: ``--unit
+    tile`` with the cells' own size gives exactly them back. Paths, also ``s3://`` ones, are looked for below the folder
+    by their last parts.
 
     Raises
     ------
@@ -50,22 +52,19 @@ def plan_single_cells(source: Path, *, plate_name: str | None = None) -> ImportP
         raise InputError(
             f"{source} is described by parquet, which needs pyarrow: pip install 'cellvim[tables]'."
         ) from error
-    tables = find_cell_tables(source)
-    if len(tables) != 1:
-        raise PlateError(
-            f"{source} has {len(tables)} parquet tables ({listing(p.name for p in tables)}); expected one."
-        )
+    table_path = table_path or _table_of(source, plate_name)
     try:
-        table = parquet.ParquetFile(tables[0]).read(columns=["path", "ID", "well_loc"]).to_pandas()
+        file = parquet.ParquetFile(table_path)
+        table = file.read(columns=[n for n in ("path", "ID", "well_loc") if n in file.schema_arrow.names]).to_pandas()
     except (ArrowException, OSError, KeyError, ValueError) as error:
         raise PlateError(
-            f"{tables[0]} cannot be read; expected parquet with the columns path, ID and well_loc "
+            f"{table_path} cannot be read; expected parquet with the columns path, ID and well_loc "
             f"({str(error).splitlines()[0][:120]})."
         ) from error
     missing_columns = {"path", "ID", "well_loc"} - set(table.columns)
     if missing_columns or table.empty:
         raise PlateError(
-            f"{tables[0]} lacks {listing(sorted(missing_columns)) or 'rows'}; expected path, ID and well_loc."
+            f"{table_path} lacks {listing(sorted(missing_columns)) or 'rows'}; expected path, ID and well_loc."
         )
     by_name: dict[str, list[Path]] = {}
     for path in sorted(source.rglob("*.npy")):
@@ -75,7 +74,7 @@ def plan_single_cells(source: Path, *, plate_name: str | None = None) -> ImportP
     if plates is not None and plates.nunique() > 1:
         if plate_name not in set(plates):
             raise PlateError(
-                f"{tables[0]} has the plates {listing(sorted(set(plates)), 6)}; choose one with --plate-name."
+                f"{table_path} has the plates {listing(sorted(set(plates)), 6)}; choose one with --plate-name."
             )
         table, parts = table[plates == plate_name], parts[plates == plate_name]
     sites = parts[2] if parts.shape[1] >= 3 else ["1"] * len(table)
@@ -89,11 +88,11 @@ def plan_single_cells(source: Path, *, plate_name: str | None = None) -> ImportP
         try:
             place = (canonical_well(well), site_name(str(site)))
         except MetadataError as error:
-            raise PlateError(f"{tables[0]}: {error}") from error
+            raise PlateError(f"{table_path}: {error}") from error
         cells.setdefault(place, []).append((path, str(number)))
     if not cells:
         raise PlateError(
-            f"{tables[0]} lists {len(table)} cells, and none of their files is below {source} ({listing(lost, 2)})."
+            f"{table_path} lists {len(table)} cells, and none of their files is below {source} ({listing(lost, 2)})."
         )
     ordered = sorted(cells, key=lambda ws: (well_position(ws[0]), natural_key(ws[1])))
     strips = {p: CellStrip(*map(tuple, zip(*cells[p], strict=True))) for p in ordered}
@@ -103,14 +102,27 @@ def plan_single_cells(source: Path, *, plate_name: str | None = None) -> ImportP
     plan.plate_name = str(parts[0].iloc[0]) if parts.shape[1] >= 3 else None
     plan.notes = [f"each field is the cells of one site side by side, {first.shape[1]} px each"]
     if lost:
-        plan.notes.append(f"{len(lost)} cells of {tables[0].name} have no file and were left out: {listing(lost, 4)}")
+        plan.notes.append(f"{len(lost)} cells of {table_path.name} have no file and were left out: {listing(lost, 4)}")
     return plan
+
+
+def _table_of(source: Path, plate_name: str | None) -> Path:
+    tables = find_cell_tables(source)
+    named = [p for p in tables if p.stem == plate_name]
+    if len(named) == 1 or len(tables) == 1:
+        return (named or tables)[0]
+    found = listing(p.name for p in tables)
+    if not tables:
+        raise PlateError(f"{source} has no parquet table; expected one that lists the cells.")
+    raise PlateError(f"{source} has {len(tables)} parquet tables ({found}); choose a plate with --plate-name.")
 
 
 def read_cell(path: Path) -> np.ndarray:
     """Return the (C, S, S) pixels of one cell."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim == 3 and array.shape[0] == array.shape[1] != array.shape[2]:  # channels last
+            array = array.transpose(2, 0, 1)
         if array.ndim != 3 or array.shape[1] != array.shape[2] or array.nbytes > MAX_CELL_BYTES or 0 in array.shape:
             raise PlateError(f"{path} has the shape {array.shape}; expected a cell (channels, size, size).")
         if array.dtype.kind not in "uif":

@@ -22,6 +22,8 @@ PATTERNS: dict[str, str] = {  # ready patterns, tried in this order; each must m
     "plain": r"(?:.*[_-])?(?P<well>[A-P]\d{1,2})[_-](?:[sf]|site|field)?(?P<site>\d+)[_-](?P<channel>[A-Za-z][\w]*)",
 }
 SUFFIXES = (".tif", ".tiff")
+# MetaXpress keeps a thumbnail beside each image
+_THUMBNAIL = re.compile(r"_thumb(?:[0-9A-F-]{36}|_?\[[0-9A-F-]+\])?\.tiff?$", re.I)
 
 
 def find_tiffs(source: Path) -> list[Path]:
@@ -52,7 +54,7 @@ def plan_tiff_folder(source: Path, *, pattern: str | None = None, choice: Choice
     PlateError
         No pattern fits, or a site lacks a channel.
     """
-    files = find_tiffs(source)
+    files = [p for p in find_tiffs(source) if not _THUMBNAIL.search(p.name)]
     if not files:
         raise PlateError(f"{source} has no TIFF files; expected a folder of .tif or .tiff images.")
     expression = _compile(pattern) if pattern else _choose(source, files)
