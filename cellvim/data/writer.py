@@ -342,7 +342,7 @@ class PlateWriter:
                         ],
                     }
                 ],
-                "omero": {"channels": channels, "rdefs": {"model": "color"}},
+                "omero": {"channels": channels, "rdefs": {"defaultT": 0, "defaultZ": 0, "model": "color"}},
             }
         )
         return _dump(image)
