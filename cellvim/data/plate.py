@@ -145,6 +145,9 @@ class Plate:
         if not isinstance(entries, list) or not entries:
             raise PlateError(f"{self.path} lists no wells in its plate metadata; expected at least one.")
         rows, columns = ([str(_dig(entry, "name")) for entry in _list(plate.get(key))] for key in ("rows", "columns"))
+        paths = [str(_dig(entry, "path")) for entry in entries]
+        files = ["zarr.json"] if self.ome_version == "0.5" else ["zarr.json", ".zattrs"]
+        self._root.prefetch([f"{p}/{file}" for p in paths if self._root.inside(p) is not None for file in files])
         for entry in entries:
             well_path = str(_dig(entry, "path") or "")
             folder = self._root.inside(well_path)

@@ -5,7 +5,10 @@ Part of `cellvim.data.plate`, which is the only user: nothing else opens Zarr im
 
 from __future__ import annotations
 
+import atexit
+import os
 import zlib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -35,6 +38,9 @@ class Location:
             It cannot be read, or is too large for metadata.
         """
         raise NotImplementedError
+
+    def prefetch(self, names: list[str]) -> None:
+        """Fetch small files, given by their paths from here, all at once, where each takes a while."""
 
     def child(self, relative: str) -> Location:
         """Return a folder below; it need not exist."""
@@ -202,9 +208,10 @@ class _Archive:
 class Remote(Location):
     """A folder behind a URL, through fsspec: ``s3://``, ``https://``, ``memory://`` and whatever else is installed."""
 
-    def __init__(self, filesystem: Any, path: str, url: str) -> None:
+    def __init__(self, filesystem: Any, path: str, url: str, fetched: dict[str, Any] | None = None) -> None:
         self.filesystem, self.path, self.url = filesystem, path.rstrip("/"), url.rstrip("/")
         self.name = PurePosixPath(self.path).name
+        self._fetched: dict[str, Any] = {} if fetched is None else fetched  # path -> content or error, until it is read
 
     def __str__(self) -> str:
         return self.url
@@ -212,7 +219,11 @@ class Remote(Location):
     def read(self, name: str) -> bytes | None:
         """Return a small file's content, or None where there is none."""
         try:
-            content = self.filesystem.cat_file(f"{self.path}/{name}", start=0, end=MAX_METADATA_BYTES + 1)
+            content = self._fetched.pop(f"{self.path}/{name}", None)
+            if content is None:
+                content = self.filesystem.cat_file(f"{self.path}/{name}", start=0, end=MAX_METADATA_BYTES + 1)
+            if isinstance(content, Exception):
+                raise content
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except Exception as error:  # each filesystem has its own kinds
@@ -227,7 +238,16 @@ class Remote(Location):
 
     def child(self, relative: str) -> Remote:
         """Return a folder below; it need not exist."""
-        return Remote(self.filesystem, f"{self.path}/{relative}", f"{self.url}/{relative}")
+        return Remote(self.filesystem, f"{self.path}/{relative}", f"{self.url}/{relative}", self._fetched)
+
+    def prefetch(self, names: list[str]) -> None:
+        """Fetch small files all at once; `read` then gives what came of each, an error too."""
+        paths = [f"{self.path}/{name}" for name in names]
+        try:
+            contents = self.filesystem.cat_ranges(paths, 0, MAX_METADATA_BYTES + 1, on_error="return")
+        except Exception:  # not every filesystem can: they are then read one by one
+            return
+        self._fetched.update(zip(paths, contents, strict=True))
 
     def exists(self) -> bool:
         """Return whether the folder is there."""
@@ -253,18 +273,41 @@ class Remote(Location):
 
     def zarr_store(self) -> tuple[Any, str]:
         """Return the Zarr store, and the path in it."""
-        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
         from zarr.storage import FsspecStore
 
-        filesystem = self.filesystem
-        if not filesystem.async_impl:
-            filesystem = AsyncFileSystemWrapper(filesystem, asynchronous=True)
-        elif not filesystem.asynchronous:
-            import fsspec
+        return FsspecStore(_asynchronous(self.filesystem), read_only=True, path=self.path), ""
 
-            options = {**filesystem.storage_options, "asynchronous": True, "skip_instance_cache": True}
-            filesystem = fsspec.filesystem(_protocol(filesystem), **options)
-        return FsspecStore(filesystem, read_only=True, path=self.path), ""
+
+_SESSIONS: dict[tuple[int, str], Any] = {}  # one a process and filesystem: each has connections of its own
+
+
+def _asynchronous(filesystem: Any) -> Any:
+    """Return the filesystem in the form that Zarr's event loop can use."""
+    import fsspec
+    from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+    if not filesystem.async_impl:
+        return AsyncFileSystemWrapper(filesystem, asynchronous=True)
+    if filesystem.asynchronous:
+        return filesystem
+    key = (os.getpid(), str(hash(filesystem)))
+    if key not in _SESSIONS:
+        options = {**filesystem.storage_options, "asynchronous": True, "skip_instance_cache": True}
+        if not _SESSIONS:
+            atexit.register(_close_sessions)
+        _SESSIONS[key] = fsspec.filesystem(_protocol(filesystem), **options)
+    return _SESSIONS[key]
+
+
+def _close_sessions() -> None:
+    """Close the connections of this process, which would otherwise complain as it ends."""
+    from zarr.core.sync import sync
+
+    for (process, _), filesystem in _SESSIONS.items():
+        session = getattr(filesystem, "_s3", None) or getattr(filesystem, "_session", None)
+        if process == os.getpid() and session is not None:
+            with suppress(Exception):  # the program is over
+                sync(session.close(), timeout=2)
 
 
 def locate(path: str | Path, options: dict[str, Any] | None = None) -> Location:
@@ -314,8 +357,6 @@ def _remote(url: str, options: dict[str, Any]) -> Remote:
 
 def _has_aws_credentials() -> bool:
     """Return whether the environment names credentials; public buckets are read without any."""
-    import os
-
     return any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"))
 
 

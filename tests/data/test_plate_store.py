@@ -94,6 +94,36 @@ def test_memory_and_http_read_as_the_folder(make_plate, tmp_path, served):
     memory.rm("/bucket", recursive=True)
 
 
+def test_wells_behind_a_url_are_fetched_at_once(make_plate, monkeypatch):
+    """One after the other, 384 wells would take 384 round trips."""
+    fsspec = pytest.importorskip("fsspec")
+    path = make_plate(wells=("A01", "A02", "B03"), sites=("1",))
+    memory = fsspec.filesystem("memory")
+    for file in path.rglob("*"):
+        if file.is_file():
+            memory.pipe_file(f"/wells/plate.zarr/{file.relative_to(path).as_posix()}", file.read_bytes())
+    memory.rm("/wells/plate.zarr/A/02/zarr.json")
+    asked: list[str] = []
+    together, alone = type(memory).cat_ranges, type(memory).cat_file
+
+    def cat_ranges(self, paths, *args, **options):
+        asked.append(f"{len(paths)} at once")
+        return together(self, paths, *args, **options)
+
+    def cat_file(self, path, *args, **options):
+        asked.append(path)
+        return alone(self, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "cat_ranges", cat_ranges)
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    plate = open_plate("memory://wells/plate.zarr")
+    assert plate.wells == ["A01", "A02", "B03"] and [f.name for f in plate.fields] == ["A01/1", "B03/1"]
+    assert "3 at once" in asked
+    one_by_one = asked[asked.index("3 at once") + 1 + 3 :]  # what is after memory's own way to do it at once
+    assert not [p for p in one_by_one if p.endswith(("A/01/zarr.json", "B/03/zarr.json"))]
+    memory.rm("/wells", recursive=True)
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/plate.zarr", "nonsense://x/plate.zarr", "file:///no/such.zarr"])
 def test_url_that_cannot_be_opened_says_so(url):
     with pytest.raises(PlateError, match="://") as caught:
