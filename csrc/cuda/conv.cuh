@@ -26,7 +26,8 @@ struct Taps {
   Vec w[2][TAPS], bias[2];
 };
 
-__device__ __forceinline__ Taps load_taps(const ConvSource &from, int e) {
+// Taps and biases times a factor that leaves their digits alone.
+__device__ __forceinline__ Taps load_taps(const ConvSource &from, int e, float scale = 1.0f) {
   static_assert(TAPS == VEC, "a channel's taps are one access");
   const Access access = from.access(e);
   Taps taps;
@@ -38,16 +39,18 @@ __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e) {
       if (from.taps == TAPS && access.whole) {
         const Vec all = unpack(load_whole(channel));
 #pragma unroll
-        for (int j = 0; j < TAPS; ++j) taps.w[k][j][i] = all[j];
+        for (int j = 0; j < TAPS; ++j) taps.w[k][j][i] = scale * all[j];
       } else {
 #pragma unroll
         for (int j = 0; j < TAPS; ++j) {
           const int tap = j - (TAPS - from.taps);
-          taps.w[k][j][i] = tap >= 0 && i < access.count ? channel[tap] : 0.0f;
+          taps.w[k][j][i] = tap >= 0 && i < access.count ? scale * channel[tap] : 0.0f;
         }
       }
     }
     taps.bias[k] = load_row(from.bias ? from.bias + k * from.width : nullptr, e, access, 0.0f);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) taps.bias[k][i] *= scale;
   }
   return taps;
 }
@@ -101,10 +104,11 @@ template <class T, int STEPS> struct Window {
   }
 };
 
-template <class T> __device__ __forceinline__ Vec silu(const Vec &c) {
+// u of a convolution whose taps were loaded with SILU_SCALE<T>.
+template <class T> __device__ __forceinline__ Vec silu_of_scaled(const Vec &c) {
   Vec u;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) u[i] = silu<T>(c[i]);
+  for (int i = 0; i < VEC; ++i) u[i] = silu_of_scaled<T>(c[i]);
   return u;
 }
 

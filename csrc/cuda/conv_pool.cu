@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
   };
   clear();
 
-  const Taps taps = load_taps(a.conv, e);
+  const Taps taps = load_taps(a.conv, e, SILU_SCALE<T>);
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
   const float *share[2];
   for (int k = 0; k < 2; ++k) share[k] = a.share + ((int64_t)k * a.batch + b) * a.plan.length;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
       if (step + t >= last) break;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const Vec u = silu<T>(window.conv(taps, k, t));
+        const Vec u = silu_of_scaled<T>(window.conv(taps, k, t));
         const float weight = MODE == Mode::WEIGHTED ? share[k][step + t] : 1.0f;
         if (MANY) {
           Slot<MODE> slot = read(k, c);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ Poo
   if (e >= a.conv.width) return;
   const Access access = a.conv.access(e);
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch + e;
-  const Taps all = load_taps(a.conv, e);
+  const Taps all = load_taps(a.conv, e, SILU_SCALE<T>);
   Vec w[TAPS];
 #pragma unroll
   for (int j = 0; j < TAPS; ++j) w[j] = k ? all.w[1][j] : all.w[0][j];
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ Poo
     for (int j = 0; j < TAPS; ++j)
 #pragma unroll
       for (int v = 0; v < VEC; ++v) c[v] = fmaf(w[j][v], seen[j][v], c[v]);
-    slot.add(silu<T>(c), MODE == Mode::WEIGHTED ? share[s] : 1.0f, s, k == 1);
+    slot.add(silu_of_scaled<T>(c), MODE == Mode::WEIGHTED ? share[s] : 1.0f, s, k == 1);
   }
   write_slot<T, MODE>(a, slot, k, b, p, e, access);
 }
@@ -245,7 +245,7 @@ template <class T> __global__ void __launch_bounds__(128) direct_kernel(const __
   if (e >= a.conv.width) return;
   const Access access = a.conv.access(e);
   const int first = run * a.run_members, last = min(first + a.run_members, a.plan.length);
-  const Taps taps = load_taps(a.conv, e);
+  const Taps taps = load_taps(a.conv, e, SILU_SCALE<T>);
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
   Cursor ahead(a.plan, b, first - REACH);
   Window<T, STEPS> window;
@@ -258,7 +258,7 @@ template <class T> __global__ void __launch_bounds__(128) direct_kernel(const __
 #pragma unroll
         for (int k = 0; k < 2; ++k)
           store((T *)a.out + (((int64_t)k * a.batch + b) * a.plan.length + step + t) * a.conv.width + e,
-                silu<T>(window.conv(taps, k, t)), access);
+                silu_of_scaled<T>(window.conv(taps, k, t)), access);
   }
 }
 
@@ -285,7 +285,7 @@ template <class T> __global__ void __launch_bounds__(128) score_kernel(const __g
   float dot[2][SCORE_STEPS] = {};
   for (int e = (int)threadIdx.x * VEC; e < E; e += (int)blockDim.x * VEC) {
     const Access access = a.conv.access(e);
-    const Taps taps = load_taps(a.conv, e);
+    const Taps taps = load_taps(a.conv, e, SILU_SCALE<T>);
     Cursor here(a.plan, b, first), ahead(a.plan, b, first - REACH);
     Window<T, SCORE_STEPS> window;
     window.start(x, a.conv, e, ahead);
@@ -296,7 +296,7 @@ template <class T> __global__ void __launch_bounds__(128) score_kernel(const __g
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const int64_t line = ((int64_t)k * a.batch + b) * a.plan.slots;
-          const Vec u = silu<T>(window.conv(taps, k, t));
+          const Vec u = silu_of_scaled<T>(window.conv(taps, k, t));
           const Vec r = a.row ? load_row(a.row + k * E, e, access, 0.0f)
                               : load((const T *)a.grad + (line + here.slot(k)) * E + e, access);
 #pragma unroll

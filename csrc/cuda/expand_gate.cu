@@ -54,7 +54,7 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
       if (SKIP && exists[t])
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const Vec u = silu<T>(window.conv(taps, k, t));
+          const Vec u = silu_of_scaled<T>(window.conv(taps, k, t));
 #pragma unroll
           for (int i = 0; i < VEC; ++i) mixed[i] = fmaf(skip[k][i], u[i], mixed[i]);
         }
@@ -97,20 +97,26 @@ __device__ __forceinline__ Moments row_moments(const RowOfLane &lane, int kind, 
   return {mean, 1.0f / sqrtf(sum_of_warp(square) / (float)lane.width + eps)};
 }
 
-constexpr int AHEAD = 6;  // vectors of z that a lane asks for before it needs them: rows of up to 768 channels
+// Bytes of shared memory that a tile's rows of z take, rounded so that what follows lies on a boundary.
+template <class T> __host__ __device__ int64_t bytes_of_gates(int tile, int width) {
+  return ((int64_t)tile * ((width + VEC - 1) / VEC) * (int64_t)sizeof(Raw<T>) + 15) / 16 * 16;
+}
 
 template <class T, bool SKIP, int THREADS>
 __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ GateArguments a) {
   float *rows = reinterpret_cast<float *>(shared_memory);  // (tile, E)
+  Raw<T> *gates = reinterpret_cast<Raw<T> *>(rows + (int64_t)a.tile * a.conv.width);  // (tile, E / VEC): z
+  int *tokens = reinterpret_cast<int *>(reinterpret_cast<unsigned char *>(gates) + bytes_of_gates<T>(a.tile, a.conv.width));
   const int b = (int)blockIdx.x / a.runs, first = (int)blockIdx.x % a.runs * a.run_steps;
   const int last = min(first + a.run_steps, a.plan.stored), E = a.conv.width;
   const int e = (int)threadIdx.x * VEC, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
+  const int groups = (E + VEC - 1) / VEC;
   Taps taps;
   Vec skip[2];
   Cursor here(a.plan, b, first), ahead(a.plan, b, first - REACH);
   Window<T, STEPS> window;
   if (SKIP && e < E) {
-    taps = load_taps(a.conv, e);
+    taps = load_taps(a.conv, e, SILU_SCALE<T>);
     for (int k = 0; k < 2; ++k) {
       skip[k] = load_row(a.skip + k * E, e, a.conv.access(e), 0.0f);
       for (int i = 0; i < VEC; ++i) skip[k][i] *= 0.5f;  // the mean of the directions
@@ -120,34 +126,36 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
 
   for (int step = first; step < last; step += a.tile) {
     const int steps = min(a.tile, last - step);
-    if (e < E) mix_tile<T, SKIP>(a, taps, skip, e, b, here, ahead, window, steps, rows);
-    __syncthreads();
+    // The gates come in while the tile is mixed; each lane copies what it will read.
     for (int t = warp; t < steps; t += warps) {
       const RowOfLane lane = {rows + t * E, E};
       const int token = token_at(a.plan, b, step + t), vectors = lane.vectors();
       const T *z = (const T *)a.z + b * a.z_batch + (int64_t)token * a.z_token;
-      T *out = (T *)a.out + ((int64_t)b * a.plan.stored + token) * E;
-      Raw<T> early[AHEAD];
-#pragma unroll
-      for (int c = 0; c < AHEAD; ++c)
-        if (c < vectors) early[c] = load_raw(z + lane.place(c), a.conv.access(lane.place(c)));
+      for (int c = 0; c < vectors; ++c)
+        copy_ahead(gates + t * groups + lane.place(c) / VEC, z + lane.place(c), a.conv.access(lane.place(c)));
+      if (threadIdx.x % 32 == 0) tokens[t] = token;
+    }
+    if (e < E) mix_tile<T, SKIP>(a, taps, skip, e, b, here, ahead, window, steps, rows);
+    wait_for_copies();
+    __syncthreads();
+    for (int t = warp; t < steps; t += warps) {
+      const RowOfLane lane = {rows + t * E, E};
+      const int vectors = lane.vectors();
+      T *out = (T *)a.out + ((int64_t)b * a.plan.stored + tokens[t]) * E;
       const auto value = [&](int e) { return load(lane.row + e, a.conv.access(e)); };
       const Moments m = row_moments(lane, a.norm, a.eps, value);
-      const auto gate = [&](int c, const Vec &gates) {
+#pragma unroll 2
+      for (int c = 0; c < vectors; ++c) {
         const int e = lane.place(c);
         const Access access = a.conv.access(e);
-        const Vec mixed = value(e), weight = load_row(a.norm_weight, e, access, 1.0f);
+        const Vec gate = unpack(gates[t * groups + e / VEC]), mixed = value(e), weight = load_row(a.norm_weight, e, access, 1.0f);
         const Vec bias = load_row(a.norm_bias, e, access, 0.0f);
         Vec result;
 #pragma unroll
         for (int i = 0; i < VEC; ++i)
-          result[i] = fmaf((mixed[i] - m.mean) * m.scale, weight[i], bias[i]) * silu<T>(gates[i]);
+          result[i] = fmaf((mixed[i] - m.mean) * m.scale, weight[i], bias[i]) * silu<T>(gate[i]);
         store(out + e, result, access);
-      };
-#pragma unroll
-      for (int c = 0; c < AHEAD; ++c)
-        if (c < vectors) gate(c, unpack(early[c]));
-      for (int c = AHEAD; c < vectors; ++c) gate(c, load(z + lane.place(c), a.conv.access(lane.place(c))));
+      }
     }
     __syncthreads();
   }
@@ -164,7 +172,7 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
   Taps taps;
   Vec skip[2], sum_weight = splat(0.0f), sum_bias = splat(0.0f);
   if (SKIP && e < E) {
-    taps = load_taps(a.conv, e);
+    taps = load_taps(a.conv, e, SILU_SCALE<T>);
     for (int k = 0; k < 2; ++k) {
       skip[k] = load_row(a.skip + k * E, e, a.conv.access(e), 0.0f);
       for (int i = 0; i < VEC; ++i) skip[k][i] *= 0.5f;
@@ -298,7 +306,8 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
   const size_t shared = (size_t)tiles * tile * g.conv.width * sizeof(float);
   if (!is_backward) {
     if (is_counting) return CELLVIM_OK;
-    return launch(call, gate_kernel<T, SKIP, THREADS>, items, threads, shared, g);
+    const size_t gates = (size_t)bytes_of_gates<T>(tile, g.conv.width) + tile * sizeof(int);
+    return launch(call, gate_kernel<T, SKIP, THREADS>, items, threads, shared + gates, g);
   }
   const int64_t workers = clamp<int64_t>(items, 1, 4 * multiprocessors(call.device));
   if (g.norm != CELLVIM_NORM_NONE) g.partial = workspace.take<float>(workers * 2 * a.width);
@@ -335,6 +344,7 @@ int run(const cellvim_expand_gate &a, const GateArguments &g, bool is_backward, 
   // Fewer threads a block leave more registers to each.
   if (a.width <= 256 * VEC) return run<T, SKIP, 256>(a, g, is_backward, call, workspace, is_counting);
   if (a.width <= 512 * VEC) return run<T, SKIP, 512>(a, g, is_backward, call, workspace, is_counting);
+  if (a.width <= 640 * VEC) return run<T, SKIP, 640>(a, g, is_backward, call, workspace, is_counting);  // Huge
   return run<T, SKIP, 1024>(a, g, is_backward, call, workspace, is_counting);
 }
 

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_
     int at = count;
     for (int i = 0; i < t; ++i) at += scratch[i];
     for (int i = from; i < to; ++i)
-      if (!visited[i]) token_out[at++] = i;
+      if (!visited[i] && at < plan.tokens) token_out[at++] = i;  // no more than that unless a token is visited twice
     __syncthreads();
   }
   if (!start_out) return;
@@ -162,7 +162,8 @@ int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace,
 int fill_tables(const cellvim_plan &from, bool needs_groups, const Plan &plan, const cellvim_cuda_call &call) {
   if (!plan.indexed) return CELLVIM_OK;
   return launch(call, tables_kernel, 2 * plan.samples, THREADS, THREADS * sizeof(int), plan, from.order, from.slot,
-                const_cast<int32_t *>(plan.token) + (int64_t)plan.samples * plan.tokens, const_cast<int32_t *>(plan.token), const_cast<int32_t *>(plan.slot),
+                const_cast<int32_t *>(plan.token) + (int64_t)plan.samples * plan.tokens,
+                const_cast<int32_t *>(plan.token), const_cast<int32_t *>(plan.slot),
                 const_cast<int32_t *>(plan.count), const_cast<int32_t *>(needs_groups ? plan.start : nullptr),
                 const_cast<int32_t *>(needs_groups ? plan.steps : nullptr));
 }

@@ -174,7 +174,6 @@ template <class To, class From> inline To reinterpret_bits(From from) {
 inline float __uint_as_float(unsigned bits) { return reinterpret_bits<float>(bits); }
 inline float __int_as_float(int bits) { return reinterpret_bits<float>(bits); }
 inline int __float_as_int(float value) { return reinterpret_bits<int>(value); }
-inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f && !std::isnan(b) ? a * 0.0f : a / b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
