@@ -2,78 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_cases import ENCODER_CASES, load_model, prefixes, read_case, subset, weights_of
 
-from cellvim import Encoder, EncoderConfig, load_reference
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-ENCODER_CASES = sorted(
-    p.stem
-    for p in GOLDEN.glob("[a-z]*.npz")
-    if json.loads(p.with_suffix(".json").read_text())["cls"] == "VisionMamba" and "_hcs_" not in p.stem
-)
-
-
-def read_case(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    description = json.loads((GOLDEN / f"{name}.json").read_text())
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return description, {k: torch.from_numpy(file[k]) for k in file}
-
-
-def prefixes(name: str) -> list[str]:
-    """ "sub/" for the cases that also have a subset of the channels."""
-    shapes = json.loads((GOLDEN / f"{name}.json").read_text())["input_shapes"]
-    return [key.removesuffix("x") for key in shapes]
-
-
-def config_of(description: dict) -> EncoderConfig:
-    """The published constructor's arguments in our names."""
-    kwargs, source = description["kwargs"], description["reference"]
-    ssm = kwargs.get("ssm_cfg") or {}
-    pooled = "fast" in source
-    per_channel = "channel_wise" in source
-    class_token = "none"
-    if kwargs.get("if_cls_token"):
-        class_token = "middle"
-    return EncoderConfig(
-        image_size=kwargs["img_size"],
-        patch_size=kwargs["patch_size"],
-        patch_stride=kwargs["stride"],
-        in_channels=kwargs.get("channels", kwargs.get("in_chans")),
-        embed_dim=kwargs["embed_dim"],
-        depth=kwargs["depth"],
-        num_classes=kwargs.get("num_classes", 0),
-        tokens="per_channel" if per_channel else "joint",
-        scan_order=kwargs.get("scan_order", "Channel-First").lower().replace("-", "_"),
-        scan_path=kwargs.get("scanpath_type", "rowwise"),
-        pool=kwargs.get("collapse_method", "mean") if pooled else "none",
-        pool_axes=2 if "2dcompress" in source else 1,
-        alternate=pooled and kwargs.get("rotate_every_block", True),
-        pool_scale=kwargs.get("scaling_factor", 1.0),
-        input_norm="rms" if kwargs.get("rms_norm", False) else "layer",
-        ssm_norm="layer" if kwargs.get("use_norm_after_ssm", True) else "none",
-        class_token=class_token,
-        readout={"mean": "mean", "max": "max", "all": "tokens"}[kwargs.get("final_pool_type", "mean")],
-        channel_sampling="sorted" if kwargs.get("sort_channels", True) else "unsorted",
-        d_state=ssm.get("d_state", 16),
-        d_conv=ssm.get("d_conv", 4),
-        expand=ssm.get("expand", 2),
-        dt_rank=ssm.get("dt_rank"),
-        projection_bias=ssm.get("bias", False),
-        layer_scale=kwargs.get("init_layer_scale"),
-        drop_path_rate=kwargs.get("drop_path_rate", 0.0),
-        out_indices=tuple(kwargs.get("out_indices", ())),
-        mask_reverse="reference",
-    )
-
-
-def weights_of(arrays: dict) -> dict[str, torch.Tensor]:
-    return {k.removeprefix("sd/"): v for k, v in arrays.items() if k.startswith("sd/")}
+from cellvim import Encoder, EncoderConfig
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -83,10 +16,6 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> Non
     assert worst <= tolerance, f"{name}: off by {worst:.3g}, allowed {tolerance:.3g}"
 
 
-def load_model(description: dict, arrays: dict) -> Encoder:
-    return load_reference(Encoder(config_of(description)).eval(), weights_of(arrays))
-
-
 def run_blocks(model: Encoder, images: torch.Tensor, channels) -> tuple[list, torch.Tensor]:
     hidden, grid = model.embed(images, channels)
     residual, outputs = None, []
@@ -94,11 +23,6 @@ def run_blocks(model: Encoder, images: torch.Tensor, channels) -> tuple[list, to
         hidden, residual = block(hidden, residual, grid.plan(i))
         outputs.append(hidden)
     return outputs, residual
-
-
-def subset(images: torch.Tensor, model: Encoder) -> list[int] | None:
-    count = images.shape[1]
-    return None if count == model.config.in_channels else list(range(count))
 
 
 @pytest.mark.parametrize(("name", "prefix"), [(n, p) for n in ENCODER_CASES for p in prefixes(n)])

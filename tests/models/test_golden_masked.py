@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_golden import assert_close, config_of, load_model, read_case, weights_of
+from golden_cases import GOLDEN, config_of, load_model, read_case, weights_of
+from test_golden import assert_close
 
 from cellvim import MaskedAutoencoder, create_model, load_reference
 
@@ -93,8 +94,6 @@ def test_nothing_masked_equals_fastvim() -> None:
 
 def test_masked_autoencoder_has_the_published_size() -> None:
     import json
-
-    from test_golden import GOLDEN
 
     expected = json.loads((GOLDEN / "_real_models.json").read_text())["FastMaskVim-B dec512d2"]
     config = create_model("fastvim_base_patch16", depth=1).config.replace(depth=24)

@@ -1,11 +1,13 @@
-"""Random plans and inputs for the ops' tests, and the comparison of a back-end with the definition in float64."""
+"""Plans and inputs for the ops' tests, and the comparison of a back-end with the definition in float64.
+
+It needs torch alone, so that ``python -m benchmarks.gpu_check`` runs on a bare GPU machine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cellvim.ops.plan import ScanPlan
@@ -38,18 +40,6 @@ def indexed_plan(seed: int, batch: int, tokens: int, slots: int, shared: bool = 
         slot_weight=torch.rand(rows, slots, generator=g) + 0.1,
         slot_count=slots,
     )
-
-
-@st.composite
-def plans(draw: st.DrawFn, batch: int) -> tuple[ScanPlan, int]:
-    """A plan and the number of tokens it needs."""
-    if draw(st.booleans()):
-        tokens, slots = draw(st.integers(1, 24)), draw(st.integers(1, 7))
-        return indexed_plan(draw(st.integers(0, 2**16)), batch, tokens, slots, draw(st.booleans())), tokens
-    sizes = draw(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5)))
-    pooled = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
-    plan = dense_plan(sizes, draw(st.permutations(range(3))), pooled, draw(st.sampled_from([1.0, 0.25])))
-    return plan, sizes[0] * sizes[1] * sizes[2]
 
 
 def tensors(seed: int) -> Callable[..., Tensor]:
@@ -114,7 +104,8 @@ def run(op: Callable, inputs: dict[str, Tensor | None], seed: int, dtype: torch.
     outputs = op(**{name: leaves.get(name) for name in inputs})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     new = tensors(seed + 1)
-    directions = [new(*o.shape).to(o.dtype) for o in outputs]
+    # Numbers that every type holds exactly, so that all of them start from the same direction.
+    directions = [new(*o.shape).bfloat16().to(o.dtype) for o in outputs]
     grads = torch.autograd.grad(outputs, list(leaves.values()), directions, allow_unused=True)
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):

@@ -21,7 +21,6 @@ from cases import (
     expand_gate_inputs,
     in_float64,
     indexed_plan,
-    plans,
     pooled_scan_inputs,
     run,
     tensors,
@@ -29,6 +28,7 @@ from cases import (
 from cuda_emulation import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import plans
 
 from cellvim.ops import kernels, reference
 from cellvim.ops.plan import ScanPlan, sequence_plan

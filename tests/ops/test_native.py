@@ -14,13 +14,13 @@ from cases import (
     expand_gate_inputs,
     in_float64,
     indexed_plan,
-    plans,
     pooled_scan_inputs,
     run,
     tensors,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import plans
 
 from cellvim.ops import native, reference
 from cellvim.ops.plan import ScanPlan, sequence_plan
