@@ -578,23 +578,18 @@ def datasets(name: Annotated[str | None, typer.Argument(help="Show this dataset'
 @bench_app.command("gpu")
 def bench_gpu(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer models and repetitions: under 3 minutes.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file, written after every row.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Every row once, tiny, on any device.")] = False,
 ) -> None:
     """Speed of the CUDA kernels and models against the floor of this GPU."""
-    import json
-
-    from rich.console import Console
-
-    from cellvim.bench import gpu
+    from cellvim.bench import gpu, gpu_report
 
     if output is not None and not output.parent.is_dir():
         raise InputError(f"The folder {output.parent} for the figures does not exist.")
-    results = gpu.run(quick=quick)
-    for table in gpu.tables(results):
-        Console().print(table)
-    if output is not None:
-        output.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"Wrote {output}")
+    results = gpu.run(quick, output, dry_run)
+    print(gpu_report.report(results))
+    if any(row.get("failed") for row in results["rows"]):
+        raise typer.Exit(3)
 
 
 @app.command()
