@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ import torch
 from cellvim.data.crops import resize_on_device
 from cellvim.data.stream import FieldCrops, stream_crops
 from cellvim.errors import CellvimError, DeviceError
+from cellvim.models.graphs import replayed
 from cellvim.running.ledger import Key, Rows
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _embed_plate(
     """One stream of fields; begun again behind a field that breaks it."""
     in_hand: deque[Key] = deque()  # taken from the keys, and without a result yet
     encode = _encode_packed if plan.batch_size > 1 and plan.device != "cpu" else _encode_by_field
+    features_of = replayed(plan.model, autocast=_lower(plan)).forward_features  # batches have few shapes, and repeat
     left: Iterator[Key] | None = keys
     while left is not None:
         taken, left = left, None
@@ -75,7 +77,7 @@ def _embed_plate(
             illumination=plate.illumination,
         )
         try:
-            for cut, features in encode(plan, plate, stream):
+            for cut, features in encode(plan, plate, stream, features_of):
                 yield in_hand.popleft(), cut.failed if features is None else _rows(plan, cut, features)
         except DeviceError:
             raise
@@ -106,19 +108,20 @@ class _Features:
 
 
 def _encode_by_field(
-    plan: EmbeddingPlan, plate: PlatePlan, stream: Iterator[FieldCrops]
+    plan: EmbeddingPlan, plate: PlatePlan, stream: Iterator[FieldCrops], features_of: Callable
 ) -> Iterator[tuple[FieldCrops, _Features | None]]:
     """Batches of one field each, none of them filled up."""
     for cut in stream:
         if cut.failed is not None:
             yield cut, None
             continue
-        parts = [_run(plan, plate, crops) for crops in cut.crops.split(plan.batch_size)] if len(cut.crops) else []
+        batches = cut.crops.split(plan.batch_size) if len(cut.crops) else []
+        parts = [_run(plan, plate, crops, features_of) for crops in batches]
         yield cut, _gathered(plan, plate, parts)
 
 
 def _encode_packed(
-    plan: EmbeddingPlan, plate: PlatePlan, stream: Iterator[FieldCrops]
+    plan: EmbeddingPlan, plate: PlatePlan, stream: Iterator[FieldCrops], features_of: Callable
 ) -> Iterator[tuple[FieldCrops, _Features | None]]:
     """Batches that go across fields, all of the same size; results are fetched one batch later."""
     waiting: deque[tuple[FieldCrops, int]] = deque()  # fields that are not complete, and their last row
@@ -128,7 +131,7 @@ def _encode_packed(
 
     def launch(batch: torch.Tensor, n: int) -> None:
         nonlocal given
-        results.append((given, [values[:n] for values in _run(plan, plate, batch)]))
+        results.append((given, [values[:n] for values in _run(plan, plate, batch, features_of)]))
         given += n
 
     def complete() -> Iterator[tuple[FieldCrops, _Features | None]]:
@@ -171,14 +174,19 @@ def _encode_packed(
     yield from complete()
 
 
-def _run(plan: EmbeddingPlan, plate: PlatePlan, crops: torch.Tensor) -> list[torch.Tensor]:
+def _lower(plan: EmbeddingPlan) -> torch.dtype | None:
+    """The type that matrix products are to be computed in, None for the model's own."""
+    return torch.bfloat16 if plan.precision == "bfloat16" else None
+
+
+def _run(plan: EmbeddingPlan, plate: PlatePlan, crops: torch.Tensor, features_of: Callable) -> list[torch.Tensor]:
     """Return what the model says of a batch, each (n, …) float32: features; then by channel; then maps of tokens."""
     images = crops if plan.input_px is None else resize_on_device(crops, plan.input_px)
     kind = plan.device.split(":")[0]
-    lower = torch.autocast(kind, torch.bfloat16) if plan.precision == "bfloat16" else nullcontext()
+    lower = torch.autocast(kind, _lower(plan)) if _lower(plan) else nullcontext()
     try:
         with torch.inference_mode(), lower:
-            said = [plan.model.forward_features(images, channels=plate.channel_ids)]
+            said = [features_of(images, channels=plate.channel_ids)]
             if plan.per_channel or plan.tokens:
                 maps = plan.model.forward_token_maps(images, channels=plate.channel_ids)  # (n, D, C, h, w)
                 said += list(maps.float().mean((3, 4)).unbind(2)) if plan.per_channel else []
@@ -249,7 +257,7 @@ def _need_on_gpu(plan: EmbeddingPlan) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(plan.device)
         crops = torch.zeros(n, len(plate.channels), plan.input_px, plan.input_px, device=plan.device)
-        _run(plan, plate, crops)
+        _run(plan, plate, crops, plan.model.forward_features)
         torch.cuda.synchronize(plan.device)
         needs.append(torch.cuda.max_memory_allocated(plan.device))
         del crops

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cellvim import ops
 from cellvim.errors import BackendError, ModelError
 from cellvim.models.encoder import Encoder
 from cellvim.models.patch_embed import Channels, resolve_channels
 
 _WARM_UPS = 3  # before capture: libraries allocate and choose their kernels
+
+
+def replayed(model: Encoder, autocast: torch.dtype | None = None) -> Encoder | GraphedEncoder:
+    """Return the model as a `GraphedEncoder` where the CUDA kernels run it; itself elsewhere."""
+    device = _device_of(model)
+    if device.type != "cuda" or ops.selected_backend(device) != "cuda":
+        return model
+    return GraphedEncoder(model, autocast)
 
 
 class GraphedEncoder:
@@ -46,7 +54,7 @@ class GraphedEncoder:
     """
 
     def __init__(self, model: Encoder, autocast: torch.dtype | None = torch.bfloat16, most_graphs: int = 8) -> None:
-        device = next(model.parameters()).device
+        device = _device_of(model)
         if device.type != "cuda":
             raise BackendError(f"The model is on {device.type}; CUDA graphs need it on a CUDA GPU. Call model.cuda().")
         self.model = model
@@ -66,7 +74,7 @@ class GraphedEncoder:
     def _run(self, method: Callable, images: Tensor, channels: Channels) -> Tensor:
         if self.model.training:
             raise ModelError("The model is in training mode; CUDA graphs are for inference. Call model.eval().")
-        device = next(self.model.parameters()).device
+        device = _device_of(self.model)
         # Lists are checked on the CPU, where a look at the numbers stops nothing; of the images only the shape matters.
         stand_in = images if isinstance(channels, Tensor) else torch.empty(0).expand(*images.shape[:2], 0)
         ids = resolve_channels(channels, stand_in, self.model.config)
@@ -80,25 +88,41 @@ class GraphedEncoder:
         self._graphs.move_to_end(key)
         return self._graphs[key].replay(images, ids)
 
+    # Not as inference tensors, which later calls outside of torch.inference_mode() could not write to.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self, method: Callable, images: Tensor, channels: Tensor | None) -> _Graph:
+        device = images.device
         images, channels = images.clone(), None if channels is None else channels.clone()
-        side = torch.cuda.Stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self._forward(method, images, channels)
-        torch.cuda.current_stream(images.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            output = self._forward(method, images, channels)
+        with torch.cuda.device(device):  # the model's GPU need not be the current one
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self._forward(method, images, channels)
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, which read and copy images, may go on meanwhile.
+            try:
+                with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
+                    output = self._forward(method, images, channels)
+            except RuntimeError as error:
+                if isinstance(error.__context__, torch.OutOfMemoryError):  # it broke the capture, whose end failed, too
+                    raise error.__context__ from None
+                raise
         return _Graph(graph, images, channels, output)
 
     @torch.no_grad()
     def _forward(self, method: Callable, images: Tensor, channels: Tensor | None) -> Tensor:
-        # Without the cache: weights that were cast outside the graph would not be there when it is replayed.
-        cast = torch.autocast("cuda", self.autocast, cache_enabled=False) if self.autocast else nullcontext()
-        with cast:
+        # Without the cache: weights that were cast outside the graph would not be there when it is replayed. Whatever
+        # autocast the caller has set stays outside, too.
+        lower = self.autocast or torch.bfloat16
+        with torch.autocast("cuda", lower, enabled=self.autocast is not None, cache_enabled=False):
             return method(images, channels)
+
+
+def _device_of(model: Encoder) -> torch.device:
+    return next(model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,8 @@ class _Graph:
     channels: Tensor | None
     output: Tensor
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def replay(self, images: Tensor, channels: Tensor | None) -> Tensor:
         self.images.copy_(images, non_blocking=True)
         if channels is not None:
