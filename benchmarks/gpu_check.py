@@ -1,10 +1,10 @@
 """Is everything right on this GPU? ``python -m benchmarks.gpu_check`` from the repository's root.
 
 Every op and gradient at random shapes and plans against the definition in float64 on the CPU, determinism, extreme
-values, arrays of more than 2³¹ elements, streams, the published (golden) numbers, CUDA graphs, and, where
-compute-sanitizer is on the PATH, its memcheck and racecheck. Needs PyTorch, numpy and, unless CellVim is installed with
-its CUDA library, nvcc: the library is then built first. Prints a table, writes the rows as JSON as they come, and exits
-with 1 if anything failed, 2 if nothing could be checked.
+values, arrays of more than 2³¹ elements, streams, the published (golden) numbers, CUDA graphs, and, where it is
+installed, compute-sanitizer's memcheck and racecheck (``pip install nvidia-cuda-sanitizer-api``). Needs PyTorch, numpy
+and, unless CellVim is installed with its CUDA library, nvcc: the library is then built first. Prints a table, writes
+the rows as JSON as they come, and exits with 1 if anything failed, 2 if nothing could be checked.
 """
 
 from __future__ import annotations
@@ -445,9 +445,9 @@ def _check_graphs() -> Iterator[dict]:
 
 
 def _check_sanitizer(seconds: float) -> Iterator[dict]:
-    program = shutil.which("compute-sanitizer")
+    program = _find_sanitizer()
     if program is None:
-        yield _row("compute-sanitizer", True, "not on the PATH: left out")
+        yield _row("compute-sanitizer", True, "left out: not there (pip install nvidia-cuda-sanitizer-api)")
         return
     # Every tensor gets memory of its own, so that its ends are known.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -468,6 +468,13 @@ def _check_sanitizer(seconds: float) -> Iterator[dict]:
             continue
         last = " ".join(line for line in done.stdout.splitlines() if "SUMMARY" in line)
         yield _row(f"compute-sanitizer {tool}", done.returncode == 0, last or f"exit code {done.returncode}")
+
+
+def _find_sanitizer() -> str | None:
+    """compute-sanitizer of the CUDA toolkit, or of NVIDIA's package on PyPI."""
+    places = [Path(p) / "nvidia" for p in sys.path if p.endswith("-packages")]
+    found = [str(p) for place in places for p in place.glob("*/bin/compute-sanitizer")]
+    return next((p for p in [shutil.which("compute-sanitizer"), *found] if p), None)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ struct ConvSource {
   const float *weight, *bias;  // (2, E, taps), (2, E) or null
   bool whole;                  // rows of x, of every other token array and of weights start on a boundary of VEC values
 
-  __device__ __forceinline__ Access access(int e) const { return {whole && e + VEC <= width, min(width - e, VEC)}; }
+  // WHOLE: it is known that `whole` is true, so that no code for anything else is made.
+  template <bool WHOLE = false> __device__ __forceinline__ Access access(int e) const {
+    if (WHOLE) return {true, VEC};
+    return {whole && e + VEC <= width, min(width - e, VEC)};
+  }
 };
 
 struct Taps {
@@ -27,9 +31,10 @@ struct Taps {
 };
 
 // Taps and biases times a factor that leaves their digits alone.
+template <bool WHOLE = false>
 __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e, float scale = 1.0f) {
   static_assert(TAPS == VEC, "a channel's taps are one access");
-  const Access access = from.access(e);
+  const Access access = from.access<WHOLE>(e);
   Taps taps;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -55,18 +60,20 @@ __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e, float s
   return taps;
 }
 
-// Tokens of STEPS consecutive steps and REACH on either side. Everything is indexed by constants once the loops over the
+// Tokens of STEPS consecutive steps and REACH on either side. `ahead` is a Cursor or a list that reads like one. Everything is indexed by constants once the loops over the
 // steps are unrolled, so that it stays in registers and nothing is moved but the overlap of two turns.
-template <class T, int STEPS> struct Window {
+template <class T, int STEPS, bool WHOLE = false> struct Window {
   Vec x[STEPS + 2 * REACH];
   int token[STEPS + 2 * REACH];
 
   // The overlap before the step at which `ahead` stands; moves `ahead` REACH steps past it.
-  __device__ __forceinline__ void start(const T *x_of_sample, const ConvSource &from, int e, Cursor &ahead) {
+  template <class Ahead>
+  __device__ __forceinline__ void start(const T *x_of_sample, const ConvSource &from, int e, Ahead &ahead) {
     load_rows<2 * REACH>(x_of_sample, from, e, ahead, STEPS);
   }
   // The next STEPS steps: x[REACH + t] is then the current token of the t-th.
-  __device__ __forceinline__ void turn(const T *x_of_sample, const ConvSource &from, int e, Cursor &ahead) {
+  template <class Ahead>
+  __device__ __forceinline__ void turn(const T *x_of_sample, const ConvSource &from, int e, Ahead &ahead) {
 #pragma unroll
     for (int j = 0; j < 2 * REACH; ++j) x[j] = x[STEPS + j], token[j] = token[STEPS + j];
     load_rows<STEPS>(x_of_sample, from, e, ahead, 2 * REACH);
@@ -84,20 +91,22 @@ template <class T, int STEPS> struct Window {
 
  private:
   // All loads are issued before the first is waited for.
-  template <int COUNT>
-  __device__ __forceinline__ void load_rows(const T *x_of_sample, const ConvSource &from, int e, Cursor &ahead, int to) {
+  template <int COUNT, class Ahead>
+  __device__ __forceinline__ void load_rows(const T *x_of_sample, const ConvSource &from, int e, Ahead &ahead, int to) {
     Raw<T> raw[COUNT];
-    const Access access = from.access(e);
+    const Access access = from.access<WHOLE>(e);
+    const T *x_of_thread = x_of_sample + e;
+    const int row = from.x_token * (int)sizeof(T);
 #pragma unroll
     for (int j = 0; j < COUNT; ++j, ahead.next()) token[to + j] = ahead.token();
     if (access.whole) {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j)
-        if (token[to + j] >= 0) raw[j] = load_whole(x_of_sample + (int64_t)token[to + j] * from.x_token + e);
+        if (token[to + j] >= 0) raw[j] = load_whole(row_at(x_of_thread, token[to + j], row));
     } else {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j)
-        if (token[to + j] >= 0) raw[j] = assemble(x_of_sample + (int64_t)token[to + j] * from.x_token + e, access.count);
+        if (token[to + j] >= 0) raw[j] = assemble(row_at(x_of_thread, token[to + j], row), access.count);
     }
 #pragma unroll
     for (int j = 0; j < COUNT; ++j) x[to + j] = unpack(raw[j]);

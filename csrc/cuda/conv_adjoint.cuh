@@ -32,14 +32,14 @@ struct AdjointArguments {
   float *partial;                  // (workers, ADJOINT_ROWS, E)
 };
 
-template <class T, Adjoint MODE>
+template <class T, Adjoint MODE, bool WHOLE>
 __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ AdjointArguments a) {
   constexpr int STEPS = 4;
   const int chunk = (int)blockIdx.x % a.chunks, worker = (int)blockIdx.x / a.chunks;
   const int e = (chunk * (int)blockDim.x + (int)threadIdx.x) * VEC, E = a.conv.width, P = a.plan.slots;
   if (e >= E) return;
-  const Access access = a.conv.access(e);
-  const Taps taps = load_taps(a.conv, e);
+  const Access access = a.conv.access<WHOLE>(e);
+  const Taps taps = load_taps<WHOLE>(a.conv, e);
   Vec row[2], sum_taps[2][TAPS], sum_bias[2], sum_extra[2];
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -57,8 +57,10 @@ __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ Adj
     const int last = min(first + a.run_steps, a.plan.steps_of(b));
     if (first >= last) continue;
     const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
+    T *out = (T *)a.grad_x + (int64_t)b * a.plan.stored * E + e;
+    const float *mixed_of_sample = a.mixed + (int64_t)b * a.plan.stored * E + e;
     Cursor here(a.plan, b, first - REACH), ahead(a.plan, b, first - 2 * REACH);
-    Window<T, STEPS> window;
+    Window<T, STEPS, WHOLE> window;
     window.start(x, a.conv, e, ahead);
     Vec grad_x[STEPS + 2 * REACH];  // of the window's tokens
 #pragma unroll
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ Adj
           const bool is_own = s >= first && s < last;
           Vec mixed;
           if (MODE == Adjoint::EXPAND)
-            mixed = load(a.mixed + ((int64_t)b * a.plan.stored + window.token[t + REACH]) * E + e, access);
+            mixed = load(row_at(mixed_of_sample, window.token[t + REACH], E * (int)sizeof(float)), access);
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             const Vec c = window.conv(taps, k, t);
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ Adj
           }
         }
         if (s - REACH >= first && s - REACH < last)
-          store((T *)a.grad_x + ((int64_t)b * a.plan.stored + window.token[t]) * E + e, grad_x[t], access);
+          store(row_at(out, window.token[t], E * (int)sizeof(T)), grad_x[t], access);
       }
     }
   }
@@ -152,7 +154,10 @@ inline int plan_adjoint(AdjointArguments &a, int device, Workspace &workspace) {
 template <class T, Adjoint MODE> int run_adjoint(const AdjointArguments &a, int threads, const cellvim_cuda_call &call) {
   if (a.plan.indexed)
     CELLVIM_TRY(zero(call, a.grad_x, (int64_t)a.batch * a.plan.stored * a.conv.width * (int64_t)sizeof(T)));
-  return launch(call, adjoint_kernel<T, MODE>, (int64_t)a.workers * a.chunks, threads, 0, a);
+  constexpr bool CAN = MODE == Adjoint::SUM || MODE == Adjoint::EXPAND;
+  const bool whole = CAN && a.conv.whole;
+  return launch(call, whole ? adjoint_kernel<T, MODE, CAN> : adjoint_kernel<T, MODE, false>,
+                (int64_t)a.workers * a.chunks, threads, 0, a);
 }
 
 }  // namespace cellvim

@@ -18,7 +18,8 @@ struct PoolArguments {
   int batch, chunks;
   int cells, members, inner;     // walk: the slots of a dense plan as (kept, pooled, kept) axes
   int runs, run_members;         // walk: parts into which a cell's members are divided
-  int block_cells;               // walk: cells that a block takes one after the other; 1 if they are divided
+  int block_cells;               // walk: cells that a block takes one after the other; 1 if they are divided, have several
+                                 // slots, or less steps than a turn
   float factor;                  // of every slot, times slot_weight where that is not null
   const float *slot_weight;      // (samples, P) or null
   const float *share;            // WEIGHTED: (2, B, L)
@@ -65,9 +66,12 @@ __device__ __forceinline__ void write_slot(const PoolArguments &a, const Slot<MO
   store((T *)a.out + at, value, access);
 }
 
+constexpr int LISTED = 256;  // steps whose tokens are listed in shared memory at a time; a multiple of all turns
+
 // Reads x once. Block: (sample, cells, run, chunk of channels). MANY: slots of the cell's inner axis take turns from step
-// to step, so their sums lie in shared memory, each thread's apart; else there is one, in registers.
-template <class T, Mode MODE, bool MANY>
+// to step, so their sums lie in shared memory, each thread's apart, and the block has one cell; else there is one slot, in
+// registers.
+template <class T, Mode MODE, bool MANY, bool WHOLE>
 __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolArguments a) {
   constexpr int STEPS = STEPS_PER_TURN<T>;
   int item = (int)blockIdx.x;
@@ -76,15 +80,16 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
   const int groups = (a.cells + a.block_cells - 1) / a.block_cells, b = item / groups;
   int cell = item % groups * a.block_cells;
   const int e = (chunk * (int)blockDim.x + (int)threadIdx.x) * VEC;
-  if (e >= a.conv.width) return;
+  const bool exists = e < a.conv.width;
   const int inner = MANY ? a.inner : 1;
   const int to_cell = min(cell + a.block_cells, a.cells);
   const int first = (cell * a.members + run * a.run_members) * inner;
   const int last = ((to_cell - 1) * a.members + min((run + 1) * a.run_members, a.members)) * inner;
 
-  // Slot (k, c) of this thread.
+  // Shared memory: the list of tokens, then slot (k, c) of each thread.
+  int *list = reinterpret_cast<int *>(shared_memory);
   constexpr int PARTS = MODE == Mode::MAX ? 2 : 1;
-  float4 *shared = reinterpret_cast<float4 *>(shared_memory) + threadIdx.x;
+  float4 *shared = reinterpret_cast<float4 *>(list + LISTED) + threadIdx.x;
   const auto place = [&](int k, int c) { return shared + (k * inner + c) * PARTS * (int)blockDim.x; };
   const auto read = [&](int k, int c) {
     Slot<MODE> slot;
@@ -100,68 +105,77 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
     if (MODE == Mode::MAX)
       reinterpret_cast<int4 *>(place(k, c))[blockDim.x] = {slot.best[0], slot.best[1], slot.best[2], slot.best[3]};
   };
-  Slot<MODE> single[2];
-  const auto clear = [&] {
-    for (int k = 0; k < 2; ++k) {
-      single[k] = Slot<MODE>();
-      if (MANY)
-        for (int c = 0; c < inner; ++c) write(k, c, Slot<MODE>());
+  const Access access = a.conv.access<WHOLE>(e);
+  const auto finish = [&](int k, int c, const Slot<MODE> &slot) {
+    const int p = cell * inner + c;
+    if (!a.partial) {
+      write_slot<T, MODE>(a, slot, k, b, p, e, access);
+      return;
     }
-  };
-  const Access access = a.conv.access(e);
-  const auto finish_cell = [&] {
-    for (int k = 0; k < 2; ++k)
-      for (int c = 0; c < inner; ++c) {
-        const int p = cell * inner + c;
-        const Slot<MODE> slot = MANY ? read(k, c) : single[k];
-        if (!a.partial) {
-          write_slot<T, MODE>(a, slot, k, b, p, e, access);
-          continue;
-        }
-        const int64_t at = ((((int64_t)run * 2 + k) * a.batch + b) * a.plan.slots + p) * a.conv.width + e;
-        store(a.partial + at, slot.value, access);
-        if (MODE == Mode::MAX)
+    const int64_t at = ((((int64_t)run * 2 + k) * a.batch + b) * a.plan.slots + p) * a.conv.width + e;
+    store(a.partial + at, slot.value, access);
+    if (MODE == Mode::MAX)
 #pragma unroll
-          for (int i = 0; i < VEC; ++i)
-            if (i < access.count) a.partial_best[at + i] = slot.best[i];
-      }
+      for (int i = 0; i < VEC; ++i)
+        if (i < access.count) a.partial_best[at + i] = slot.best[i];
   };
-  clear();
+  // Of this cell, and of the next one if it begins within the same turn.
+  Slot<MODE> single[2], next[2];
+  if (MANY)
+    for (int k = 0; k < 2; ++k)
+      for (int c = 0; c < inner; ++c) write(k, c, Slot<MODE>());
 
-  const Taps taps = load_taps(a.conv, e, SILU_SCALE<T>);
+  Taps taps;
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
   const float *share[2];
   for (int k = 0; k < 2; ++k) share[k] = a.share + ((int64_t)k * a.batch + b) * a.plan.length;
-  Cursor ahead(a.plan, b, first - REACH);
-  Window<T, STEPS> window;
-  window.start(x, a.conv, e, ahead);
+  Window<T, STEPS, WHOLE> window;
+  if (exists) {
+    taps = load_taps<WHOLE>(a.conv, e, SILU_SCALE<T>);
+    Cursor start(a.plan, b, first - REACH);
+    window.start(x, a.conv, e, start);
+  }
   const int cell_steps = a.members * inner;
   int c = 0, left = a.block_cells > 1 ? cell_steps : last - first;  // steps to the end of the cell
-  for (int step = first; step < last; step += STEPS) {
-    window.turn(x, a.conv, e, ahead);
+  for (int listed = first; listed < last; listed += LISTED) {
+    __syncthreads();
+    ListedTokens::fill(a.plan, b, listed + REACH, LISTED, list);
+    __syncthreads();
+    if (!exists) continue;
+    ListedTokens ahead(list);
+    const int end = min(listed + LISTED, last);
+    for (int step = listed; step < end; step += STEPS) {
+      window.turn(x, a.conv, e, ahead);
 #pragma unroll
-    for (int t = 0; t < STEPS; ++t) {
-      if (step + t >= last) break;
+      for (int t = 0; t < STEPS; ++t) {
+        if (step + t >= last) break;
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const Vec u = silu_of_scaled<T>(window.conv(taps, k, t));
-        const float weight = MODE == Mode::WEIGHTED ? share[k][step + t] : 1.0f;
-        if (MANY) {
-          Slot<MODE> slot = read(k, c);
-          slot.add(u, weight, step + t, false);
-          write(k, c, slot);
-        } else {
-          single[k].add(u, weight, step + t, false);
+        for (int k = 0; k < 2; ++k) {
+          const Vec u = silu_of_scaled<T>(window.conv(taps, k, t));
+          const float weight = MODE == Mode::WEIGHTED ? share[k][step + t] : 1.0f;
+          if (MANY) {
+            Slot<MODE> slot = read(k, c);
+            slot.add(u, weight, step + t, false);
+            write(k, c, slot);
+          } else if (t < left) {
+            single[k].add(u, weight, step + t, false);
+          } else {
+            next[k].add(u, weight, step + t, false);
+          }
         }
+        if (MANY && ++c == inner) c = 0;
       }
-      if (MANY && ++c == inner) c = 0;
-      if (--left == 0) {
-        finish_cell();
-        clear();
-        ++cell, left = cell_steps;
+      if (MANY) continue;
+      if (left <= STEPS) {
+        for (int k = 0; k < 2; ++k) finish(k, 0, single[k]), single[k] = next[k], next[k] = Slot<MODE>();
+        ++cell, left += cell_steps;
       }
+      left -= STEPS;
     }
   }
+  if (MANY && exists)
+    for (int k = 0; k < 2; ++k)
+      for (int i = 0; i < inner; ++i) finish(k, i, read(k, i));
 }
 
 // Puts the runs of a cell together, in their order. Block: (direction, sample, slot, chunk of channels).
@@ -237,18 +251,22 @@ __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ Poo
 }
 
 // No pooling: every step's u is written. Block: (sample, run of steps, chunk of channels).
-template <class T> __global__ void __launch_bounds__(128) direct_kernel(const __grid_constant__ PoolArguments a) {
+template <class T, bool WHOLE>
+__global__ void __launch_bounds__(128) direct_kernel(const __grid_constant__ PoolArguments a) {
   constexpr int STEPS = STEPS_PER_TURN<T>;
+  int *list = reinterpret_cast<int *>(shared_memory);  // LISTED
   int item = (int)blockIdx.x;
   const int chunk = item % a.chunks, run = item / a.chunks % a.runs, b = item / a.chunks / a.runs;
   const int e = (chunk * (int)blockDim.x + (int)threadIdx.x) * VEC;
-  if (e >= a.conv.width) return;
-  const Access access = a.conv.access(e);
   const int first = run * a.run_members, last = min(first + a.run_members, a.plan.length);
-  const Taps taps = load_taps(a.conv, e, SILU_SCALE<T>);
+  ListedTokens::fill(a.plan, b, first - REACH, LISTED, list);
+  __syncthreads();
+  if (e >= a.conv.width) return;
+  const Access access = a.conv.access<WHOLE>(e);
+  const Taps taps = load_taps<WHOLE>(a.conv, e, SILU_SCALE<T>);
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
-  Cursor ahead(a.plan, b, first - REACH);
-  Window<T, STEPS> window;
+  ListedTokens ahead(list);
+  Window<T, STEPS, WHOLE> window;
   window.start(x, a.conv, e, ahead);
   for (int step = first; step < last; step += STEPS) {
     window.turn(x, a.conv, e, ahead);
@@ -396,9 +414,12 @@ int forward(PoolArguments a, const cellvim_plan &plan, bool is_direct, const cel
   a.chunks = chunks.count;
   a.runs = 1;
   if (is_direct) {
-    a.run_members = 96, a.runs = divide_up(a.plan.length, a.run_members);
+    constexpr int RUN = 96;
+    static_assert(RUN + 2 * REACH + STEPS_PER_TURN<T> <= LISTED, "a run's tokens are listed at once");
+    a.run_members = RUN, a.runs = divide_up(a.plan.length, a.run_members);
     if (is_counting) return CELLVIM_OK;
-    return launch(call, direct_kernel<T>, (int64_t)a.batch * a.runs * a.chunks, chunks.threads, 0, a);
+    return launch(call, a.conv.whole ? direct_kernel<T, true> : direct_kernel<T, false>,
+                  (int64_t)a.batch * a.runs * a.chunks, chunks.threads, LISTED * sizeof(int), a);
   }
   const size_t each = 2 * (size_t)chunks.threads * VEC * sizeof(float) * (MODE == Mode::MAX ? 2 : 1);
   const bool walks = !a.plan.indexed && find_cells(plan, a) && (a.inner == 1 || a.inner * each <= MOST_SHARED);
@@ -412,7 +433,8 @@ int forward(PoolArguments a, const cellvim_plan &plan, bool is_direct, const cel
   a.run_members = divide_up(a.members, a.runs);
   a.runs = divide_up(a.members, a.run_members > 0 ? a.run_members : 1);
   // Many short ones are walked by the same block, which then starts a window less often.
-  a.block_cells = a.runs > 1 ? 1 : clamp(112 / clamp(a.members * a.inner, 1, 112), 1, a.cells > 0 ? a.cells : 1);
+  const bool is_one_a_block = a.runs > 1 || a.inner > 1 || a.members < STEPS_PER_TURN<T>;
+  a.block_cells = is_one_a_block ? 1 : clamp(112 / clamp(a.members, 1, 112), 1, a.cells > 0 ? a.cells : 1);
   if (a.runs > 1) {
     const int64_t size = (int64_t)a.runs * 2 * a.batch * a.plan.slots * a.conv.width;
     a.partial = workspace.take<float>(size);
@@ -420,10 +442,15 @@ int forward(PoolArguments a, const cellvim_plan &plan, bool is_direct, const cel
   }
   if (is_counting) return CELLVIM_OK;
   const int64_t blocks = (int64_t)a.batch * divide_up(a.cells, a.block_cells) * a.runs * a.chunks;
+  constexpr bool CAN = MODE == Mode::SUM;  // the other pools are ablations: one kernel for all widths
+  const bool whole = CAN && a.conv.whole;
+  const size_t shared = LISTED * sizeof(int) + (a.inner > 1 ? a.inner * each : 0);
   if (a.inner == 1)
-    CELLVIM_TRY(launch(call, walk_kernel<T, MODE, false>, blocks, chunks.threads, 0, a));
+    CELLVIM_TRY(launch(call, whole ? walk_kernel<T, MODE, false, CAN> : walk_kernel<T, MODE, false, false>, blocks,
+                       chunks.threads, shared, a));
   else
-    CELLVIM_TRY(launch(call, walk_kernel<T, MODE, true>, blocks, chunks.threads, a.inner * each, a));
+    CELLVIM_TRY(launch(call, whole ? walk_kernel<T, MODE, true, CAN> : walk_kernel<T, MODE, true, false>, blocks,
+                       chunks.threads, shared, a));
   if (a.runs == 1) return CELLVIM_OK;
   return launch(call, combine_kernel<T, MODE>, 2 * (int64_t)a.batch * a.plan.slots * a.chunks, chunks.threads, 0, a);
 }

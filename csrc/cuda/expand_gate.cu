@@ -29,12 +29,15 @@ struct GateArguments {
 };
 
 // Mixes `tile` steps from `step` on into `rows` (tile, E): the mean over the directions of expand(y) + D * u.
-template <class T, bool SKIP, class MixWindow>
+template <class T, bool SKIP, bool WHOLE, class Here, class Ahead>
 __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &taps, const Vec (&skip)[2], int e, int b,
-                                         Cursor &here, Cursor &ahead, MixWindow &window, int steps, float *rows) {
-  const Access access = a.conv.access(e);
+                                         Here &here, Ahead &ahead, Window<T, STEPS, WHOLE> &window, int steps,
+                                         float *rows) {
+  const Access access = a.conv.access<WHOLE>(e);
   const T *x = (const T *)a.conv.x + b * a.conv.x_batch;
-  const int E = a.conv.width;
+  const int E = a.conv.width, row = E * (int)sizeof(T);
+  const T *y_of_sample[2];
+  for (int k = 0; k < 2; ++k) y_of_sample[k] = (const T *)a.y + ((int64_t)k * a.batch + b) * a.plan.slots * E + e;
   for (int first = 0; first < steps; first += STEPS) {
     Raw<T> y[STEPS][2];
     bool exists[STEPS];  // tokens that no step visits follow as zeros
@@ -42,8 +45,7 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
     for (int t = 0; t < STEPS; ++t, here.next())
       if ((exists[t] = here.exists()))
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          y[t][k] = load_raw((const T *)a.y + (((int64_t)k * a.batch + b) * a.plan.slots + here.slot(k)) * E + e, access);
+        for (int k = 0; k < 2; ++k) y[t][k] = load_raw(row_at(y_of_sample[k], here.slot(k), row), access);
     if (SKIP) window.turn(x, a.conv, e, ahead);
 #pragma unroll
     for (int t = 0; t < STEPS; ++t) {
@@ -64,9 +66,11 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
 }
 
 // A step's row in shared memory, as a lane of a warp sees it: its i-th value of `count`.
-struct RowOfLane {
+template <bool WHOLE> struct RowOfLane {
   const float *row;
   int width;
+  // Whether the i-th channel of the vector at e exists.
+  __device__ __forceinline__ bool has(int e, int i) const { return WHOLE || e + i < width; }
   __device__ __forceinline__ int vectors() const {
     const int all = (width + VEC - 1) / VEC, lane = (int)threadIdx.x % 32;
     return (all - lane + 31) / 32;
@@ -74,8 +78,8 @@ struct RowOfLane {
   __device__ __forceinline__ int place(int c) const { return (c * 32 + (int)threadIdx.x % 32) * VEC; }
 };
 
-template <class Value>
-__device__ __forceinline__ Moments row_moments(const RowOfLane &lane, int kind, float eps, Value value) {
+template <bool WHOLE, class Value>
+__device__ __forceinline__ Moments row_moments(const RowOfLane<WHOLE> &lane, int kind, float eps, Value value) {
   if (kind == CELLVIM_NORM_NONE) return {0.0f, 1.0f};
   float mean = 0.0f, square = 0.0f;
   const int vectors = lane.vectors();
@@ -92,7 +96,7 @@ __device__ __forceinline__ Moments row_moments(const RowOfLane &lane, int kind, 
     const Vec v = value(lane.place(c));
 #pragma unroll
     for (int i = 0; i < VEC; ++i)
-      if (lane.place(c) + i < lane.width) square = fmaf(v[i] - mean, v[i] - mean, square);
+      if (lane.has(lane.place(c), i)) square = fmaf(v[i] - mean, v[i] - mean, square);
   }
   return {mean, 1.0f / sqrtf(sum_of_warp(square) / (float)lane.width + eps)};
 }
@@ -101,24 +105,35 @@ __device__ __forceinline__ Moments row_moments(const RowOfLane &lane, int kind, 
 template <class T> __host__ __device__ int64_t bytes_of_gates(int tile, int width) {
   return ((int64_t)tile * ((width + VEC - 1) / VEC) * (int64_t)sizeof(Raw<T>) + 15) / 16 * 16;
 }
+// The same of a run's lists: slots, tokens to write, and tokens of the convolution's window.
+inline int64_t bytes_of_lists(int run_steps) {
+  return run_steps * (int64_t)sizeof(int2) + (2 * run_steps + 2 * REACH) * (int64_t)sizeof(int);
+}
 
-template <class T, bool SKIP, int THREADS>
+template <class T, bool SKIP, int THREADS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ GateArguments a) {
   float *rows = reinterpret_cast<float *>(shared_memory);  // (tile, E)
   Raw<T> *gates = reinterpret_cast<Raw<T> *>(rows + (int64_t)a.tile * a.conv.width);  // (tile, E / VEC): z
-  int *tokens = reinterpret_cast<int *>(reinterpret_cast<unsigned char *>(gates) + bytes_of_gates<T>(a.tile, a.conv.width));
+  int2 *slots = reinterpret_cast<int2 *>(reinterpret_cast<unsigned char *>(gates) +
+                                         bytes_of_gates<T>(a.tile, a.conv.width));
+  int *tokens = reinterpret_cast<int *>(slots + a.run_steps), *list = tokens + a.run_steps;
   const int b = (int)blockIdx.x / a.runs, first = (int)blockIdx.x % a.runs * a.run_steps;
   const int last = min(first + a.run_steps, a.plan.stored), E = a.conv.width;
   const int e = (int)threadIdx.x * VEC, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
   const int groups = (E + VEC - 1) / VEC;
+  ListedSlots::fill(a.plan, b, first, last - first, slots);
+  ListedTokens::fill(a.plan, b, first - REACH, a.run_steps + 2 * REACH, list);
+  for (int i = (int)threadIdx.x; i < last - first; i += (int)blockDim.x) tokens[i] = token_at(a.plan, b, first + i);
+  __syncthreads();
   Taps taps;
   Vec skip[2];
-  Cursor here(a.plan, b, first), ahead(a.plan, b, first - REACH);
-  Window<T, STEPS> window;
+  ListedSlots here(slots);
+  ListedTokens ahead(list);
+  Window<T, STEPS, WHOLE> window;
   if (SKIP && e < E) {
-    taps = load_taps(a.conv, e, SILU_SCALE<T>);
+    taps = load_taps<WHOLE>(a.conv, e, SILU_SCALE<T>);
     for (int k = 0; k < 2; ++k) {
-      skip[k] = load_row(a.skip + k * E, e, a.conv.access(e), 0.0f);
+      skip[k] = load_row(a.skip + k * E, e, a.conv.access<WHOLE>(e), 0.0f);
       for (int i = 0; i < VEC; ++i) skip[k][i] *= 0.5f;  // the mean of the directions
     }
     window.start((const T *)a.conv.x + b * a.conv.x_batch, a.conv, e, ahead);
@@ -128,26 +143,27 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
     const int steps = min(a.tile, last - step);
     // The gates come in while the tile is mixed; each lane copies what it will read.
     for (int t = warp; t < steps; t += warps) {
-      const RowOfLane lane = {rows + t * E, E};
-      const int token = token_at(a.plan, b, step + t), vectors = lane.vectors();
-      const T *z = (const T *)a.z + b * a.z_batch + (int64_t)token * a.z_token;
-      for (int c = 0; c < vectors; ++c)
-        copy_ahead(gates + t * groups + lane.place(c) / VEC, z + lane.place(c), a.conv.access(lane.place(c)));
-      if (threadIdx.x % 32 == 0) tokens[t] = token;
+      const RowOfLane<WHOLE> lane = {rows + t * E, E};
+      const int vectors = lane.vectors();
+      const T *z = (const T *)a.z + b * a.z_batch + (int64_t)tokens[step - first + t] * a.z_token;
+      for (int c = 0; c < vectors; ++c) {
+        const int e = lane.place(c);
+        copy_ahead(gates + t * groups + e / VEC, z + e, a.conv.access<WHOLE>(e));
+      }
     }
-    if (e < E) mix_tile<T, SKIP>(a, taps, skip, e, b, here, ahead, window, steps, rows);
+    if (e < E) mix_tile<T, SKIP, WHOLE>(a, taps, skip, e, b, here, ahead, window, steps, rows);
     wait_for_copies();
     __syncthreads();
     for (int t = warp; t < steps; t += warps) {
-      const RowOfLane lane = {rows + t * E, E};
+      const RowOfLane<WHOLE> lane = {rows + t * E, E};
       const int vectors = lane.vectors();
-      T *out = (T *)a.out + ((int64_t)b * a.plan.stored + tokens[t]) * E;
-      const auto value = [&](int e) { return load(lane.row + e, a.conv.access(e)); };
+      T *out = (T *)a.out + ((int64_t)b * a.plan.stored + tokens[step - first + t]) * E;
+      const auto value = [&](int e) { return load(lane.row + e, a.conv.access<WHOLE>(e)); };
       const Moments m = row_moments(lane, a.norm, a.eps, value);
 #pragma unroll 2
       for (int c = 0; c < vectors; ++c) {
         const int e = lane.place(c);
-        const Access access = a.conv.access(e);
+        const Access access = a.conv.access<WHOLE>(e);
         const Vec gate = unpack(gates[t * groups + e / VEC]), mixed = value(e), weight = load_row(a.norm_weight, e, access, 1.0f);
         const Vec bias = load_row(a.norm_bias, e, access, 0.0f);
         Vec result;
@@ -162,19 +178,19 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
 }
 
 // The gradients of z and of what stands before the norm, and the block's part of the norm's.
-template <class T, bool SKIP, int THREADS>
+template <class T, bool SKIP, int THREADS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_constant__ GateArguments a) {
   float *rows = reinterpret_cast<float *>(shared_memory);  // (tile, E): mixed, later gradient * normalised
   float *grads = rows + (int64_t)a.tile * a.conv.width;    // (tile, E): gradient of the norm's output
   const int E = a.conv.width, e = (int)threadIdx.x * VEC;
   const int warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
-  const Access mine = a.conv.access(e);
+  const Access mine = a.conv.access<WHOLE>(e);
   Taps taps;
   Vec skip[2], sum_weight = splat(0.0f), sum_bias = splat(0.0f);
   if (SKIP && e < E) {
-    taps = load_taps(a.conv, e, SILU_SCALE<T>);
+    taps = load_taps<WHOLE>(a.conv, e, SILU_SCALE<T>);
     for (int k = 0; k < 2; ++k) {
-      skip[k] = load_row(a.skip + k * E, e, a.conv.access(e), 0.0f);
+      skip[k] = load_row(a.skip + k * E, e, mine, 0.0f);
       for (int i = 0; i < VEC; ++i) skip[k][i] *= 0.5f;
     }
   }
@@ -183,24 +199,24 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
     const int b = (int)(item / a.runs), first = (int)(item % a.runs) * a.run_steps;
     const int last = min(first + a.run_steps, a.plan.stored);
     Cursor here(a.plan, b, first), ahead(a.plan, b, first - REACH);
-    Window<T, STEPS> window;
+    Window<T, STEPS, WHOLE> window;
     if (SKIP && e < E && first < last) window.start((const T *)a.conv.x + b * a.conv.x_batch, a.conv, e, ahead);
     for (int step = first; step < last; step += a.tile) {
       const int steps = min(a.tile, last - step);
-      if (e < E) mix_tile<T, SKIP>(a, taps, skip, e, b, here, ahead, window, steps, rows);
+      if (e < E) mix_tile<T, SKIP, WHOLE>(a, taps, skip, e, b, here, ahead, window, steps, rows);
       __syncthreads();
       for (int t = warp; t < steps; t += warps) {
-        const RowOfLane lane = {rows + t * E, E};
+        const RowOfLane<WHOLE> lane = {rows + t * E, E};
         const int token = token_at(a.plan, b, step + t), vectors = lane.vectors();
         const int64_t at = ((int64_t)b * a.plan.stored + token) * E;
         const T *z = (const T *)a.z + b * a.z_batch + (int64_t)token * a.z_token, *grad_out = (const T *)a.grad_out + at;
-        const auto value = [&](int e) { return load(lane.row + e, a.conv.access(e)); };
+        const auto value = [&](int e) { return load(lane.row + e, a.conv.access<WHOLE>(e)); };
         const Moments m = row_moments(lane, a.norm, a.eps, value);
         float mean = 0.0f, projection = 0.0f;
 #pragma unroll 2
         for (int c = 0; c < vectors; ++c) {
           const int e = lane.place(c);
-          const Access access = a.conv.access(e);
+          const Access access = a.conv.access<WHOLE>(e);
           const Vec mixed = value(e), gates = load(z + e, access), g = load(grad_out + e, access);
           const Vec weight = load_row(a.norm_weight, e, access, 1.0f), bias = load_row(a.norm_bias, e, access, 0.0f);
           Vec grad_z, g_normed, normalised;
@@ -223,7 +239,7 @@ __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_con
 #pragma unroll 2
         for (int c = 0; c < vectors; ++c) {
           const int e = lane.place(c);
-          const Access access = a.conv.access(e);
+          const Access access = a.conv.access<WHOLE>(e);
           const Vec normalised = value(e), g = load((const float *)grads + t * E + e, access);
           const Vec weight = load_row(a.norm_weight, e, access, 1.0f);
           Vec grad, product;
@@ -304,10 +320,13 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
   g.runs = divide_up(g.plan.stored, g.run_steps);
   const int64_t items = (int64_t)g.batch * g.runs;
   const size_t shared = (size_t)tiles * tile * g.conv.width * sizeof(float);
+  constexpr bool CAN = SKIP && THREADS < 1024;  // the others are rare: one kernel for all widths
+  const bool whole = CAN && g.conv.whole;
   if (!is_backward) {
     if (is_counting) return CELLVIM_OK;
-    const size_t gates = (size_t)bytes_of_gates<T>(tile, g.conv.width) + tile * sizeof(int);
-    return launch(call, gate_kernel<T, SKIP, THREADS>, items, threads, shared + gates, g);
+    const size_t more = (size_t)(bytes_of_gates<T>(tile, g.conv.width) + bytes_of_lists(g.run_steps));
+    return launch(call, whole ? gate_kernel<T, SKIP, THREADS, CAN> : gate_kernel<T, SKIP, THREADS, false>, items,
+                  threads, shared + more, g);
   }
   const int64_t workers = clamp<int64_t>(items, 1, 4 * multiprocessors(call.device));
   if (g.norm != CELLVIM_NORM_NONE) g.partial = workspace.take<float>(workers * 2 * a.width);
@@ -320,7 +339,9 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
     adjoint_threads = plan_adjoint(adjoint, call.device, workspace);
   }
   if (is_counting) return CELLVIM_OK;
-  CELLVIM_TRY(launch(call, gate_backward_kernel<T, SKIP, THREADS>, workers, threads, shared, g));
+  CELLVIM_TRY(launch(call,
+                     whole ? gate_backward_kernel<T, SKIP, THREADS, CAN> : gate_backward_kernel<T, SKIP, THREADS, false>,
+                     workers, threads, shared, g));
   if (g.norm != CELLVIM_NORM_NONE) {
     CELLVIM_TRY(sum_rows(call, g.partial, workers, 2 * a.width, 0, a.width, a.grad_norm_weight));
     CELLVIM_TRY(sum_rows(call, g.partial, workers, 2 * a.width, a.width, a.width, a.grad_norm_bias));

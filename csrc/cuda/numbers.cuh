@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <type_traits>
 
 namespace cellvim {
 
@@ -97,6 +98,13 @@ template <class T> __device__ __forceinline__ Raw<T> load_raw(const T *from, Acc
 }
 template <class T> __device__ __forceinline__ Vec load(const T *from, Access access) {
   return unpack(load_raw(from, access));
+}
+
+// The row of an array whose rows are `bytes` apart, 2 GB at most: one instruction, where a product of 64-bit numbers or of
+// elements takes several.
+template <class T> __device__ __forceinline__ T *row_at(T *first, int row, int bytes) {
+  using Byte = typename std::conditional<std::is_const<T>::value, const char, char>::type;
+  return reinterpret_cast<T *>(reinterpret_cast<Byte *>(first) + (int64_t)row * bytes);
 }
 
 // Copies four channels to shared memory while the thread does something else, by way of no register. The thread that

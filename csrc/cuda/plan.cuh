@@ -116,6 +116,51 @@ __device__ __forceinline__ int token_at(const Plan &plan, int b, int step) {
          i2 * plan.token_stride[2];
 }
 
+// The slot of a step that exists, in direction k.
+__device__ __forceinline__ int slot_at(const Plan &plan, int b, int k, int step) {
+  if (plan.indexed) return plan.slot[((int64_t)k * plan.samples + plan.sample(b)) * plan.length + step];
+  const int i2 = step % plan.sizes[2], rest = step / plan.sizes[2];
+  return rest / plan.sizes[1] * plan.slot_stride[0] + rest % plan.sizes[1] * plan.slot_stride[1] +
+         i2 * plan.slot_stride[2];
+}
+
+// Lists of steps in shared memory: a block's threads work out together, once, what each would have to at every step.
+// Both read like a Cursor that stands at the list's first step.
+class ListedTokens {
+ public:
+  __device__ __forceinline__ explicit ListedTokens(const int *list) : at_(list) {}
+  __device__ __forceinline__ int token() const { return *at_; }
+  __device__ __forceinline__ void next() { ++at_; }
+
+  // `count` steps from `from` on; the caller waits for the block before the list is read.
+  __device__ __forceinline__ static void fill(const Plan &plan, int b, int from, int count, int *list) {
+    const int steps = plan.steps_of(b);
+    for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x)
+      list[i] = from + i >= 0 && from + i < steps ? token_at(plan, b, from + i) : -1;
+  }
+
+ private:
+  const int *at_;
+};
+class ListedSlots {
+ public:
+  __device__ __forceinline__ explicit ListedSlots(const int2 *list) : at_(list) {}
+  __device__ __forceinline__ bool exists() const { return at_->x >= 0; }
+  __device__ __forceinline__ int slot(int k) const { return k ? at_->y : at_->x; }
+  __device__ __forceinline__ void next() { ++at_; }
+
+  __device__ __forceinline__ static void fill(const Plan &plan, int b, int from, int count, int2 *list) {
+    const int steps = plan.steps_of(b);
+    for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x) {
+      const bool exists = from + i < steps;
+      list[i] = {exists ? slot_at(plan, b, 0, from + i) : -1, exists ? slot_at(plan, b, 1, from + i) : -1};
+    }
+  }
+
+ private:
+  const int2 *at_;
+};
+
 // Fills `plan` and, for an indexed one, takes its tables from the workspace. `needs_groups`: Members will be used.
 int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace, Plan &plan);
 // Enqueues the kernel that fills the tables; nothing for a dense plan.

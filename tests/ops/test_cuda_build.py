@@ -29,7 +29,8 @@ BUDGET = {
     },
     "conv_pool.cu": {
         "adjoint_kernel": (255, 32),
-        "walk_kernel|direct_kernel|score_kernel": (168, 0),
+        r"walk_kernel<.*Mode\)0, \w+, true>|direct_kernel": (128, 0),  # mean: four blocks at a time
+        "walk_kernel|score_kernel": (168, 0),
         "gather_kernel": (96, 8),
         "": (48, 0),
     },
@@ -40,11 +41,13 @@ BUDGET = {
         "": (80, 0),
     },
     "expand_gate.cu": {
-        "1024>": (64, 2000),  # more than 2,048 channels: Huge alone
+        r"1024, \w+>": (64, 2000),  # more than 2,560 channels: wider than any named model
         "adjoint_kernel": (255, 0),
-        "gate_(backward_)?kernel<[^<>]*, true, 256>": (184, 0),
-        "gate_backward_kernel<[^<>]*, true, 512>": (128, 352),
-        "gate_kernel<[^<>]*, true, 512>": (128, 192),
+        r"gate_(backward_)?kernel<[^<>]*, true, 256, \w+>": (184, 0),
+        r"gate_backward_kernel<[^<>]*, true, 512, \w+>": (128, 352),
+        r"gate_kernel<[^<>]*, true, 512, \w+>": (128, 192),
+        r"gate_backward_kernel<[^<>]*, true, 640, \w+>": (96, 800),  # Huge alone
+        r"gate_kernel<[^<>]*, true, 640, \w+>": (96, 400),
         "": (128, 0),
     },
 }
