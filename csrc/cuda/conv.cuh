@@ -60,8 +60,9 @@ __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e, float s
   return taps;
 }
 
-// Tokens of STEPS consecutive steps and REACH on either side. `ahead` is a Cursor or a list that reads like one. Everything is indexed by constants once the loops over the
-// steps are unrolled, so that it stays in registers and nothing is moved but the overlap of two turns.
+// Tokens of STEPS consecutive steps and REACH on either side. Everything is indexed by constants once the loops over the
+// steps are unrolled, so that it stays in registers and nothing is moved but the overlap of two turns. `ahead` is a Cursor
+// or a list that reads like one.
 template <class T, int STEPS, bool WHOLE = false> struct Window {
   Vec x[STEPS + 2 * REACH];
   int token[STEPS + 2 * REACH];

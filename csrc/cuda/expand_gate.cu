@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
       for (int c = 0; c < vectors; ++c) {
         const int e = lane.place(c);
         const Access access = a.conv.access<WHOLE>(e);
-        const Vec gate = unpack(gates[t * groups + e / VEC]), mixed = value(e), weight = load_row(a.norm_weight, e, access, 1.0f);
+        const Vec gate = unpack(gates[t * groups + e / VEC]), mixed = value(e);
+        const Vec weight = load_row(a.norm_weight, e, access, 1.0f);
         const Vec bias = load_row(a.norm_bias, e, access, 0.0f);
         Vec result;
 #pragma unroll

@@ -100,8 +100,7 @@ template <class T> __device__ __forceinline__ Vec load(const T *from, Access acc
   return unpack(load_raw(from, access));
 }
 
-// The row of an array whose rows are `bytes` apart, 2 GB at most: one instruction, where a product of 64-bit numbers or of
-// elements takes several.
+// The row of an array whose rows are `bytes` apart: one instruction, where products of 64-bit numbers take several.
 template <class T> __device__ __forceinline__ T *row_at(T *first, int row, int bytes) {
   using Byte = typename std::conditional<std::is_const<T>::value, const char, char>::type;
   return reinterpret_cast<T *>(reinterpret_cast<Byte *>(first) + (int64_t)row * bytes);

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = REPOSITORY / "csrc" / "cuda"
@@ -113,6 +114,25 @@ def test_a_broken_library_is_absent_and_says_why():
     code = "from cellvim.ops import cuda; print(cuda.available(), cuda.reason())"
     said = in_new_process(code, CELLVIM_CUDA_LIBRARY=__file__)
     assert said.startswith("False libcellvim_cuda.so does not load")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says that it runs, where it does")
+def test_the_library_loads_and_says_what_is_missing_without_a_gpu(monkeypatch):
+    """Built as `benchmarks.gpu_session` builds it on a bare GPU machine."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from benchmarks import cuda_library
+
+    library = cuda_library.build("sm_90")
+    code = """
+import torch
+torch.version.cuda = "13.0"  # ask the library, not PyTorch
+from cellvim.ops import cuda
+print(cuda._library is not None, cuda._library.cellvim_cuda_devices(), cuda.available(), cuda.reason())
+"""
+    said = in_new_process(code, CELLVIM_CUDA_LIBRARY=str(library))
+    assert said.startswith("True -") and "False no usable NVIDIA driver or GPU (" in said
 
 
 def test_an_absent_library_says_how_to_get_it():
