@@ -30,7 +30,8 @@ BUDGET = {
     },
     "conv_pool.cu": {
         "adjoint_kernel": (255, 32),
-        r"walk_kernel<.*Mode\)0, \w+, true>|direct_kernel": (128, 0),  # mean: four blocks at a time
+        r"walk_kernel<[_a-z]*half.*Mode\)0, \w+, true>": (152, 0),
+        r"walk_kernel<.*Mode\)0, \w+, true>|direct_kernel": (128, 4),  # mean: four blocks at a time
         "walk_kernel|score_kernel": (168, 0),
         "gather_kernel": (96, 8),
         "": (48, 0),
@@ -44,11 +45,11 @@ BUDGET = {
     "expand_gate.cu": {
         r"1024, \w+>": (64, 2000),  # more than 2,560 channels: wider than any named model
         "adjoint_kernel": (255, 0),
-        r"gate_(backward_)?kernel<[^<>]*, true, 256, \w+>": (188, 0),
+        r"gate_(backward_)?kernel<[^<>]*, true, 256, \w+>": (188, 12),
         r"gate_backward_kernel<[^<>]*, true, 512, \w+>": (128, 480),
         r"gate_kernel<[^<>]*, true, 512, \w+>": (128, 192),
-        r"gate_backward_kernel<[^<>]*, true, 640, \w+>": (96, 800),  # Huge alone
-        r"gate_kernel<[^<>]*, true, 640, \w+>": (96, 440),
+        r"gate_backward_kernel<[^<>]*, true, 640, \w+>": (96, 900),  # Huge alone
+        r"gate_kernel<[^<>]*, true, 640, \w+>": (96, 900),
         "": (128, 0),
     },
 }
