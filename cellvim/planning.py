@@ -209,8 +209,15 @@ class EmbeddingPlan:
         plate = self.plates[key[0]]
         return plate.name, plate.fields[key[1]].name
 
-    def on(self, device: str) -> EmbeddingPlan:
-        """Return the plan for another device: the same plan if it is on that device already."""
+    def on(self, device: str, *, threads: int | None = None) -> EmbeddingPlan:
+        """Return the plan for another device: the same plan if it is on that device already.
+
+        With ``threads``, this process computes with so many from here on.
+        """
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
         if device == self.device:
             return self
         return replace(self, model=copy.deepcopy(self.model).to(device), device=device)

@@ -130,13 +130,10 @@ class _Worker:
     """An actor: keeps the model, and works through the fields that it is given."""
 
     def __init__(self, job: bytes, settings: dict[str, Any]) -> None:
-        import torch
-
         with suppress(OSError):  # paths of plates may be relative; on another node they must not be
             os.chdir(settings["folder"])
-        torch.set_num_threads(1)
         plan, self.ledger = pickle.loads(job)
-        self.plan = plan.on(settings["device"])
+        self.plan = plan.on(settings["device"], threads=1)
         self.threads = settings["threads"]
 
     def embed(self, keys: list[Key]) -> list[Done]:

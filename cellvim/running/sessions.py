@@ -53,6 +53,7 @@ class Session:
             "id": self.id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "born": _birth(os.getpid()),
             "command": command_line(),
             "shard": shard,
             "started": started.isoformat(timespec="seconds"),
@@ -139,7 +140,8 @@ def read_sessions(storage: Storage) -> list[dict[str, Any]]:
         age = storage.age_s(f"sessions/{name}")
         here = record["host"] == socket.gethostname()
         fresh = age is not None and age < FRESH_S
-        record["alive"] = record["state"] == "running" and fresh and not (here and not _process_lives(record["pid"]))
+        lives = not here or _birth(record["pid"]) == record["born"] is not None
+        record["alive"] = record["state"] == "running" and fresh and lives
         if record["state"] == "running" and not record["alive"]:
             record["state"] = "killed"
         found.append(record)
@@ -161,13 +163,21 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def _process_lives(pid: int) -> bool:
-    if pid == os.getpid():
-        return True
+def _birth(pid: int) -> str | None:
+    """Return when a process of this machine was started, by the system's own count; None where it does not live.
+
+    So that another process of the same number is not taken for it. Where the system does not say, any lives.
+    """
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except OSError:
+            return "unknown"  # of another user: it is there
+        return "unknown"
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user: it is there
-        return True
-    return True
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # dead, and not yet asked after by its parent

@@ -33,8 +33,8 @@ class Plan(Protocol):
         """Yield each field's rows, or why it has none."""
         ...
 
-    def on(self, device: str) -> Plan:
-        """Return the plan for another device."""
+    def on(self, device: str, *, threads: int | None = None) -> Plan:
+        """Return the plan for another device, on which this process may use so many threads for computing."""
         ...
 
     def field_name(self, key: Key) -> tuple[str, str]:
@@ -177,7 +177,7 @@ class _Team:
         ours, theirs = context.Pipe()
         device = self.devices[self.started % len(self.devices)]
         cores = os.cpu_count() or 1
-        settings = {"device": device, "threads": self.threads, "torch_threads": max(1, cores // self.size)}
+        settings = {"device": device, "threads": self.threads, "computing": max(1, cores // self.size)}
         process = context.Process(target=_worker_main, args=(theirs, settings), name=f"cellvim-{self.started}")
         with _main_not_run_again():
             process.start()
@@ -256,11 +256,8 @@ def _worker_main(line: connection.Connection, settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent deals with it
     _end_with_parent()
     try:
-        import torch
-
-        torch.set_num_threads(settings["torch_threads"])
         plan, ledger = pickle.loads(line.recv_bytes())
-        plan = plan.on(settings["device"])
+        plan = plan.on(settings["device"], threads=settings["computing"])
 
         def keys() -> Iterator[Key]:
             while True:
