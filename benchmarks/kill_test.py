@@ -138,7 +138,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--wells", default="A01,A02,A03,A04,A05,A06,A07,A08")
+    parser.add_argument("--wells", type=int, default=8, help="how many of the plate's wells")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> int:
             num_classes=0,
         )  # fmt: skip
         cellvim.save_checkpoint(cellvim.Encoder(config), weights)
-        wells = [w for w in options.wells.split(",") if w in cellvim.open_plate(plate).wells]
+        wells = cellvim.open_plate(plate).wells[: options.wells]
         command = ["embed", str(plate), "-o", str(output), "--model", str(weights), "--wells", ",".join(wells)]
         result = kill_often(command, output, options.kills, seed=options.seed)
     moments: dict[str, int] = {}
