@@ -426,6 +426,64 @@ def evaluate(
 
 
 @app.command()
+def report(
+    embeddings: Annotated[Path, typer.Argument(metavar="EMBEDDINGS", help="What `cellvim embed` wrote; or .h5ad.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    plate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLATE.zarr", help="Where crops come from, if the plate was moved; may be repeated."),
+    ] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `cellvim profile` wrote; made here by default.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="What `cellvim evaluate -o` wrote; computed here by default.")
+    ] = None,
+    color_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="What colours the map of cells at first.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page; the plate's name by default.")] = None,
+    max_cells: Annotated[
+        int | None, typer.Option(metavar="N", help="Cells laid out by UMAP at most: 20,000 by default.")
+    ] = None,
+    control: Annotated[
+        str, typer.Option(metavar="[COLUMN:]VALUE", help="Which rows are negative controls.")
+    ] = "negcon",
+    positive: Annotated[str, typer.Option(metavar="[COLUMN:]VALUE", help="Which are positive controls.")] = "poscon",
+    perturbation: Annotated[str | None, typer.Option(metavar="COLUMN", help="What was done to the cells.")] = None,
+    dose: Annotated[str | None, typer.Option(metavar="COLUMN", help="How much of it.")] = None,
+    mechanism: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its mechanism of action.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write everything about embeddings on one HTML page: plates, a map with crops, controls, activity, doses."""
+    from cellvim.report import write_report
+
+    with _progress("Reporting", "") as progress:
+        summary = write_report(
+            embeddings,
+            output,
+            plate=plate or (),
+            profiles=profiles,
+            evaluation=evaluation,
+            color_by=color_by,
+            title=title,
+            max_cells=max_cells,
+            control=control,
+            positive=positive,
+            perturbation=perturbation,
+            dose=dose,
+            mechanism=mechanism,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for remark in summary.remarks:
+        _warn(remark)
+    print(summary)
+
+
+@app.command()
 def attribute(
     plate: PlatePath,
     well: Annotated[str, typer.Option(help="The well of the crop: B03.")],

@@ -271,7 +271,7 @@ def test_bugs_keep_their_traceback(run, plate, weights, monkeypatch):
 
 def test_help_lists_the_commands(run):
     out = run("--help")[1]
-    for command in ("import", "info", "embed", "status", "models", "backends", "demo"):
+    for command in ("import", "info", "embed", "status", "report", "attribute", "models", "backends", "demo"):
         assert command in out
 
 

@@ -39,11 +39,12 @@ class RowStore:
         Names of the columns of obs.
     """
 
-    def __init__(self, name: str, obs: Any, matrices: dict[str, Any], var_names: list[str], uns: Any):
+    def __init__(self, name: str, obs: Any, matrices: dict[str, Any], var_names: list[str], uns: Any, obsm: Any = None):
         self.name = name
         self.var_names = var_names
         self._obs = obs
         self._uns = uns
+        self._obsm = obsm
         self._matrices = matrices
         if isinstance(obs, pd.DataFrame):
             self.obs_columns = [str(c) for c in obs.columns]
@@ -64,6 +65,18 @@ class RowStore:
         """Return rows ``start`` to ``stop`` (exclusive) of a matrix, (n, D)."""
         values = self._matrices[matrix][start:stop]
         return values.toarray() if hasattr(values, "toarray") else np.asarray(values)
+
+    def obsm(self, name: str) -> np.ndarray | None:
+        """Return a whole entry of obsm, such as ``spatial``, as an array; None if there is none of that name."""
+        if self._obsm is None or name not in self._obsm:
+            return None
+        values = self._obsm[name]
+        if not isinstance(self._obs, pd.DataFrame):  # on disk
+            from anndata.io import read_elem
+
+            values = read_elem(values)
+        values = values.toarray() if hasattr(values, "toarray") else values
+        return np.asarray(values)
 
     def uns(self) -> dict[str, Any]:
         """Return what ``uns["cellvim"]`` says, or nothing."""
@@ -164,7 +177,7 @@ def _of_group(group: Any, name: str) -> RowStore:
             matrices[key] = _lazy(group["obsm"][key])
     var = group["var"]
     var_names = [str(v) for v in read_elem(var[var.attrs["_index"]])]
-    return RowStore(name, group["obs"], matrices, var_names, group.get("uns"))
+    return RowStore(name, group["obs"], matrices, var_names, group.get("uns"), group.get("obsm"))
 
 
 def _lazy(element: Any) -> Any:
@@ -179,4 +192,4 @@ def _of_anndata(adata: AnnData, name: str) -> RowStore:
     if adata.X is None:
         raise InputError(f"{name} has no X, so there are no embeddings in it.")
     matrices = {"X": adata.X} | {k: adata.obsm[k] for k in adata.obsm if k.startswith("X_emb_")}
-    return RowStore(name, adata.obs, matrices, [str(v) for v in adata.var_names], adata.uns)
+    return RowStore(name, adata.obs, matrices, [str(v) for v in adata.var_names], adata.uns, adata.obsm)
