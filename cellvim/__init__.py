@@ -29,6 +29,7 @@ _HOMES = {  # public name -> the module that defines it
     "profile": "cellvim.profiles",
     "save_checkpoint": "cellvim.models.weights",
     "to_pycytominer": "cellvim.profiles",
+    "to_spatialdata_table": "cellvim.profiles",
 }
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "profile",
     "save_checkpoint",
     "to_pycytominer",
+    "to_spatialdata_table",
 ]
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
     from cellvim.models.onnx import export_onnx
     from cellvim.models.registry import create_model, list_models
     from cellvim.models.weights import load_checkpoint, load_reference, save_checkpoint
-    from cellvim.profiles import from_pycytominer, profile, to_pycytominer
+    from cellvim.profiles import from_pycytominer, profile, to_pycytominer, to_spatialdata_table
 
 
 def __getattr__(name: str):

@@ -298,7 +298,7 @@ def status(
 def profile(
     embeddings: Annotated[
         list[Path],
-        typer.Argument(metavar="EMBEDDINGS…", help="AnnData of plates: .zarr, .h5ad or a table."),
+        typer.Argument(metavar="EMBEDDINGS…", help="AnnData (.zarr, .h5ad), tables, or folders."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The profiles to write: .h5ad, .zarr, .parquet or .csv.")

@@ -12,6 +12,7 @@ from cellvim.profiles.harmonization import harmony
 from cellvim.profiles.pipeline import profile
 from cellvim.profiles.scaling import robust_mad, standardize
 from cellvim.profiles.selection import select_features
+from cellvim.profiles.spatialdata_table import to_spatialdata_table
 from cellvim.profiles.sphering import spherize
 from cellvim.profiles.typical_variation import tvn
 
@@ -29,6 +30,7 @@ __all__ = [
     "spherize",
     "standardize",
     "to_pycytominer",
+    "to_spatialdata_table",
     "tvn",
     "write_profiles",
 ]

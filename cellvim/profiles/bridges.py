@@ -6,6 +6,7 @@ this goes through a table of ours: metadata columns begin with ``Metadata_``, al
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,14 +123,25 @@ def read_table(path: str | Path) -> AnnData:
     path = Path(path)
     try:
         if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
+            table, uns = pd.read_parquet(path), _parquet_uns(path)
         else:
+            uns = {}
             table = pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", low_memory=False)
     except ImportError as error:
         raise InputError(f"Reading {path.name} needs pyarrow. Install it: pip install 'cellvim[tables]'") from error
     except (OSError, ValueError) as error:  # pandas' and pyarrow's errors of parsing are ValueErrors
         raise InputError(f"{path} cannot be read as a table: {error}") from error
-    return from_pycytominer(table)
+    adata = from_pycytominer(table)
+    adata.uns.update(uns)
+    return adata
+
+
+def _parquet_uns(path: Path) -> dict[str, object]:
+    """Return what ``cellvim embed --format parquet`` notes of the run in the file's own metadata."""
+    import pyarrow.parquet
+
+    found = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"cellvim") if path.is_file() else None
+    return {} if found is None else {"cellvim": json.loads(found)}
 
 
 def write_table(adata: AnnData, path: Path) -> None:

@@ -18,6 +18,7 @@ from cellvim.profiles.harmonization import harmony
 from cellvim.profiles.scaling import robust_mad, standardize
 from cellvim.profiles.selection import select_features
 from cellvim.profiles.sphering import spherize
+from cellvim.profiles.store import FORMATS
 from cellvim.profiles.typical_variation import tvn
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def profile(
     Parameters
     ----------
     source
-        Embeddings, or several of them (one a plate): AnnData, or paths of ``.zarr``, ``.h5ad`` or tables.
+        Embeddings, or several of them (one a plate): AnnData, paths of ``.zarr``, ``.h5ad`` or tables, or a folder of
+        such files.
     output
         Where to write the profiles: ``.zarr``, ``.h5ad``, or a table.
     aggregate_by
@@ -96,6 +98,7 @@ def profile(
     if output is not None:
         check_profiles_output(output, overwrite=overwrite)
     sources = [source] if isinstance(source, str | Path) or hasattr(source, "obs") else list(source)
+    sources = [file for one in sources for file in _files(one)]
     if not sources:
         raise InputError("There is nothing to make profiles of: no embeddings were given.")
     parts = [_wells(one, aggregate_by, statistic, min_cells, progress) for one in sources]
@@ -121,6 +124,16 @@ def _step(text: str) -> tuple[str, str | None]:
             + suggestion(method, NORMALIZATIONS)
         )
     return method, use or None
+
+
+def _files(source: str | Path | AnnData) -> list[str | Path | AnnData]:
+    """Return the files in a folder such as ``cellvim embed --per-plate`` makes; anything else as it is."""
+    if not isinstance(source, str | Path) or not Path(source).is_dir() or Path(source).suffix in FORMATS:
+        return [source]
+    files = sorted(path for path in Path(source).iterdir() if path.suffix in (".zarr", ".h5ad", ".parquet"))
+    if not files:
+        raise InputError(f"The folder {source} holds no embeddings, such as plate.zarr, plate.h5ad or plate.parquet.")
+    return files
 
 
 def _name(source: str | Path | AnnData) -> str:

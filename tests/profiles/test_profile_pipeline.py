@@ -49,6 +49,10 @@ def test_plates_of_several_files_become_one_table(tmp_path):
     whole = profile(cells)
     np.testing.assert_array_equal(joined[whole.obs_names].layers["robustmad"], whole.layers["robustmad"])
     assert joined.uns["cellvim"]["profile"]["aggregate"]["rows"] == cells.n_obs
+    np.testing.assert_array_equal(profile(tmp_path).layers["robustmad"], joined.layers["robustmad"])  # a folder of them
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InputError, match="holds no embeddings"):
+        profile(tmp_path / "nothing")
 
 
 def test_plates_that_do_not_go_together_are_refused():

@@ -1,0 +1,85 @@
+"""To pycytominer's table and back, without a number or a name changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from profile_tables import make_cells, make_profiles
+
+import cellvim
+from cellvim.errors import InputError, MetadataError
+from cellvim.profiles.bridges import read_table
+
+
+def test_there_and_back_again():
+    cells = make_cells()
+    table = cellvim.to_pycytominer(cells)
+    assert table["Metadata_area_um2"].tolist() == cells.obs["area_um2"].tolist()
+    again = cellvim.from_pycytominer(table, features=list(cells.var_names))
+    np.testing.assert_array_equal(again.X, cells.X)
+    assert again.X.dtype == np.float32
+    assert again.obs_names.tolist() == cells.obs_names.tolist()  # text, never numbers
+    pd.testing.assert_frame_equal(again.obs, cells.obs)
+    assert list(again.var_names) == list(cells.var_names)
+
+
+def test_a_layer_and_an_entry_of_obsm_can_be_taken():
+    adata = cellvim.profile(make_profiles(), statistic=None, normalize=["robustmad", "pca"])
+    np.testing.assert_array_equal(
+        cellvim.to_pycytominer(adata, use="robustmad")[list(adata.var_names)], adata.layers["robustmad"]
+    )
+    assert "X_pca_0" in cellvim.to_pycytominer(adata, use="X_pca")
+
+
+def test_features_are_found_by_name_and_numbers_that_number_things_are_none():
+    table = pd.DataFrame(
+        {"Metadata_Well": ["A01", "A02"], "ImageNumber": [1, 2], "Cells_Area": [1.0, 2.0], "age": [3, 4]}
+    )
+    assert list(cellvim.from_pycytominer(table).var_names) == ["Cells_Area"]
+    assert list(cellvim.from_pycytominer(table.drop(columns="Cells_Area")).var_names) == ["age"]
+    assert list(cellvim.from_pycytominer(table, features=["age"]).var_names) == ["age"]
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        (pd.DataFrame({"a": ["x"]}), {}, "no features"),
+        (pd.DataFrame({"a": ["x"]}), {"features": ["a"]}, "have to be numbers.*: a"),
+        (pd.DataFrame({"a": [1.0]}), {"features": ["b"]}, "no column b; it has a"),
+        (pd.DataFrame([[1.0, 2.0]], columns=["a", "a"]), {}, "there twice: a"),
+    ],
+)
+def test_tables_that_cannot_be_profiles(table, options, message):
+    with pytest.raises(MetadataError, match=message):
+        cellvim.from_pycytominer(table, **options)
+
+
+def test_two_columns_of_one_name_are_refused():
+    adata = make_profiles()
+    adata.obs["Well"] = 1
+    with pytest.raises(MetadataError, match="two columns each of: Metadata_Well"):
+        cellvim.to_pycytominer(adata)
+
+
+def test_files_that_are_no_tables(tmp_path):
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(InputError, match=r"broken.parquet cannot be read as a table"):
+        read_table(tmp_path / "broken.parquet")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(InputError, match=r"empty.csv cannot be read as a table"):
+        read_table(tmp_path / "empty.csv")
+
+
+def test_fields_become_regions_of_spatialdata():
+    cells = make_cells()
+    cells.obs["Metadata_Plate"] = cells.obs["Metadata_Plate"].cat.rename_categories({"P0": "<plate> é"})
+    table = cellvim.to_spatialdata_table(cells)
+    assert table.uns["spatialdata_attrs"]["region_key"] == "region"
+    assert set(table.uns["spatialdata_attrs"]["region"]) == set(table.obs["region"])
+    assert table.obs["region"].iloc[0] == "_plate_____A01__0"
+    assert "region" not in cells.obs
+    clash = make_cells()
+    clash.obs["Metadata_Plate"] = clash.obs["Metadata_Plate"].cat.rename_categories({"P0": "a b", "P1": "a/b"})
+    with pytest.raises(MetadataError, match="one name in SpatialData"):
+        cellvim.to_spatialdata_table(clash)
