@@ -620,6 +620,26 @@ def bench_data(
     data.run(plate, crop_px=crop_size, device=device)
 
 
+@bench_app.command("profiles")
+def bench_profiles(
+    rows: Annotated[int, typer.Option(help="Cells.")] = 10_000_000,
+    width: Annotated[int, typer.Option(help="Features.")] = 192,
+    folder: Annotated[Path | None, typer.Option(help="Where to write the cells: 7.7 GB by default.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Peak memory and time of aggregating synthetic cells to wells."""
+    import json
+
+    from cellvim.bench import profiles
+
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"The folder {output.parent} for the figures does not exist.")
+    results = profiles.run(rows, width, folder=folder)
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"Wrote {output}")
+
+
 @app.command()
 def datasets(name: Annotated[str | None, typer.Argument(help="Show this dataset's card.")] = None) -> None:
     """List the datasets that are described, and those that come with CellVim."""

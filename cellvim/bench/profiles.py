@@ -1,0 +1,125 @@
+"""Memory and time of aggregating cells to wells, on synthetic embeddings of any number of rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+CELLS_PER_FIELD, FIELDS_PER_WELL, WELLS_PER_PLATE = 280, 9, 384
+STATISTICS = ("mean", "median", "robust")
+
+
+def run(
+    rows: int = 10_000_000, width: int = 192, *, folder: str | Path | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Write a store of that many cells, aggregate it in a process of its own by each statistic, and print what it took.
+
+    Parameters
+    ----------
+    rows
+        Cells, at the least; whole wells of 2,520 are written.
+    width
+        Features.
+    folder
+        Where to write the store, which is deleted afterwards; the system's temporary folder by default.
+    say
+        Takes a line.
+
+    Returns
+    -------
+    dict
+        ``rows``, ``width``, ``store_gb`` (float32), ``write_seconds``, and for each statistic ``seconds``,
+        ``peak_rss_mb`` (of the whole process) and ``wells``; ``least`` is the peak of the same process on one well.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        store, least = Path(temporary) / "embeddings.zarr", Path(temporary) / "well.zarr"
+        start = time.perf_counter()
+        n = write_synthetic(store, rows, width)
+        results: dict[str, Any] = {
+            "rows": n,
+            "width": width,
+            "store_gb": round(4 * n * width / 1e9, 2),
+            "write_seconds": round(time.perf_counter() - start, 1),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        }
+        say(f"{n:,} cells x {width} features, {results['store_gb']} GB, written in {results['write_seconds']} s")
+        write_synthetic(least, 1, width)
+        results["least"] = _measured(least, "mean")
+        say(f"one well: peak {results['least']['peak_rss_mb']:,.0f} MB")
+        for statistic in STATISTICS:
+            results[statistic] = _measured(store, statistic)
+            say(
+                f"{statistic:<7} {results[statistic]['wells']:,} wells in {results[statistic]['seconds']:,.0f} s, "
+                f"peak {results[statistic]['peak_rss_mb']:,.0f} MB"
+            )
+    return results
+
+
+def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
+    """Write embeddings of random numbers as `cellvim embed` writes them; return the number of rows."""
+    from cellvim.export import PlateRows, write_embeddings
+    from cellvim.running.ledger import Rows
+
+    per_well = CELLS_PER_FIELD * FIELDS_PER_WELL
+    n_wells = -(-rows // per_well)
+    well = np.repeat(np.arange(n_wells), FIELDS_PER_WELL)
+    in_plate = well % WELLS_PER_PLATE
+    fields = pd.DataFrame(
+        {
+            "Metadata_Plate": [f"P{w // WELLS_PER_PLATE:04d}" for w in well],
+            "Metadata_Well": [f"{chr(65 + w // 24)}{w % 24 + 1:02d}" for w in in_plate],
+            "Metadata_Site": np.tile(np.arange(1, FIELDS_PER_WELL + 1), n_wells),
+            "Metadata_pert_type": np.where(in_plate % 24 < 2, "negcon", "trt"),
+            "compound": [f"compound {w}" for w in in_plate],
+        }
+    )
+
+    def load(field: int) -> Rows:
+        rng = np.random.default_rng([seed, field])
+        objects = pd.DataFrame(
+            {
+                "Metadata_ObjectNumber": np.arange(1, CELLS_PER_FIELD + 1),
+                "area_um2": rng.uniform(50, 200, CELLS_PER_FIELD),
+                "mean_intensity_DNA": rng.uniform(0, 1, CELLS_PER_FIELD),
+            }
+        )
+        values = rng.standard_normal((CELLS_PER_FIELD, width), dtype=np.float32)
+        return Rows(values, objects, rng.uniform(0, 600, (CELLS_PER_FIELD, 2)))
+
+    plate = PlateRows(fields, dict.fromkeys(range(len(fields)), CELLS_PER_FIELD), load)
+    uns = {"cellvim": {"unit": "cell"}}
+    return write_embeddings(store, [lambda: plate], width, uns, format="zarr", workplace=None, overwrite=False)
+
+
+def _measured(store: Path, statistic: str) -> dict[str, Any]:
+    """Aggregate in a process of its own, so that its peak memory is nobody else's."""
+    command = [sys.executable, "-m", "cellvim.bench.profiles", str(store), statistic]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _aggregate(store: str, statistic: str) -> dict[str, Any]:
+    import resource
+
+    from cellvim.profiles import aggregate
+
+    start = time.perf_counter()
+    wells = aggregate(store, statistic=statistic)
+    seconds = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    return {"seconds": round(seconds, 1), "peak_rss_mb": round(peak), "wells": wells.n_obs}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_aggregate(*sys.argv[1:])))
