@@ -34,7 +34,8 @@ def to_spatialdata_table(adata: AnnData) -> AnnData:
         A copy with
 
         ``obs["region"]``
-            ``plate__well__site`` of each row, categorical. What SpatialData does not allow in a name is replaced by _.
+            ``plate_well_site`` of each row, categorical, as ``cellvim embed --spatialdata`` names it. What
+            SpatialData does not allow in a name is replaced by _.
         ``uns["spatialdata_attrs"]``
             ``region`` (all of these), ``region_key`` ("region"), ``instance_key`` ("Metadata_ObjectNumber").
 
@@ -45,7 +46,7 @@ def to_spatialdata_table(adata: AnnData) -> AnnData:
     """
     for name in (*FIELD, INSTANCE):
         require(adata.obs, name, option="another AnnData: cellvim embed writes it")
-    field = keys(adata.obs, FIELD)
+    field = keys(adata.obs, FIELD, "_")
     if field.isna().any():
         raise MetadataError(f"{int(field.isna().sum()):,} rows have no plate, well or site; expected all three.")
     names = {name: re.sub(r"[^A-Za-z0-9_.-]", "_", name) for name in field.unique()}

@@ -77,7 +77,7 @@ def test_fields_become_regions_of_spatialdata():
     table = cellvim.to_spatialdata_table(cells)
     assert table.uns["spatialdata_attrs"]["region_key"] == "region"
     assert set(table.uns["spatialdata_attrs"]["region"]) == set(table.obs["region"])
-    assert table.obs["region"].iloc[0] == "_plate_____A01__0"
+    assert table.obs["region"].iloc[0] == "_plate____A01_0"
     assert "region" not in cells.obs
     clash = make_cells()
     clash.obs["Metadata_Plate"] = clash.obs["Metadata_Plate"].cat.rename_categories({"P0": "a b", "P1": "a/b"})
