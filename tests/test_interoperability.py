@@ -40,6 +40,7 @@ def embeddings(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow  # numba compiles; `cellvim demo`'s test has scanpy's neighbours and UMAP in the quick run
 def test_scanpy_takes_embeddings_as_they_are(embeddings):
     import scanpy as sc
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import MetadataError
+from cellvim.errors import InputError, MetadataError
 from cellvim.evaluate.features import Features
 
 MAX_ROWS = 5000  # silhouettes take the square of the rows; more are sampled, and the table says how many were used
@@ -43,7 +43,8 @@ def batch_effects(
             Share of rows whose nearest neighbours (a quarter of the mean batch, at least 5) are of the batches in the
             proportions of all rows, by a chi-squared test at 5 % [2]_; 0.95 is best.
         ``batch LISI``
-            Number of batches in a row's neighbourhood, from 0 (only its own) to 1 (all) [3]_; 1 is best.
+            Number of batches in a row's neighbourhood, from 0 (only its own) to 1 (all) [3]_; 1 is best. NaN for fewer
+            than 7 rows.
         ``label silhouette``
             Mean silhouette of the labels, scaled to 0 … 1 [1]_; 1 is best.
 
@@ -75,9 +76,7 @@ def batch_effects(
     n_batches = int(codes.max()) + 1
     results = [("batch silhouette", 1 - abs(silhouette_score(values, codes)), 1.0)]
     results.append(("kBET acceptance", kbet_acceptance(values, codes), 0.95))
-    lisi = _lisi(values, codes)
-    if lisi is not None:
-        results.append(("batch LISI", (np.median(lisi) - 1) / (n_batches - 1), 1.0))
+    results.append(("batch LISI", (np.median(_lisi(values, codes)) - 1) / (n_batches - 1), 1.0))
     if label is not None:
         label_codes, _ = pd.factorize(label.to_numpy()[rows])
         known = label_codes >= 0
@@ -113,13 +112,13 @@ def kbet_acceptance(values: np.ndarray, codes: np.ndarray, *, neighbours: int | 
     return float((chi2.sf(statistic, n_batches - 1) >= 0.05).mean())
 
 
-def _lisi(values: np.ndarray, codes: np.ndarray) -> np.ndarray | None:
-    """Return each row's LISI, or None where there are too few rows for a neighbourhood."""
-    perplexity = min(30, (len(codes) - 1) // 3)
-    if perplexity < 2:
-        return None
+def _lisi(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return each row's LISI; NaN where there are too few rows for a neighbourhood."""
     try:
         from harmonypy import compute_lisi
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise InputError("Batch LISI needs harmonypy. Install it: pip install 'cellvim[profiles]'") from error
+    perplexity = min(30, (len(codes) - 1) // 3)
+    if perplexity < 2:
+        return np.full(len(codes), np.nan)
     return compute_lisi(values, pd.DataFrame({"batch": codes}), ["batch"], perplexity=perplexity)[:, 0]

@@ -101,3 +101,10 @@ def test_labels_that_hold_together_have_a_high_silhouette():
 def test_one_batch_is_an_error():
     with pytest.raises(MetadataError, match="1 batches, 1 of them"):
         batch_effects(Features("x", np.zeros((4, 2))), pd.Series(["a"] * 4))
+
+
+def test_a_handful_of_rows_has_no_lisi_and_that_shows():
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    table = batch_effects(Features("x", values, "euclidean"), pd.Series(list("aabba"))).set_index("measure")
+    assert np.isnan(table.loc["batch LISI", "value"])
+    assert np.isfinite(table.loc["batch silhouette", "value"])
