@@ -640,6 +640,44 @@ def bench_profiles(
         print(f"Wrote {output}")
 
 
+@bench_app.command("embed")
+def bench_embed(
+    plate: Annotated[str | None, typer.Argument(metavar="PLATE.zarr", help="A plate of your own.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME|PATH", help="As in `cellvim embed`.")] = None,
+    cells: Annotated[str, typer.Option(metavar="SOURCE", help="As in `cellvim embed`; of your own plate.")] = "nuclei",
+    crop_size: Annotated[int, typer.Option(metavar="PX", help="Side of a crop.")] = 64,
+    wells: Annotated[int, typer.Option(metavar="N", help="How many wells.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Crops at once.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Instead: peak memory with 1, 10 and 100 plates.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Cells a second and plates an hour, end to end, beside the model alone."""
+    import json
+
+    from cellvim.bench import embed as bench
+
+    if output is not None and not output.absolute().parent.is_dir():
+        raise InputError(f"The folder {output.absolute().parent} for the figures does not exist.")
+    if memory:
+        results = bench.run_memory()
+    else:
+        results = bench.run(
+            plate,
+            model=model,
+            cells=cells,
+            crop_px=crop_size,
+            wells=wells,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+        )
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"Wrote {output}")
+
+
 @app.command()
 def datasets(name: Annotated[str | None, typer.Argument(help="Show this dataset's card.")] = None) -> None:
     """List the datasets that are described, and those that come with CellVim."""

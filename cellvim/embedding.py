@@ -372,7 +372,7 @@ def embed_plates(
     from cellvim.export import format_of
 
     if not per_plate:
-        check_free(output, overwrite=overwrite or run["shard"] is not None)
+        check_free(output, overwrite=overwrite or run.get("shard") is not None)
         plan = plan_embedding(list(plates), **planned, cache=cache_folder(output))
         yield run_embedding(plan, output, **run, overwrite=overwrite, progress=progress)
         return
@@ -381,7 +381,7 @@ def embed_plates(
             Path(output).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another.") from error
-    suffix = format_of("", run["format"])
+    suffix = format_of("", run.get("format"))
     taken: set[str] = set()
     for source in plates:
         plan = plan_embedding(source, **planned, cache=cache_folder(f"{output}/plates"))
