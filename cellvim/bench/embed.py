@@ -219,19 +219,25 @@ def _timed(plan: EmbeddingPlan, spent: dict[str, float]) -> Iterator[None]:
 
 def _model_alone(plan: EmbeddingPlan, crops: Any, n: int) -> float:
     """Return the seconds that the model takes for n crops that are on the device already."""
-    from cellvim.encoding import _run
-
+    encode = _encoder_of(plan)
     batches = crops.split(plan.batch_size)
-    plate = plan.plates[0]
-    _run(plan, plate, batches[0])
+    encode(batches[0])
     _wait_for(plan.device)
     start, done, i = time.perf_counter(), 0, 0
     while done < n:
         batch = batches[i % len(batches)][: n - done]
-        _run(plan, plate, batch)
+        encode(batch)
         done, i = done + len(batch), i + 1
     _wait_for(plan.device)
     return time.perf_counter() - start
+
+
+def _encoder_of(plan: EmbeddingPlan) -> Callable[[Any], list[Any]]:
+    """Return what turns a batch into features, as the embedding does."""
+    from cellvim.encoding import _lower, _run, replayed
+
+    features_of = replayed(plan.model, autocast=_lower(plan)).forward_features
+    return lambda batch: _run(plan, plan.plates[0], batch, features_of)
 
 
 def _effect_of_bfloat16(plan: EmbeddingPlan, crops: Any) -> dict[str, float]:
@@ -240,12 +246,8 @@ def _effect_of_bfloat16(plan: EmbeddingPlan, crops: Any) -> dict[str, float]:
 
     import torch
 
-    from cellvim.encoding import _run
-
-    found = [
-        torch.cat([_run(replace(plan, precision=p), plan.plates[0], b)[0] for b in crops.split(plan.batch_size)])
-        for p in ("float32", "bfloat16")
-    ]
+    encoders = [_encoder_of(replace(plan, precision=p)) for p in ("float32", "bfloat16")]
+    found = [torch.cat([encode(batch)[0] for batch in crops.split(plan.batch_size)]) for encode in encoders]
     exact, rough = (f.double().cpu() for f in found)
     centered = [f - exact.mean(0) for f in (exact, rough)]
     return {
