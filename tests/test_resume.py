@@ -79,7 +79,7 @@ def _only(folder: Path) -> set[str]:
 
 
 class TestGoingOn:
-    @pytest.mark.parametrize("n", [1, 4])
+    @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 4])
     def test_after_ctrl_c_to_the_same_bytes(self, plan, whole, tmp_path, n):
         with pytest.raises(Interrupted, match=f"{n} of 6 fields are done and kept in .*out.zarr.partial. The same"):
             run_embedding(plan, tmp_path / "out.zarr", progress=_stop_after(n))
@@ -90,7 +90,10 @@ class TestGoingOn:
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
         assert _only(tmp_path) == {"out.zarr", "out.zarr.manifest.json"}
 
-    @pytest.mark.parametrize("moment", ["write_embeddings", "_write_beside", "clear"])
+    @pytest.mark.parametrize(
+        "moment",
+        ["_write_beside", *(pytest.param(m, marks=pytest.mark.slow) for m in ("write_embeddings", "clear"))],
+    )
     def test_when_stopped_at_the_end(self, plan, whole, tmp_path, monkeypatch, moment):
         """While rows are put together; when the output has its name but no manifest; while it clears up."""
         from cellvim import assembly
@@ -127,6 +130,7 @@ class TestGoingOn:
         assert len(list((tmp_path / "out.zarr.partial").glob("fields-*/*/*.rows"))) == 2  # nothing is lost
         assert run_embedding(other, tmp_path / "out.zarr", overwrite=True).n_units == 21
 
+    @pytest.mark.slow
     def test_overwrite_that_was_stopped_goes_on_without_it(self, plan, whole, plate, weights, tmp_path):
         run_embedding(plan_embedding(plate, model=weights, wells=["A01"]), tmp_path / "out.zarr")
         before = tree_sha256(tmp_path / "out.zarr")
@@ -136,6 +140,7 @@ class TestGoingOn:
         assert run_embedding(plan, tmp_path / "out.zarr").n_resumed == 3
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
 
+    @pytest.mark.slow
     def test_batch_size_and_device_may_change(self, plate, weights, whole, tmp_path):
         with pytest.raises(Interrupted):
             run_embedding(plan_embedding(plate, model=weights, batch_size=2), tmp_path / "o", progress=_stop_after(3))
@@ -249,6 +254,7 @@ class TestFaults:
         assert "2 of 6 fields could not be read" in capsys.readouterr().err
         self._check(tmp_path / "out.zarr", ["A02/1", "A03/0"], "A02/1")
 
+    @pytest.mark.slow
     def test_a_repaired_field_leaves_no_trace(self, images, plan, whole, weights, tmp_path):
         path = write_plate(tmp_path / "plate.zarr", images, CHANNELS)
         own = plan_embedding(path, model=weights)
@@ -358,6 +364,7 @@ class TestSeveralPlates:
         joined = open_embeddings(tmp_path / "out")
         assert joined.shape == (18, 16) and joined.obs["Metadata_Plate"].tolist() == ["p1"] * 9 + ["p2"] * 9
 
+    @pytest.mark.slow
     def test_plates_of_one_name_are_told_apart(self, folder, weights, tmp_path):
         for batch in ("x", "y"):
             shutil.copytree(folder / "p1.zarr", tmp_path / batch / "p1.zarr")
@@ -366,6 +373,7 @@ class TestSeveralPlates:
         with pytest.raises(InputError, match="could not be told apart"):
             cellvim.embed([folder / "p1.zarr", folder / "p1.zarr"], model=weights)
 
+    @pytest.mark.slow
     def test_stopped_between_plates(self, folder, weights, tmp_path):
         plan = plan_embedding([folder / "p1.zarr", folder / "p2.zarr"], model=weights)
         run_embedding(plan, tmp_path / "whole.zarr")
