@@ -214,7 +214,7 @@ def evaluate_profiles(
         if progress is not None:
             progress(done + 1, len(tasks))
     if not run.summary:
-        reasons = " ".join(f"{r['task']}: {r['reason']}" for r in run.left_out if r["task"] in tasks)
+        reasons = " ".join(f"{r['task']}: {r['reason']}" for r in run.left_out if r["task"].replace(" ", "_") in tasks)
         raise InputError(f"Nothing can be evaluated. {reasons}")
     return Evaluation(
         summary=pd.DataFrame(run.summary),

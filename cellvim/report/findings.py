@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from cellvim.profiles.columns import Columns
 
 TASKS = ("retrieval", "mechanism", "assay", "dose_response")
-_NAMES = {
-    "retrieval": "Replicate retrieval",
-    "mechanism": "Mechanism of action",
-    "assay": "Assay quality",
-    "dose_response": "Dose response",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +65,15 @@ class Findings:
             names = {task, task.replace("_", " ")}
             reasons = left_out.loc[left_out["task"].isin(names), "reason"]
             if len(reasons):
-                return str(reasons.iloc[0])
-        return self.missing.get(task) or self.missing.get("profiles") or "It was not computed."
+                return _brief(reasons.iloc[0])
+        return _brief(self.missing.get(task) or self.missing.get("profiles") or "It was not computed.")
+
+    @property
+    def is_on_controls(self) -> bool:
+        """Whether the robust z scores are against the negative controls; else against all wells of a plate."""
+        from cellvim.profiles.fitting import settings_of
+
+        return settings_of(self.profiles, "robustmad").get("fit_on") != "all"
 
     def values(self) -> np.ndarray:
         """Return the representation, (wells, D) float64."""
@@ -140,19 +142,34 @@ def find(
             result = Evaluation.load(evaluation) if isinstance(evaluation, str | Path) else evaluation
         else:
             try:
-                result = evaluate_profiles(
-                    made,
-                    use=use,
-                    tasks=TASKS,
-                    control=found.negative,
-                    positive=found.positive,
-                    seed=seed,
-                    **{k: v for k, v in columns.items() if k not in ("negative", "positive")},
-                )
-            except CellvimError as error:
-                missing |= dict.fromkeys(TASKS, str(error))
+                result = evaluate_profiles(made, use=use, tasks=TASKS, seed=seed, **_options(found, columns))
+            except CellvimError:  # of every task, so that each can be told why
+                missing |= _reasons(made, use, found, columns)
     notes += list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, CellvimWarning)))
     return Findings(made, use, found, result, missing, notes)
+
+
+def _brief(reason: str) -> str:
+    """Return the reason without the list of columns: the page shows these where the map is coloured."""
+    return re.sub(r"; (obs|it) has [^;]*?\. (?=[A-Z])", ". ", str(reason))
+
+
+def _options(found: Columns, columns: dict[str, str]) -> dict[str, str | None]:
+    named = {role: name for role, name in columns.items() if role not in ("negative", "positive")}
+    return {**named, "pert_type": found.pert_type, "control": found.negative, "positive": found.positive}
+
+
+def _reasons(profiles: AnnData, use: str, found: Columns, columns: dict[str, str]) -> dict[str, str]:
+    """Return why each task cannot be done, where none can."""
+    from cellvim.evaluate.evaluation import evaluate_profiles
+
+    reasons = {}
+    for task in TASKS:
+        try:
+            evaluate_profiles(profiles, use=use, tasks=[task], **_options(found, columns))
+        except CellvimError as error:
+            reasons[task] = re.sub(r"^Nothing can be evaluated\. [a-z_ ]+: ", "", str(error))
+    return reasons
 
 
 def _make(

@@ -152,7 +152,8 @@ def _plates(found: Findings, data: dict[str, Any]) -> dict[str, Any]:
         )
     distance = found.distances()
     if distance is not None:
-        extra.append(("Distance from controls", "Root mean square of the profile's robust z scores.", distance))
+        label = "Distance from controls" if found.is_on_controls else "Distance from the plate's middle"
+        extra.append((label, "Root mean square of the profile's robust z scores.", distance))
     precision = _precision(found)
     if precision is not None:
         extra.append(("mAP of the treatment", "How well its replicates find each other among controls.", precision))

@@ -50,9 +50,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*UNTRAINED")
-@pytest.mark.parametrize(
-    "options", [{}, {"crop_size": 48}, {"unit": "tile", "crop_size": 64}, {"unit": "field"}, {"mask_neighbours": True}]
-)
+@pytest.mark.parametrize("options", [{"crop_size": 48}, {"unit": "tile", "crop_size": 64}, {"mask_neighbours": True}])
 def test_the_crop_is_what_was_embedded(plate, model, options):
     """The model gives the crop the row that `cellvim.embed` wrote for it."""
     adata = cellvim.embed(plate, model=model, **options)

@@ -96,27 +96,40 @@ function highlighted() {
 }
 
 function drawCells() {
-  const canvas = cells.canvas;
   const scale = window.devicePixelRatio || 1;
-  const width = Math.round(canvas.clientWidth * scale);
-  const height = Math.round(canvas.clientHeight * scale);
+  const width = Math.round(cells.canvas.clientWidth * scale);
+  const height = Math.round(cells.canvas.clientHeight * scale);
   if (!width || !height) return;
-  if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
-  const context = canvas.getContext("2d");
-  context.clearRect(0, 0, width, height);
+  cells.base = cells.base || document.createElement("canvas"); // without the ring, which moves with the pointer
+  cells.base.width = width;
+  cells.base.height = height;
+  const context = cells.base.getContext("2d");
   const column = DATA.map.columns[cells.column];
   const color = column ? colorTable(column) : () => null;
   const chosen = highlighted();
   if (DATA.map.n > SHADED_FROM) shade(context, width, height, color, chosen);
   else dots(context, width, height, color, chosen, scale);
-  if (cells.hovered >= 0) {
-    const [x, y] = place(cells.hovered, width, height);
-    context.lineWidth = 2 * scale;
-    context.strokeStyle = variable("--halo");
-    context.beginPath();
-    context.arc(x, y, 6 * scale, 0, 2 * Math.PI);
-    context.stroke();
+  drawRing();
+}
+
+function drawRing() {
+  const { canvas, base } = cells;
+  if (!base) return;
+  if (canvas.width !== base.width || canvas.height !== base.height) {
+    canvas.width = base.width;
+    canvas.height = base.height;
   }
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(base, 0, 0);
+  if (cells.hovered < 0) return;
+  const scale = window.devicePixelRatio || 1;
+  const [x, y] = place(cells.hovered, canvas.width, canvas.height);
+  context.lineWidth = 2 * scale;
+  context.strokeStyle = variable("--halo");
+  context.beginPath();
+  context.arc(x, y, 6 * scale, 0, 2 * Math.PI);
+  context.stroke();
 }
 
 function dots(context, width, height, color, chosen, scale) {

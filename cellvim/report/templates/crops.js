@@ -4,7 +4,6 @@ const crops = { ready: false, planes: [], shown: [], gain: 1, listeners: [] };
 async function loadCrops() {
   const about = DATA.crops;
   if (!about) return;
-  crops.shown = about.channels.map(() => true);
   for (const sheet of about.sheets) {
     const image = new Image();
     image.src = sheet;
@@ -68,6 +67,8 @@ function redrawCrops() {
 function setUpChannels() {
   const about = DATA.crops;
   if (!about) return;
+  crops.shown = about.channels.map(() => true);
+  crops.gain = about.channels.length > 3 ? 0.7 : 1; // many channels add up to white
   for (const bar of document.querySelectorAll(".channels")) {
     about.channels.forEach((channel, c) => {
       const box = element("input", { type: "checkbox", "data-channel": String(c) });
@@ -81,7 +82,7 @@ function setUpChannels() {
       swatch.style.background = `#${channel.color}`;
       bar.append(element("label", {}, box, swatch, channel.name));
     });
-    const gain = element("input", { type: "range", min: "0.4", max: "4", step: "0.1", value: "1", class: "gain" });
+    const gain = element("input", { type: "range", min: "0.4", max: "4", step: "0.1", value: String(crops.gain), class: "gain" });
     gain.addEventListener("input", () => {
       crops.gain = Number(gain.value);
       for (const other of document.querySelectorAll("input.gain")) other.value = gain.value;

@@ -15,6 +15,7 @@ function listenToCells() {
         cells.left = Math.min(1 - 1 / cells.zoom, Math.max(0, cells.left - dx / box.width / cells.zoom));
         cells.top = Math.min(1 - 1 / cells.zoom, Math.max(0, cells.top - dy / box.height / cells.zoom));
         hover(-1);
+        requestAnimationFrame(drawCells);
       }
       return;
     }
@@ -105,7 +106,7 @@ function facts(i) {
 function hover(i, x, y) {
   if (i !== cells.hovered) {
     cells.hovered = i;
-    requestAnimationFrame(drawCells);
+    requestAnimationFrame(drawRing);
   }
   if (i < 0) { hideTip(); return; }
   const children = facts(i).map(([name, text]) => line(name, text));
