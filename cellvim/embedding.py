@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as default
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,7 @@ from cellvim.running.ledger import (
     check_ours,
     identity_digest,
     open_ledger,
+    read_run,
 )
 from cellvim.running.storage import storage_at
 
@@ -297,6 +298,7 @@ def run_embedding(
     _check_running(engine, workers, address, shard, overwrite)
     format = format_of(output, format)
     part = None if shard is None else parse_shard(shard)
+    plan = plan if overwrite else _with_batch_size_of(read_run(storage_at(output)), plan)
     made = None if overwrite else finished_before(output, identity_digest(plan.identity), shard=part is not None)
     if made is not None:
         return _summary_of(plan, output, made)
@@ -440,6 +442,14 @@ def _check_running(engine: str, workers: int, address: str | None, shard: str | 
         raise InputError(f"There are to be {workers} workers; expected at least 1.")
     if address is not None and engine != "ray":
         raise InputError("--address is that of a Ray cluster: it goes with --engine ray.")
+
+
+def _with_batch_size_of(run: dict[str, Any] | None, plan: EmbeddingPlan) -> EmbeddingPlan:
+    """Return the plan with an unfinished job's batch size: on a GPU rows depend on it, and free memory varies."""
+    size = None if run is None else run["identity"].get("batch_size")
+    if not plan.batch_size_is_automatic or not isinstance(size, int):
+        return plan
+    return replace(plan, batch_size=size)
 
 
 def _ledger(plan: EmbeddingPlan, output: str | Path, *, overwrite: bool, replaces: bool) -> Ledger:

@@ -168,6 +168,7 @@ class EmbeddingPlan:
     seed: int
     per_channel: bool = False
     tokens: bool = False
+    batch_size_is_automatic: bool = False  # then an unfinished job's own is taken, where it matters
 
     @property
     def plate(self) -> Plate:
@@ -366,11 +367,11 @@ def plan_embedding(
     )
     if unit == "field":
         return plan
-    if batch_size is None:
-        from cellvim.encoding import automatic_batch_size
+    if batch_size is not None:
+        return replace(plan, batch_size=batch_size)
+    from cellvim.encoding import automatic_batch_size
 
-        batch_size = automatic_batch_size(plan)
-    return replace(plan, batch_size=batch_size)
+    return replace(plan, batch_size=automatic_batch_size(plan), batch_size_is_automatic=True)
 
 
 @dataclass

@@ -167,6 +167,19 @@ class TestGoingOn:
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
 
 
+def test_an_unfinished_jobs_batch_size_is_taken_where_it_matters(plan):
+    """On a GPU, where free memory decides on the size and the size on the last digits."""
+    from dataclasses import replace
+
+    assert plan.batch_size_is_automatic and plan.identity["batch_size"] == "any"
+    assert embedding._with_batch_size_of(None, plan) is plan
+    assert embedding._with_batch_size_of({"identity": plan.identity}, plan) is plan
+    other = {"identity": {**plan.identity, "batch_size": 7}}
+    assert embedding._with_batch_size_of(other, plan).batch_size == 7
+    named = replace(plan, batch_size=3, batch_size_is_automatic=False)
+    assert embedding._with_batch_size_of(other, named).batch_size == 3
+
+
 class TestSharedOut:
     def test_two_processes_to_the_same_bytes(self, plan, whole, tmp_path):
         run_embedding(plan, tmp_path / "out.zarr", workers=2)
