@@ -62,7 +62,7 @@ def make_embeddings(plate: Path | None = None, *, channels: list[str] | None = N
             },
         },
         "spatial_unit": "micrometer",
-        "failed_fields": pd.DataFrame({"field": ["D05/0"], "reason": [f"unreadable {SCRIPT}"]}),
+        "failed_fields": pd.DataFrame({"plate": ["plate"], "field": ["D05/0"], "reason": [f"unreadable {SCRIPT}"]}),
         "versions": {"cellvim": "0"},
         "run": {"command": f"cellvim embed {SCRIPT}"},
     }

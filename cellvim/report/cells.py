@@ -24,6 +24,7 @@ from cellvim.report.crops import (
 )
 from cellvim.report.embedding_map import EmbeddingMap, lay_out
 from cellvim.report.encoding import pack, quantise
+from cellvim.report.record import plate_paths
 from cellvim.report.source import Source
 
 
@@ -122,13 +123,13 @@ def _crops(source: Source, paths: Sequence[str], missing: dict[str, str], notes:
     if source.n_rows == 0:
         return without("There are no rows.")
     if source.columns.well is None or not any(c in source.obs for c in ("Metadata_Site", "Metadata_Field", "Site")):
-        open_plates(paths, None, [])  # a path that is no plate is said in any case
+        open_plates(paths, [], [])  # a path that is no plate is said in any case
         return without("No columns say which well and site a row is of (Metadata_Well, Metadata_Site).")
     record = read_record(source.uns)
     table = cell_table(source)
     if record.unit != "field" and not np.isfinite(table[["x", "y"]].to_numpy(float)).any():
         return without("The AnnData does not say where in its field a cell lies (obsm['spatial']).")
-    recorded = source.uns.get("plate", {}).get("path") if isinstance(source.uns.get("plate"), dict) else None
+    recorded = plate_paths(source.uns)
     names = [str(n) for n in pd.unique(table["plate"]) if n is not None]
     plates, said = open_plates(paths, recorded, names or ["plate"])
     notes += said
@@ -157,6 +158,8 @@ def _crops(source: Source, paths: Sequence[str], missing: dict[str, str], notes:
     if not len(crops.rows):
         return without(" ".join(crops.notes) or "No crop could be cut.")
     notes += crops.notes
+    if len(plates) > 1:
+        notes.append(f"Crops of all plates are scaled as those of {next(iter(plates))}, so that they compare.")
     return crops
 
 

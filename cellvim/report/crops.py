@@ -251,7 +251,9 @@ def channel_colors(channels: Sequence[str], plate: Plate) -> list[str]:
     return colors
 
 
-def open_plates(paths: Sequence[str], recorded: str | None, names: Sequence[str]) -> tuple[dict[str, Plate], list[str]]:
+def open_plates(
+    paths: Sequence[str], recorded: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, Plate], list[str]]:
     """Open the plates that crops are cut from.
 
     Parameters
@@ -259,7 +261,7 @@ def open_plates(paths: Sequence[str], recorded: str | None, names: Sequence[str]
     paths
         Given by the user; a path that is none raises.
     recorded
-        Where the plate was when it was embedded; used when no path is given, and if it is still there.
+        Where the plates were when they were embedded; used when no path is given, those that are still there.
     names
         Plates that the rows are of.
 
@@ -280,10 +282,16 @@ def open_plates(paths: Sequence[str], recorded: str | None, names: Sequence[str]
     if not paths:
         if not recorded:
             return {}, ["The AnnData does not say which plate it is of. Name it with --plate."]
-        try:
-            opened = [open_plate(recorded)]
-        except CellvimError:
-            return {}, [f"The plate is no longer at {recorded}. Say where it is with --plate."]
+        gone = []
+        for path in recorded:
+            try:
+                opened.append(open_plate(path))
+            except CellvimError:
+                gone.append(path)
+        if gone:
+            notes.append(f"The plate is no longer at {listing(gone)}. Say where it is with --plate.")
+        if not opened:
+            return {}, notes
     plates = {plate.name: plate for plate in opened if plate.name in names}
     strangers = [plate for plate in opened if plate.name not in names]
     missing = [name for name in names if name not in plates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,13 +51,41 @@ def channel_rows(uns: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def failures(uns: Mapping[str, Any]) -> list[list[str]]:
-    """Return field and reason of each field that could not be read."""
+def failures(uns: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings, and one row a field that could not be read: where it is, and the reason."""
     failed = uns.get("failed_fields")
-    if isinstance(failed, pd.DataFrame):
-        return [[str(v) for v in row] for row in failed.itertuples(index=False)]
-    failed = _dict(failed)
-    return [[str(f), str(r)] for f, r in zip(_list(failed.get("field")), _list(failed.get("reason")), strict=False)]
+    if not isinstance(failed, pd.DataFrame):
+        failed = pd.DataFrame({name: _list(values) for name, values in _dict(failed).items()})
+    names = [name for name in ("plate", "field", "reason") if name in failed]
+    rows = [[str(value) for value in row] for row in failed[names].itertuples(index=False)]
+    return [name.capitalize() for name in names] or ["Field", "Reason"], rows
+
+
+def plate_paths(uns: Mapping[str, Any]) -> list[str]:
+    """Return where the plates were when they were embedded."""
+    plates = uns.get("plates")
+    if isinstance(plates, pd.DataFrame) and "path" in plates:
+        return [str(path) for path in plates["path"]]
+    path = _dict(uns.get("plate")).get("path")
+    return [str(path)] if path else []
+
+
+def with_first_plate(uns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``uns["cellvim"]`` with the channels, crop and intensities of the first plate, where there are several."""
+    plates = uns.get("plates")
+    if "channels" in uns or not isinstance(plates, pd.DataFrame) or not len(plates):
+        return dict(uns)
+    first = plates.iloc[0].to_dict()
+    try:
+        channels, crop, intensity = (json.loads(str(first[key])) for key in ("channels", "crop", "intensity"))
+    except (KeyError, ValueError):
+        return dict(uns)
+    return {
+        **uns,
+        "cells": first.get("cells"),
+        "channels": {"plate": list(channels), "model": list(channels.values())},
+        "preprocessing": {"crop": crop, "intensity": intensity},
+    }
 
 
 def untrained_warning(uns: Mapping[str, Any]) -> str | None:

@@ -79,7 +79,7 @@ def make(
         "doses": _doses(found),
         "neighbours": _neighbours(source, found, cells, data),
         "record": _record(source, found),
-        "failed": make_table("Fields that could not be read.", ["Field", "Reason"], record.failures(source.uns)),
+        "failed": make_table("Fields that could not be read.", *record.failures(source.uns)),
         "no_failures": (
             "Every field could be read." if "failed_fields" in source.uns else "Nothing is recorded of failed fields."
         ),

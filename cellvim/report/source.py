@@ -13,6 +13,7 @@ import pandas as pd
 
 from cellvim.profiles.columns import Columns, find_columns, is_value, text
 from cellvim.profiles.store import RowStore, open_rows
+from cellvim.report.record import with_first_plate
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,7 +111,7 @@ def open_source(source: str | Path | AnnData, **columns: str | None) -> Iterator
             store=store,
             obs=obs,
             columns=find_columns(obs, **columns),
-            uns=store.uns(),
+            uns=with_first_plate(store.uns()),
         )
 
 

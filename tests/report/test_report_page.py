@@ -14,6 +14,7 @@ from html_page import Page
 from report_rows import CELLS_EACH, CLOSING, HOSTILE, QUOTES, SCRIPT, WELLS, make_embeddings
 from synthetic_plate import break_chunk, draw_field, write_plate
 
+import cellvim
 from cellvim.cli import main
 from cellvim.errors import CellvimError, InputError, OutputError, PlateError
 from cellvim.report import write_report
@@ -275,6 +276,31 @@ def test_fields_that_cannot_be_read(make, tmp_path):
     page, summary, _ = make(make_embeddings(plate))
     assert summary.n_crops == N_CELLS - CELLS_EACH
     assert "1 fields could not be read. First: Field A01/0" in page.sections["map"]
+
+
+@pytest.mark.filterwarnings("ignore:.*UNTRAINED")
+def test_a_report_of_what_embed_wrote_of_several_plates(make, tmp_path):
+    """Two real runs' worth of rows: crops come from both plates, the channels from the record, failures are listed."""
+    plates = [
+        write_plate(tmp_path / f"p{i}.zarr", {"A01": [draw_field(i, 5)], "A02": [draw_field(9, 4)]}, ["DNA", "GFP"])
+        for i in range(2)
+    ]
+    break_chunk(plates[1], "A02")
+    model = cellvim.create_model(
+        "fastchannelvim_tiny_patch16",
+        image_size=32,
+        depth=1,
+        in_channels=2,
+        channel_names=("DNA", "GFP"),
+        num_classes=0,
+    )
+    adata = cellvim.embed(plates, model=model)
+    page, summary, _ = make(adata)
+    assert summary.n_crops == adata.n_obs == 14
+    assert {name.split()[0] for name in page.data["crops"]["names"]} == {"p0", "p1"}
+    assert [c["name"] for c in page.data["crops"]["channels"]] == ["DNA", "GFP"]
+    assert "scaled as those of" in page.sections["map"]
+    assert "A02/0" in page.sections["failures"] and "p1" in page.sections["failures"]
 
 
 def test_what_is_no_plate_is_an_error(make, embeddings, tmp_path):
