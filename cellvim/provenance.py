@@ -63,13 +63,7 @@ def provenance(
             }
         ),
     }
-    channels = [_channels(plan, plate) for plate in plan.plates]
-    if all(c == channels[0] for c in channels):
-        about["channels"] = channels[0]
-    crops = [_crop(plan, plate) for plate in plan.plates]
-    if all(c == crops[0] for c in crops):
-        about["preprocessing"] = {"crop": crops[0]}
-    if len(plan.plates) == 1:  # one plate's own are told in full
+    if len(plan.plates) == 1:  # one plate's own are told apart in full
         about |= {
             "plate": {
                 "name": first.name,
@@ -79,8 +73,14 @@ def provenance(
             },
             "cells": first.cells_name,
             "cell_notes": first.cell_notes,
+            "channels": {
+                "plate": first.channels,
+                "model": [config.channel_names[i] for i in first.channel_ids],
+                "model_ids": first.channel_ids,
+                "nuclei": first.dna or "not used",
+            },
+            "preprocessing": {"intensity": _stored_scale(first.scale), "crop": _crop(plan, first)},
         }
-        about["preprocessing"]["intensity"] = _stored_scale(first.scale)
         if first.illumination is not None:
             about["preprocessing"]["illumination"] = {
                 "channel_names": list(first.illumination.channel_names),
@@ -95,15 +95,6 @@ def provenance(
             "instance_key": "Metadata_ObjectNumber",
         }
     return found
-
-
-def _channels(plan: EmbeddingPlan, plate: PlatePlan) -> dict[str, Any]:
-    return {
-        "plate": plate.channels,
-        "model": [plan.model.config.channel_names[i] for i in plate.channel_ids],
-        "model_ids": plate.channel_ids,
-        "nuclei": plate.dna or "not used",
-    }
 
 
 def _stored_scale(scale: IntensityScale) -> dict[str, Any]:
