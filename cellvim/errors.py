@@ -40,6 +40,10 @@ class ModelError(InputError):
     """A model name, configuration or weights file cannot be used."""
 
 
+class TrainingError(CellvimError):
+    """A training cannot go on; what was learned up to then is kept."""
+
+
 class BackendError(InputError):
     """A kernel back-end was named that is not there."""
 

@@ -1,0 +1,1 @@
+"""Training: recipes, data modules, and what a training run leaves behind. The only part that needs Lightning."""

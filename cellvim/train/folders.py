@@ -1,0 +1,246 @@
+"""Labelled crops in a folder: a folder a class, or a table beside the images."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellvim.errors import InputError, MetadataError, listing
+from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of, label_column
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".npy")
+_PATHS = ("path", "file", "filename", "image", "image_path", "crop")  # columns that name a crop's file
+
+
+class LabelledCrops(TrainingData):
+    """Crops of single cells that are images already.
+
+    Parameters
+    ----------
+    folder
+        Holds a folder a class, or, with ``table``, the images that it names.
+    table
+        CSV with a column ``path`` (or ``file``, ``image``) relative to ``folder``, and a column of labels.
+    label
+        That column; the folder's name is the label without a table.
+    pattern
+        Regular expression over file names whose named groups become columns, such as ``(?P<Metadata_Plate>P\\d+)``.
+    channels
+        What the images' channels show.
+    crop_size
+        Side in pixels as the model sees it; None for the images' own.
+    pixel_size_um
+        Side of a pixel in µm, when it is known.
+    leave_out
+        Classes to leave out.
+    batch_size, split, val, test, seed, workers
+        As for `TrainingData`.
+
+    Notes
+    -----
+    Images of one size are held in memory in their stored type. Intensities are scaled by the 0.1 and 99.9 percentiles
+    of the training crops, a channel at a time.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        table: str | None = None,
+        label: str = "label",
+        pattern: str | None = None,
+        channels: list[str] | None = None,
+        crop_size: int | None = None,
+        pixel_size_um: float | None = None,
+        leave_out: list[str] | None = None,
+        batch_size: int = 256,
+        split: str = "plate",
+        val: float = 0.15,
+        test: float = 0.15,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, split=split, val=val, test=test, seed=seed, workers=workers)
+        self.folder, self.table_path, self.label, self.pattern = folder, table, label, pattern
+        self.channels, self.crop_size, self.pixel_size_um = channels, crop_size, pixel_size_um
+        self.leave_out = tuple(leave_out or ())
+
+    def read(self) -> None:
+        """Find the crops, read them, and describe them."""
+        where = str(self.folder)
+        if self.table_path is None:
+            table = find_crops(self.folder, pattern=self.pattern)
+        else:
+            table = read_crop_table(self.table_path, self.folder, pattern=self.pattern)
+            table["label"] = label_column(table, self.label, Path(self.table_path).name)
+        if self.leave_out:
+            unknown = sorted(set(self.leave_out) - set(table["label"].astype(str)))
+            if unknown:
+                raise MetadataError(f"leave_out has {listing(unknown)}, which is no class of {where}.")
+            table = table[~table["label"].astype(str).isin(self.leave_out)].reset_index(drop=True)
+        classes = class_names_of(table["label"].to_numpy(object), column=self.label, where=where)
+        images = read_crops(table["path"])
+        channels = tuple(self.channels or (f"channel{i}" for i in range(images.shape[1])))
+        if len(channels) != images.shape[1]:
+            raise InputError(
+                f"channels names {len(channels)} ({listing(channels)}), but the crops of {where} have "
+                f"{images.shape[1]}."
+            )
+        self.table = table
+        self.description = DataDescription(
+            channel_names=channels,
+            class_names=classes,
+            crop_px=self.crop_size or images.shape[-1],
+            pixel_size_um=self.pixel_size_um,
+            source=where,
+        )
+        self.groups = [CropGroup(images, tuple(range(len(channels))))]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, split, and estimate intensities on the training crops alone; once."""
+        if self.description is not None:
+            return
+        super().setup(stage)
+        group = self.groups[0]
+        group.scale = scale_of_crops(group.images[self.rows["train"]], self.description.channel_names)
+        self.description.intensity = group.scale.to_dict()
+
+
+def find_crops(folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:
+    """Return one row an image of a folder that holds a folder a class: ``path``, ``label``, and what the names tell.
+
+    Raises
+    ------
+    InputError
+        There is no such folder, or no image in it.
+    MetadataError
+        A name does not fit ``pattern``.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder} of labelled crops; expected one folder a class.")
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    paths = [p for c in classes for p in sorted(c.rglob("*")) if p.suffix.lower() in _IMAGES]
+    if not paths:
+        raise InputError(
+            f"{folder} has no images in folders named by their class; expected CLASS/crop.png, or give a table with "
+            "--data.table."
+        )
+    labels = [p.relative_to(folder).parts[0] for p in paths]
+    return _named(pd.DataFrame({"path": [str(p) for p in paths], "label": labels}), pattern)
+
+
+def read_crop_table(table: str | Path, folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:
+    """Read a table of crops; its column of files becomes ``path``.
+
+    Raises
+    ------
+    MetadataError
+        The table cannot be read, or names no files.
+    """
+    import pandas as pd
+
+    path = Path(table)
+    if not path.is_file():
+        raise InputError(f"There is no table {path} of crops.")
+    try:
+        rows = pd.read_csv(path, sep=None, engine="python")
+    except (ValueError, OSError) as error:
+        raise MetadataError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}).") from error
+    column = next((c for c in rows.columns if str(c).lower() in _PATHS), None)
+    if column is None:
+        raise MetadataError(
+            f"{path} has no column of files ({listing(_PATHS)}); it has {listing(rows.columns)}. Name one of them path."
+        )
+    rows["path"] = [str(Path(folder) / str(p)) for p in rows[column]]
+    return _named(rows, pattern)
+
+
+def _named(table: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
+    """Add the named groups of ``pattern`` in the file names as columns."""
+    if pattern is None:
+        return table
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"The pattern '{pattern}' is no regular expression ({error}).") from error
+    if not compiled.groupindex:
+        raise InputError(f"The pattern '{pattern}' has no named group, as in (?P<Metadata_Plate>P[0-9]+).")
+    names = [Path(p).name for p in table["path"]]
+    found = [compiled.search(name) for name in names]
+    unfit = [name for name, match in zip(names, found, strict=True) if match is None]
+    if unfit:
+        raise MetadataError(f"{len(unfit)} of {len(names)} file names do not fit '{pattern}', such as {unfit[0]}.")
+    return table.assign(**{g: [m[g] for m in found] for g in compiled.groupindex})
+
+
+def read_crops(paths: Any) -> np.ndarray:
+    """Read images of one shape into one array (n, C, H, W) of their stored type.
+
+    Raises
+    ------
+    InputError
+        An image is missing, cannot be read, or differs in shape from the first.
+    """
+    images: np.ndarray | None = None
+    for number, path in enumerate(paths):
+        image = read_crop(path)
+        if images is None:
+            images = np.empty((len(paths), *image.shape), image.dtype)
+        if image.shape != images.shape[1:] or image.dtype != images.dtype:
+            raise InputError(
+                f"{path} is {image.shape} {image.dtype}, but {paths[0]} is {images.shape[1:]} {images.dtype}; expected "
+                "crops of one size, channels and type."
+            )
+        images[number] = image
+    return images
+
+
+def read_crop(path: str | Path) -> np.ndarray:
+    """Read one image as (C, H, W).
+
+    Raises
+    ------
+    InputError
+        It is missing or cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".npy":
+            image = np.load(path, allow_pickle=False)
+        elif path.suffix.lower() in (".tif", ".tiff"):
+            import tifffile
+
+            image = tifffile.imread(path)
+        else:
+            import imagecodecs
+
+            image = imagecodecs.imread(str(path))
+    except Exception as error:  # each library has kinds of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"The crop {path} cannot be read ({reason}).") from error
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim == 3:
+        # files of few channels have them last, arrays and microscopy TIFFs first
+        return np.moveaxis(image, -1, 0) if image.shape[-1] < image.shape[0] else image
+    raise InputError(f"The crop {path} has the shape {image.shape}; expected (H, W), (H, W, C) or (C, H, W).")
+
+
+def scale_of_crops(images: np.ndarray, channel_names: tuple[str, ...]) -> Any:
+    """Return the `IntensityScale` of crops (n, C, H, W): their 0.1 and 99.9 percentiles, a channel at a time."""
+    from cellvim.data.normalize import IntensityScale
+
+    step = max(1, images[:, 0].size // 20_000_000)
+    low, high = np.percentile(
+        images[::step].astype(np.float32).transpose(1, 0, 2, 3).reshape(images.shape[1], -1), (0.1, 99.9), axis=1
+    )
+    return IntensityScale(channel_names, low, high)

@@ -1,0 +1,106 @@
+"""Supervised training: cross entropy on the classes of the data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellvim.errors import InputError, MetadataError
+from cellvim.models.config import EncoderConfig
+from cellvim.models.encoder import Encoder
+from cellvim.train.augment import mix
+from cellvim.train.data import DataDescription
+from cellvim.train.metrics import classification_scores, confusion_matrix
+from cellvim.train.module import TrainingModule
+
+
+class Supervised(TrainingModule):
+    """Train an `Encoder` to tell classes apart.
+
+    Parameters
+    ----------
+    label_smoothing
+        Share of the target that is spread over all classes.
+    class_weights
+        "balanced": each class has the same weight in the loss, whatever its number of crops.
+    encoder, changes, optimization, augmentation, weights, seed
+        As for `TrainingModule`.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "fastchannelvim_small_patch16",
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["none", "balanced"] = "none",
+        **options: Any,
+    ) -> None:
+        super().__init__(encoder, **options)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing is {label_smoothing}; expected 0 to below 1.")
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
+        self.confusion: dict[str, Tensor] = {}
+
+    def config_of(self, description: DataDescription) -> EncoderConfig:
+        if self.trainer_is_attached and len(description.class_names) < 2:
+            raise MetadataError(f"{description.source} has no labels; a supervised training needs a label column.")
+        return super().config_of(description)
+
+    @property
+    def trainer_is_attached(self) -> bool:
+        """Whether the data are known."""
+        return self._trainer is not None
+
+    def make_model(self, config: EncoderConfig) -> nn.Module:
+        return Encoder(config)
+
+    def class_weight(self) -> Tensor | None:
+        """(K,) weights of the classes in the loss, of mean 1 over the training crops; None when all are 1."""
+        if self.class_weights == "none":
+            return None
+        counts = torch.tensor(self.description.class_counts, dtype=torch.float32, device=self.device)
+        weights = counts.sum() / counts.clamp_min(1) / (counts > 0).sum()
+        return torch.where(counts > 0, weights, 0.0)
+
+    def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.cross_entropy(lambda x: self.model(x, channels=channels), images, labels)}
+
+    def cross_entropy(self, classify: Any, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the labelled crops, mixed with others where the augmentation says so."""
+        known = labels >= 0
+        if not bool(known.all()):
+            images, labels = images[known], labels[known]
+        targets = F.one_hot(labels, len(self.description.class_names)).to(images.dtype)
+        images, targets = mix(images, targets, self.augmentation)
+        weight = self.class_weight()
+        return F.cross_entropy(
+            classify(images).float(), targets, weight=weight, label_smoothing=self.label_smoothing
+        )
+
+    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        logits = self.model(images, channels=channels).float()
+        part = "test" if self.trainer.testing else "val"
+        counted = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
+        self.confusion[part] = self.confusion[part] + counted if part in self.confusion else counted
+        known = labels >= 0
+        return {"loss": F.cross_entropy(logits[known], labels[known])} if bool(known.any()) else {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and F1 over all of the validation."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy and F1 over all of the test."""
+        self._log_scores("test")
+
+    def _log_scores(self, part: str) -> None:
+        if part not in self.confusion:
+            return
+        counted = self.confusion.pop(part)
+        if self.trainer.world_size > 1:
+            counted = self.all_gather(counted).sum(0)
+        scores = classification_scores(counted)
+        self.log_dict({f"{part}_{name}": value for name, value in scores.items()}, rank_zero_only=False)
