@@ -22,8 +22,8 @@ class Augmentation:
         Images smaller than this are padded with 0 before a random window of the model's size is cut.
     resized_crop
         Instead: cut a window of a random share of the area, in this range, and resize it.
-    flips, quarter_turns
-        Mirror, and turn by multiples of 90°.
+    flips, vertical_flips, quarter_turns
+        Mirror left to right, top to bottom, and turn by multiples of 90°.
     intensity
         Each channel's values are multiplied by exp(u), u uniform in ± this.
     defocus, defocus_radius
@@ -41,6 +41,7 @@ class Augmentation:
     pad_to: int | None = None
     resized_crop: tuple[float, float] | None = None
     flips: bool = True
+    vertical_flips: bool = True
     quarter_turns: bool = True
     intensity: float = 0.0
     defocus: float = 0.0
@@ -78,8 +79,8 @@ class Augment(nn.Module):
             images = self.geometry(images)
         else:
             images = random_window(pad_to_size(images, max(choices.pad_to or 0, self.size)), self.size)
-        if choices.flips:
-            images = random_flips(images)
+        for axis, chosen in ((-1, choices.flips), (-2, choices.vertical_flips)):
+            images = random_flips(images, axis) if chosen else images
         if choices.quarter_turns:
             images = random_quarter_turns(images)
         if choices.intensity:
@@ -103,10 +104,17 @@ def _kornia(choices: Augmentation, size: int) -> tuple[nn.Module | None, nn.Modu
         geometry = K.RandomResizedCrop((size, size), scale=tuple(choices.resized_crop), keepdim=True)
     late: list[nn.Module] = []
     if choices.rand_augment:
-        late.append(K.auto.RandAugment(n=choices.rand_augment, m=9))
+        late += [_Clamp(), K.auto.RandAugment(n=choices.rand_augment, m=9)]
     if choices.erasing:
         late.append(K.RandomErasing(p=choices.erasing, keepdim=True))
     return geometry, nn.Sequential(*late) if late else None
+
+
+class _Clamp(nn.Module):
+    """To what RandAugment's operations are defined on."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.clamp(0, 1)
 
 
 def pad_to_size(images: Tensor, size: int) -> Tensor:
@@ -137,12 +145,10 @@ def random_window(images: Tensor, size: int) -> Tensor:
     return flat.gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).view(batch, channels, size, size)
 
 
-def random_flips(images: Tensor) -> Tensor:
-    """Mirror left to right, and top to bottom, each with probability ½."""
-    for axis in (-1, -2):
-        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-        images = torch.where(chosen, images.flip(axis), images)
-    return images
+def random_flips(images: Tensor, axis: int) -> Tensor:
+    """Mirror along an axis with probability ½, image by image."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(chosen, images.flip(axis), images)
 
 
 def random_quarter_turns(images: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class LabelledCrops(TrainingData):
         Side of a pixel in µm, when it is known.
     leave_out
         Classes to leave out.
+    lazy
+        Read images when they are needed (with ``workers``), for more than memory holds. They may then differ in size:
+        the shorter side is resized to 256 for a ``crop_size`` of 224, and the middle square is kept.
     batch_size, split, val, test, seed, workers
         As for `TrainingData`.
 
@@ -59,6 +62,7 @@ class LabelledCrops(TrainingData):
         crop_size: int | None = None,
         pixel_size_um: float | None = None,
         leave_out: list[str] | None = None,
+        lazy: bool = False,
         batch_size: int = 256,
         split: str = "plate",
         val: float = 0.15,
@@ -69,7 +73,11 @@ class LabelledCrops(TrainingData):
         super().__init__(batch_size=batch_size, split=split, val=val, test=test, seed=seed, workers=workers)
         self.folder, self.table_path, self.label, self.pattern = folder, table, label, pattern
         self.channels, self.crop_size, self.pixel_size_um = channels, crop_size, pixel_size_um
-        self.leave_out = tuple(leave_out or ())
+        self.leave_out, self.lazy = tuple(leave_out or ()), lazy
+        if not str(folder):
+            raise InputError("No folder of crops was given; expected --data.folder.")
+        if lazy and crop_size is None:
+            raise InputError("lazy=True needs crop_size: images may differ in size.")
 
     def read(self) -> None:
         """Find the crops, read them, and describe them."""
@@ -85,7 +93,7 @@ class LabelledCrops(TrainingData):
                 raise MetadataError(f"leave_out has {listing(unknown)}, which is no class of {where}.")
             table = table[~table["label"].astype(str).isin(self.leave_out)].reset_index(drop=True)
         classes = class_names_of(table["label"].to_numpy(object), column=self.label, where=where)
-        images = read_crops(table["path"])
+        images = read_crops(table["path"]) if not self.lazy else LazyCrops(tuple(table["path"]), self.crop_size * 8 // 7)
         channels = tuple(self.channels or (f"channel{i}" for i in range(images.shape[1])))
         if len(channels) != images.shape[1]:
             raise InputError(
@@ -108,8 +116,42 @@ class LabelledCrops(TrainingData):
             return
         super().setup(stage)
         group = self.groups[0]
-        group.scale = scale_of_crops(group.images[self.rows["train"]], self.description.channel_names)
+        train = self.rows["train"]
+        if self.lazy:  # a sample is enough for percentiles
+            train = np.random.default_rng(self.seed).permutation(train)[:512]
+        group.scale = scale_of_crops(group.images[np.sort(train)], self.description.channel_names)
         self.description.intensity = group.scale.to_dict()
+
+
+class LazyCrops:
+    """Images on disk that look like an array (n, C, S, S): read, resized and cut to squares when indexed."""
+
+    def __init__(self, paths: tuple[str, ...], size: int) -> None:
+        self.paths, self.size = paths, size
+        self.shape = (len(paths), read_crop(paths[0]).shape[0], size, size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([self._read(self.paths[i]) for i in rows])
+
+    def _read(self, path: str) -> np.ndarray:
+        import torch
+        import torch.nn.functional as F
+
+        image = read_crop(path)
+        if image.shape[0] != self.shape[1]:
+            channels = self.shape[1]
+            if image.shape[0] != 1:
+                raise InputError(f"{path} has {image.shape[0]} channels, {self.paths[0]} {channels}; expected one number.")
+            image = image.repeat(channels, axis=0)  # grey among colour images
+        height, width = image.shape[1:]
+        factor = self.size / min(height, width)
+        size = (max(self.size, round(height * factor)), max(self.size, round(width * factor)))
+        resized = F.interpolate(torch.from_numpy(image.astype(np.float32))[None], size, mode="bilinear", antialias=True)
+        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
+        return resized[0, :, top : top + self.size, left : left + self.size].numpy()
 
 
 def find_crops(folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:

@@ -59,6 +59,7 @@ class TrainingModule(LightningModule):
         self.config_of(DataDescription(("a channel",)))  # names that are unknown are told before data are read
         self.model: nn.Module | None = None
         self.augment: Augment | None = None
+        self.last_losses: dict[str, Tensor] = {}
         self._rates = self._decays = np.zeros(0)
 
     # ---- what subclasses say -------------------------------------------------------------------------------------
@@ -117,9 +118,13 @@ class TrainingModule(LightningModule):
 
     def load_pretrained(self, path: str) -> None:
         """Start from the weights of a checkpoint of the same architecture."""
-        from cellvim.models.weights import load_strictly, read_weights
+        from cellvim.train.finetune import start_from
 
-        load_strictly(self.model, read_weights(path))
+        start_from(self.model, path)
+
+    def finished_model(self) -> nn.Module:
+        """Return what is saved at the end: an `Encoder` or `MaskedAutoencoder`."""
+        return self.model
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -133,20 +138,23 @@ class TrainingModule(LightningModule):
         value = losses["loss"].detach()
         if not bool(torch.isfinite(value)):
             raise self._not_finite(float(value), batch, batch_idx)
-        self.log_dict({f"train_{k}": v.detach() for k, v in losses.items()}, batch_size=len(labels), prog_bar=True)
+        self.last_losses = {k: v.detach() for k, v in losses.items()}
+        self.log_dict({f"train_{k}": v for k, v in self.last_losses.items()}, batch_size=len(labels), prog_bar=True)
         return losses["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Evaluate the middle of the crops, without augmentation."""
-        self._evaluation_step(batch, "val")
+        self._evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As `validation_step`, on the test."""
-        self._evaluation_step(batch, "test")
+        self._evaluation_step(batch, batch_idx, "test")
 
-    def _evaluation_step(self, batch: dict[str, Any], part: str) -> None:
+    def _evaluation_step(self, batch: dict[str, Any], batch_idx: int, part: str) -> None:
         images, labels, channels = self.prepare(batch)
-        values = self.evaluate(middle_window(images, self.model.config.image_size), labels, channels)
+        with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            torch.manual_seed(batch_idx)  # masks are the same every time
+            values = self.evaluate(middle_window(images, self.model.config.image_size), labels, channels)
         for name, value in values.items():
             self.log(f"{part}_{name}", value, batch_size=len(labels), on_epoch=True, sync_dist=True)
 
@@ -162,7 +170,7 @@ class TrainingModule(LightningModule):
         rows = batch["rows"].tolist()
         table = self.trainer.datamodule.table.iloc[rows]
         names = table["path"] if "path" in table else [f"row {i}" for i in rows]
-        kept = getattr(self.trainer.checkpoint_callback, "last_model_path", "") or "none was saved yet"
+        kept = getattr(self.trainer.checkpoint_callback, "last_good", "") or "none: no epoch was finished"
         return TrainingError(
             f"The loss is {value} in epoch {self.current_epoch}, batch {batch_idx} (crops {listing(names, 3)}). "
             f"Training stopped; the last good checkpoint is {kept}. Try a lower learning rate, a longer warm-up or "

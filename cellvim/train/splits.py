@@ -77,6 +77,7 @@ def split_rows(
             raise InputError(f"The share of {name} is {share}; expected 0 to below 1, and both together below 1.")
     if by in table.columns and by not in (*GROUPS, LEAKY):
         return _given(table, by, where)
+    classes = _classes(table, label)
     if by == LEAKY:
         warnings.warn(
             f"The split '{LEAKY}' leaks: cells of one well are in training and in test, so its accuracy says little "
@@ -85,23 +86,8 @@ def split_rows(
             stacklevel=2,
         )
         groups = np.arange(len(table))
-    elif by in GROUPS:
-        missing = [name for name in GROUPS[by] if name not in table.columns]
-        if by == "well" and missing == ["Metadata_Plate"]:
-            missing = []
-        if missing:
-            raise MetadataError(f"A split by {by} needs {listing(missing)}; {where} has {listing(table.columns)}.")
-        keys = [name for name in GROUPS[by] if name in table.columns]
-        groups = table.groupby(keys, sort=True, observed=True, dropna=False).ngroup().to_numpy()
     else:
-        known = [*GROUPS, LEAKY]
-        raise InputError(
-            f"There is no split by '{by}'; there are {listing(known)}, or a column that says train, val and test; "
-            f"{where} has {listing(table.columns)}.{suggestion(by, known)}"
-        )
-    classes = table[label].astype("string").fillna("").to_numpy() if label in table else np.zeros(len(table), "<U1")
-    if by != LEAKY:
-        _check_groups(groups, classes, by, parts=1 + (val > 0) + (test > 0), where=where)
+        groups = check_groups(table, by, val=val, test=test, label=label, where=where)
     rest = np.arange(len(table))
     rows = {"val": np.zeros(0, int), "test": np.zeros(0, int)}
     for part, share, offset in (("test", test, 0), ("val", val / (1 - test), 1)):
@@ -123,31 +109,52 @@ def _given(table: pd.DataFrame, column: str, where: str) -> dict[str, np.ndarray
     return {part: np.flatnonzero((values == part).fillna(False)) for part in PARTS}
 
 
-def _check_groups(groups: np.ndarray, classes: np.ndarray, by: str, *, parts: int, where: str) -> None:
-    n_groups = len(np.unique(groups))
+def check_groups(
+    table: pd.DataFrame, by: str, *, val: float, test: float, label: str = "label", where: str = "the data"
+) -> np.ndarray:
+    """Number what is held out whole, (n,) int64, or say why it cannot be; parameters and Raises as `split_rows`."""
+    if by not in GROUPS:
+        known = [*GROUPS, LEAKY]
+        raise InputError(
+            f"There is no split by '{by}'; there are {listing(known)}, or a column that says train, val and test; "
+            f"{where} has {listing(table.columns)}.{suggestion(by, known)}"
+        )
+    keys = [name for name in GROUPS[by] if name in table.columns]
+    if GROUPS[by][-1] not in keys:
+        raise MetadataError(f"A split by {by} needs {GROUPS[by][-1]}; {where} has {listing(table.columns)}.")
+    groups = table.groupby(keys, sort=True, observed=True, dropna=False).ngroup().to_numpy()
+    classes, parts, n_groups = _classes(table, label), 1 + (val > 0) + (test > 0), len(np.unique(groups))
     if n_groups < parts:
         raise MetadataError(
             f"{where} has {n_groups} {by}{'s' * (n_groups != 1)}; a split by {by} needs at least {parts}, one for each "
-            f"of training, validation and test. Hold out less, or split by something finer."
+            "of training, validation and test. Hold out less, or split by something finer."
         )
-    labelled = classes != ""
-    names = np.unique(classes[labelled])
-    counts = {name: len(np.unique(groups[classes == name])) for name in names}
-    if parts > 1 and len(names) > 1 and all(count == 1 for count in counts.values()):
+    names = np.unique(classes[classes != ""])
+    in_one = [name for name in names if len(np.unique(groups[classes == name])) == 1]
+    if parts > 1 and len(names) > 1 and len(in_one) == len(names):
         raise MetadataError(
             f"Every class of {where} lies in one {by} only ({listing(names, 6)}), so no {by} can be held out: what was "
             f"learned of a class could not be told from what is peculiar to its {by}. Choose a label with replicates."
         )
+    return groups
+
+
+def _classes(table: pd.DataFrame, label: str) -> np.ndarray:
+    if label not in table:
+        return np.zeros(len(table), "<U1")
+    return table[label].astype("string").fillna("").to_numpy(dtype=str)
 
 
 def _hold_out(groups: np.ndarray, classes: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Return a mask of about ``share`` of the rows: whole groups, classes spread as evenly as they allow."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    unique = np.unique(groups)
-    folds = int(np.clip(round(1 / share), 2, len(unique)))
+    unique, first = np.unique(groups, return_index=True)
     if len(unique) == len(groups):  # single rows: no need to keep groups together
         return _stratified(classes, share, seed)
+    if (classes == classes[first][np.searchsorted(unique, groups)]).all():  # one class a group, as wells mostly have
+        return np.isin(groups, unique[_some_of_each_class(classes[first], share, seed)])
+    folds = int(np.clip(round(1 / share), 2, len(unique)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class with fewer members than folds: said by _warn_of_absent_classes
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -157,6 +164,19 @@ def _hold_out(groups: np.ndarray, classes: np.ndarray, share: float, seed: int) 
     if not mask.any():  # an empty fold: the folds were too many for these groups
         mask = groups == np.random.default_rng(seed).choice(unique)
     return mask
+
+
+def _some_of_each_class(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Choose groups by their class: a share of each, at least one of every class that has two or more."""
+    generator = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for name in np.unique(classes):
+        members = generator.permutation(np.flatnonzero(classes == name))
+        count = round(share * len(members)) or min(1, len(members) - 1)
+        chosen += members[:count].tolist()
+    if not chosen:  # every class has one group only, and classes are allowed to be so
+        chosen = [int(generator.integers(len(classes)))]
+    return np.array(chosen)
 
 
 def _stratified(classes: np.ndarray, share: float, seed: int) -> np.ndarray:

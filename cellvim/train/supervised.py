@@ -80,8 +80,12 @@ class Supervised(TrainingModule):
             classify(images).float(), targets, weight=weight, label_smoothing=self.label_smoothing
         )
 
+    def classify(self, images: Tensor, channels: Tensor) -> Tensor:
+        """Return the logits that evaluation looks at, (B, C, H, W) -> (B, K)."""
+        return self.model(images, channels=channels)
+
     def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        logits = self.model(images, channels=channels).float()
+        logits = self.classify(images, channels).float()
         part = "test" if self.trainer.testing else "val"
         counted = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
         self.confusion[part] = self.confusion[part] + counted if part in self.confusion else counted
