@@ -34,7 +34,7 @@ BUDGET_S = 100
 MODELS = {
     "FastVim": {"encoder": "fastvim_tiny_patch8", "depth": 6, "epochs": 16, "lr": 1e-3},
     "Vim": {"encoder": "vim_tiny_patch8", "depth": 6, "epochs": 8, "lr": 1e-3},
-    "ViT": {"encoder": "vit_tiny_patch8", "depth": 4, "epochs": 22, "lr": 1e-3, "changes": {"num_heads": 3}},
+    "ViT": {"encoder": "vit_tiny_patch8", "depth": 4, "epochs": 22, "lr": 5e-4, "changes": {"num_heads": 3}},
 }
 MASKED = {"epochs": 12, "mask_ratio": 0.5, "decoder_dim": 64, "decoder_depth": 1, "lr": 1e-3}
 KNOWN = [  # figures of others, with the split that they are of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,27 +175,14 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that a checkpoint in the middle of an epoch can continue."""
+    """A DataLoader whose next epoch can begin in the middle."""
 
-    _skip = 0
-    _yielded = 0
+    skip = 0  # batches of the next epoch that are left out: a resumed training has had them
 
     def __iter__(self) -> Iterator[Any]:
-        self._yielded, skip = self._skip, self._skip
-        self._skip = 0
-        for number, batch in enumerate(super().__iter__()):
-            if number < skip:
-                continue
-            self._yielded += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the epoch were handed out."""
-        return {"yielded": self._yielded % max(1, len(self))}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the batches that `state_dict` counted."""
-        self._skip = int(state["yielded"])
+        batches = super().__iter__()
+        skip, self.skip = self.skip, 0  # read when the first batch is asked for, which is after training began
+        yield from islice(batches, skip, None)
 
 
 class TrainingData(LightningDataModule):

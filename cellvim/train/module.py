@@ -60,6 +60,7 @@ class TrainingModule(LightningModule):
         self.model: nn.Module | None = None
         self.augment: Augment | None = None
         self.last_losses: dict[str, Tensor] = {}
+        self._batches_done = 0  # of the epoch that a checkpoint was made in
         self._rates = self._decays = np.zeros(0)
 
     # ---- what subclasses say -------------------------------------------------------------------------------------
@@ -206,6 +207,10 @@ class TrainingModule(LightningModule):
         """Return what the optimiser updates."""
         return self.model
 
+    def on_train_start(self) -> None:
+        """After a checkpoint in the middle of an epoch, go on with the batch after it."""
+        self.trainer.train_dataloader.skip = self._batches_done
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set this step's learning rate and weight decay, and the seed of this batch's draws."""
         step = min(self.trainer.global_step, len(self._rates) - 1)
@@ -223,6 +228,8 @@ class TrainingModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, naming what differs."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        self._batches_done = 0 if progress["is_last_batch"] else progress["current"]["processed"]
         saved = checkpoint.get("cellvim")
         if saved is None or self.model is None:
             return
