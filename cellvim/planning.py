@@ -665,6 +665,13 @@ def _encoder(
         return load_checkpoint(path), path.name
     import torch
 
+    from cellvim.models.shipped import shipped_models
+
+    if str(model) in shipped_models():
+        from cellvim.models.weights import load_checkpoint
+
+        return load_checkpoint(shipped_models()[str(model)]), str(model)
+
     from cellvim.models.registry import create_model
 
     with torch.random.fork_rng(devices=[]):

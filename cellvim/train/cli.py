@@ -79,7 +79,9 @@ def _as_seed(value: Any) -> int:
     return int(value) if not isinstance(value, bool) and value is not None else 0
 
 
-_NOISE = re.compile(r"NoneType|^Problem with|^Parser key|^Does not validate|^Subtypes|^Errors:|^Given value|^Expected a (path|dot)")
+_NOISE = re.compile(
+    r"NoneType|^Problem with|^Parser key|^Does not validate|^Subtypes|^Errors:|^Given value|^Expected a (path|dot)"
+)
 
 
 def explain_parser_error(error: BaseException) -> CellvimError:

@@ -202,9 +202,7 @@ class TrainingData(LightningDataModule):
         Processes that load; 0 when crops are in memory.
     """
 
-    def __init__(
-        self, *, batch_size: int, split: str, val: float, test: float, seed: int, workers: int = 0
-    ) -> None:
+    def __init__(self, *, batch_size: int, split: str, val: float, test: float, seed: int, workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1.")

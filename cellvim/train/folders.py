@@ -93,7 +93,9 @@ class LabelledCrops(TrainingData):
                 raise MetadataError(f"leave_out has {listing(unknown)}, which is no class of {where}.")
             table = table[~table["label"].astype(str).isin(self.leave_out)].reset_index(drop=True)
         classes = class_names_of(table["label"].to_numpy(object), column=self.label, where=where)
-        images = read_crops(table["path"]) if not self.lazy else LazyCrops(tuple(table["path"]), self.crop_size * 8 // 7)
+        images = (
+            read_crops(table["path"]) if not self.lazy else LazyCrops(tuple(table["path"]), self.crop_size * 8 // 7)
+        )
         channels = tuple(self.channels or (f"channel{i}" for i in range(images.shape[1])))
         if len(channels) != images.shape[1]:
             raise InputError(
@@ -144,7 +146,9 @@ class LazyCrops:
         if image.shape[0] != self.shape[1]:
             channels = self.shape[1]
             if image.shape[0] != 1:
-                raise InputError(f"{path} has {image.shape[0]} channels, {self.paths[0]} {channels}; expected one number.")
+                raise InputError(
+                    f"{path} has {image.shape[0]} channels, {self.paths[0]} {channels}; expected one number."
+                )
             image = image.repeat(channels, axis=0)  # grey among colour images
         height, width = image.shape[1:]
         factor = self.size / min(height, width)

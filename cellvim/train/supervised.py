@@ -76,9 +76,7 @@ class Supervised(TrainingModule):
         targets = F.one_hot(labels, len(self.description.class_names)).to(images.dtype)
         images, targets = mix(images, targets, self.augmentation)
         weight = self.class_weight()
-        return F.cross_entropy(
-            classify(images).float(), targets, weight=weight, label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(classify(images).float(), targets, weight=weight, label_smoothing=self.label_smoothing)
 
     def classify(self, images: Tensor, channels: Tensor) -> Tensor:
         """Return the logits that evaluation looks at, (B, C, H, W) -> (B, K)."""

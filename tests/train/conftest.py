@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # synthetic_plate
 
 
 def write_crops(folder: Path, *, plates: int = 4, per_class: int = 4, size: int = 16, seed: int = 0) -> Path:
-    """A folder a class: bright squares (class "large") or dots ("small"), ``per_class`` on each of ``plates`` plates."""
+    """A folder a class: bright squares ("large") or dots ("small"), ``per_class`` of each on every plate."""
     rng = np.random.default_rng(seed)
     for name, half in (("small", 1), ("large", 4)):
         (folder / name).mkdir(parents=True)
@@ -24,6 +25,15 @@ def write_crops(folder: Path, *, plates: int = 4, per_class: int = 4, size: int 
                 image[y - half : y + half, x - half : x + half] += 150
                 tifffile.imwrite(folder / name / f"P{plate}_{number}.tif", image.clip(0, 255).astype(np.uint8))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models as small as these are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_what_cannot_be_split_is_told(rows, by, message):
 
 
 def test_an_unknown_split_is_told():
-    with pytest.raises(InputError, match="no split by 'wel'.*Did you mean well"):
+    with pytest.raises(InputError, match=r"no split by 'wel'.*Did you mean well"):
         split_rows(table(), "wel")
     with pytest.raises(InputError, match="share of val"):
         split_rows(table(), "well", val=1.5)
