@@ -72,13 +72,16 @@ class Joint(Supervised):
         self._whole: list[Encoder] = []  # a list, so that it is no part of the module
 
     def config_of(self, description: DataDescription) -> EncoderConfig:
+        """The base's, with what this training needs of the head."""
         config = super().config_of(description)
         return config if config.num_classes else config.replace(num_classes=1)  # before the data are known
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
+        """The model of this training."""
         return MaskedAutoencoder(config, supervised=True, **self.decoder)
 
     def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        """The losses of a batch, see the base."""
         known = labels >= 0
         targets = F.one_hot(labels.clamp_min(0), len(self.description.class_names)).to(images.dtype)
         if bool(known.all()):
@@ -96,9 +99,11 @@ class Joint(Supervised):
         return {"loss": total, "masked_loss": output.loss, "supervised_loss": supervised}
 
     def finished_model(self) -> Encoder:
+        """What is saved at the end: an `Encoder`."""
         return whole_image_encoder(self.model)
 
     def classify(self, images: Tensor, channels: Tensor) -> Tensor:
+        """Logits of whole images."""
         if not self._whole:
             self._whole.append(whole_image_encoder(self.model).to(images.device).eval())
         return self._whole[0](images, channels=channels)

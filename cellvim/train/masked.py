@@ -47,10 +47,13 @@ class Masked(TrainingModule):
         }
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
+        """The model of this training."""
         return MaskedAutoencoder(config, **self.decoder)
 
     def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        """The losses of a batch, see the base."""
         return {"loss": self.model(images, channels=channels).loss}
 
     def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        """Means over a batch, see the base."""
         return {"loss": self.model(images, channels=channels).loss}

@@ -71,15 +71,19 @@ class LinearProbe(Supervised):
         return model_config(encoder, **self.changes)
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
+        """The model of this training."""
         return Probe(Encoder(config))
 
     def load_pretrained(self, path: str) -> None:
+        """Start from the weights of a checkpoint."""
         from cellvim.train.finetune import start_from
 
         start_from(self.model.encoder, path)
 
     def trained_part(self) -> nn.Module:
+        """Only the classifier learns."""
         return self.model.head
 
     def finished_model(self) -> Encoder:
+        """What is saved at the end: an `Encoder`."""
         return self.model.to_encoder()

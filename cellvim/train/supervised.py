@@ -45,6 +45,7 @@ class Supervised(TrainingModule):
         self.confusion: dict[str, Tensor] = {}
 
     def config_of(self, description: DataDescription) -> EncoderConfig:
+        """The base's, with what this training needs of the head."""
         if self.trainer_is_attached and len(description.class_names) < 2:
             raise MetadataError(f"{description.source} has no labels; a supervised training needs a label column.")
         return super().config_of(description)
@@ -55,6 +56,7 @@ class Supervised(TrainingModule):
         return self._trainer is not None
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
+        """The model of this training."""
         return Encoder(config)
 
     def class_weight(self) -> Tensor | None:
@@ -66,6 +68,7 @@ class Supervised(TrainingModule):
         return torch.where(counts > 0, weights, 0.0)
 
     def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        """The losses of a batch, see the base."""
         return {"loss": self.cross_entropy(lambda x: self.model(x, channels=channels), images, labels)}
 
     def cross_entropy(self, classify: Any, images: Tensor, labels: Tensor) -> Tensor:
@@ -83,6 +86,7 @@ class Supervised(TrainingModule):
         return self.model(images, channels=channels)
 
     def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
+        """Means over a batch, see the base."""
         logits = self.classify(images, channels).float()
         part = "test" if self.trainer.testing else "val"
         counted = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
