@@ -220,7 +220,6 @@ METHODS = (
     "ViT",
     "Vim",
     "FastVim + masked pre-training, same budget",
-    "FastVim + masked pre-training, twice the budget",
 )
 
 

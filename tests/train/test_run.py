@@ -70,3 +70,23 @@ def test_help_and_the_list_of_recipes(capsys):
     assert "cellvim train PLATE.zarr --label" in capsys.readouterr().out
     assert main(["train", "--list"]) == 0
     assert "jumpcp_fastchannelvim_s16 " in capsys.readouterr().out
+
+
+def test_the_models_that_come_along_are_trained_and_have_cards(capsys):
+    from cellvim.models.shipped import model_card, shipped_models
+
+    assert len(shipped_models()) == 2
+    assert sum(path.stat().st_size for path in shipped_models().values()) < 15e6
+    for name, path in shipped_models().items():
+        model = load_checkpoint(path)
+        assert model.is_trained
+        assert model.config.channel_names
+        for about in ("licence", "figures", "Limits"):
+            assert about in model_card(name), about
+        assert main(["models", name]) == 0
+        assert name in capsys.readouterr().out
+
+
+def test_a_shipped_model_is_found_by_name(labelled_plate):
+    adata = cellvim.embed(labelled_plate, model="fastchannelvim_multichannel", wells=["A01"])
+    assert adata.uns["cellvim"]["weights"]["trained"]
