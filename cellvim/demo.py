@@ -15,13 +15,14 @@ from cellvim.data.bundled import bundled_dataset
 from cellvim.data.importers import import_plate
 from cellvim.data.normalize import IntensityScale
 from cellvim.data.plate import open_plate
-from cellvim.embedding import DEFAULT_MODEL, plan_embedding, run_embedding
+from cellvim.embedding import plan_embedding, run_embedding
 from cellvim.errors import OutputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 CHANNELS = {"Channel1": "GFP", "Channel2": "DNA"}
+MODEL = "fastchannelvim_multichannel"  # comes with CellVim; trained on wells of this plate that are not in the demo
 CROP_PX = 48  # nuclei of this plate are 20 to 25 px wide, cells about twice that
 LABEL, NEGATIVE, POSITIVE, DOSE = "Metadata_pert_type", "negcon", "poscon", "SBS_Doses"
 
@@ -62,7 +63,7 @@ def run_demo(output: str | Path, *, overwrite: bool, say: Say, warn: Say, progre
     else:
         say(f"1. Import: {plate} is there already (anew with --overwrite)")
     if overwrite or not embeddings.exists():
-        say(f"2. Embed: cells of {CROP_PX} x {CROP_PX} px → {DEFAULT_MODEL}")
+        say(f"2. Embed: cells of {CROP_PX} x {CROP_PX} px → {MODEL}")
         _embed(plate, embeddings, overwrite, progress, say, warn)
     else:
         say(f"2. Embed: {embeddings} is there already (anew with --overwrite)")
@@ -97,7 +98,7 @@ def _import(plate: Path, overwrite: bool, progress: Progress) -> None:
 
 
 def _embed(plate: Path, embeddings: Path, overwrite: bool, progress: Progress, say: Say, warn: Say) -> None:
-    plan = plan_embedding(plate, crop_size=CROP_PX)
+    plan = plan_embedding(plate, model=MODEL, crop_size=CROP_PX)
     with progress("Embedding", "cells") as update:
         summary = run_embedding(plan, embeddings, overwrite=overwrite, progress=update)
     for remark in summary.remarks():
