@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -147,7 +148,7 @@ def import_command(
     print(
         f"{_count(len(plate.wells), 'well')}, {_count(len(plate.fields), 'field')}, "
         f"channels {', '.join(plate.channel_names)} → {target}\n"
-        f"Next: cellvim embed {target} -o embeddings.zarr"
+        f"Next: cellvim embed {quote(str(target))} -o embeddings.zarr{_naming_dna(plate.channel_names)}"
     )
     for note in plate.cellvim_attributes.get("notes", ()):
         _say(f"Note: {note}.")
@@ -353,7 +354,7 @@ def profile(
     made = [*profiles.layers, *profiles.obsm]
     print(
         f"{_count(profiles.n_obs, 'profile')} of {_count(profiles.n_vars, 'feature')}"
-        f"{', normalised: ' + ', '.join(made) if made else ''} → {output}\nNext: cellvim evaluate {output}"
+        f"{', normalised: ' + ', '.join(made) if made else ''} → {output}\nNext: cellvim evaluate {quote(str(output))}"
     )
 
 
@@ -389,8 +390,8 @@ def evaluate(
 
     if output is not None and output.exists() and not overwrite:
         raise InputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"The folder {output.absolute().parent} for the figures does not exist.")
+    if output is not None:
+        _check_file(output)
     with _remarks(), _progress("Evaluating", "") as progress:
         result = evaluate_profiles(
             read_profiles(profiles),
@@ -556,7 +557,7 @@ def train_command(context: typer.Context) -> None:
         raise InputError(f"Training needs {error.name}. Install it: pip install 'cellvim[train]'") from error
     model = train([a if a != "--help_all" else "--help" for a in arguments])
     if model is not None:
-        print(f"{model}\nNext: cellvim embed PLATE.zarr -o embeddings.zarr --model {model}")
+        print(f"{model}\nNext: cellvim embed PLATE.zarr -o embeddings.zarr --model {quote(str(model))}")
 
 
 @app.command()
@@ -764,6 +765,26 @@ def _plane(z: str | None) -> int | str | None:
     if z is not None and z != "max" and not z.isdigit():
         raise InputError(f"--z is '{z}'; expected the number of a plane, or max.")
     return int(z) if z and z.isdigit() else z
+
+
+def _check_file(output: Path) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"The folder {folder} for the figures does not exist.")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; expected the name of a file for the figures.")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"The folder {folder} for the figures cannot be written to. Choose another --output.")
+
+
+def _naming_dna(channels: Sequence[str]) -> str:
+    """Return the option that cells need on a plate none of whose channels is DNA by its name."""
+    from cellvim.channels import canonical_name
+
+    if any(canonical_name(name) == "DNA" for name in channels):
+        return ""
+    return " --channels DNA=NAME  (the name here of the channel that shows nuclei; or --unit tile)"
 
 
 def _report(summary: EmbeddingSummary) -> None:
