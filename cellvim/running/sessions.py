@@ -153,7 +153,7 @@ def read_log(storage: Storage) -> list[str]:
     lines: list[str] = []
     for name in storage.names("log"):
         lines += (storage.read(f"log/{name}") or b"").decode("utf-8", "replace").splitlines()
-    return sorted(lines)
+    return sorted(lines, key=lambda line: line.partition('", "event"')[0])  # those of one moment stay in order
 
 
 def command_line() -> str:
