@@ -8,9 +8,10 @@ PYTHON ?= python3
 demo: .venv/.ok
 	.venv/bin/cellvim demo
 
-# Two processes with a thread each are done sooner than one with two. What tests print is seen with plain `pytest`.
+# Two processes with a thread each are done sooner than one with two; a file stays with one, which makes its fixtures
+# once. What tests print is seen with plain `pytest`.
 test: .venv/.ok
-	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/.ok
 	.venv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[test,ray]'

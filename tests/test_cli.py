@@ -131,7 +131,8 @@ def test_info_says_what_is_odd(run, images, tmp_path):
 
 def test_models_and_backends(run):
     code, out, _ = run("models", "fastchannelvim")
-    assert code == 0 and "fastchannelvim_tiny_patch16" in out and "none are shipped" in out
+    assert code == 0 and "fastchannelvim_tiny_patch16" in out and "random weights" in out
+    assert "fastchannelvim_multichannel  TRAINED" in out
     code, out, _ = run("backends")
     assert code == 0 and "reference" in out and "runs" in out
 
