@@ -7,7 +7,9 @@ part again, to the same bytes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cellvim.export import PlateRows, check_output, output_exists, write_embeddings
+from cellvim.errors import OutputError
+from cellvim.export import PlateRows, check_output, is_remote, output_exists, write_embeddings
+from cellvim.formats.token_maps import check_token_maps, write_token_maps
 from cellvim.provenance import field_table, provenance
 from cellvim.running.ledger import MARKER, DamagedError, Failure, Key, Ledger, Rows, read_run
 from cellvim.running.lock import locked
@@ -34,21 +38,59 @@ if TYPE_CHECKING:
     from cellvim.planning import EmbeddingPlan
 
 NAMING = "naming"  # in the ledger: the output is being given its name, and what bears it is this job's
+MAPS = "naming-maps"  # the same of maps of tokens, which get theirs before
 
 
-def check_free(output: str | Path, *, overwrite: bool) -> bool:
+def check_free(output: str | Path, *, overwrite: bool, maps_of: Sequence[str] = ()) -> bool:
     """Check that an output may be written, and return whether it may replace one that exists.
+
+    Parameters
+    ----------
+    output
+        What is to be written.
+    overwrite
+        Whatever exists may be replaced, if it is of its kind.
+    maps_of
+        Names of the plates whose maps of tokens are to be written beside it.
 
     Raises
     ------
+    InputError
+        Maps of tokens are wanted beside a URL.
     OutputError
-        It exists and ``overwrite`` is off, or it is something else than embeddings.
+        It exists and ``overwrite`` is off, or it is something else than embeddings; or so do maps of tokens. Or its
+        folder cannot be written.
     """
+    if not is_remote(output):
+        check_folder(Path(output).absolute().parent)
     storage = storage_at(output)
     before = None if overwrite else read_run(storage)
     replaces = overwrite or bool(before and (before.get("replaces") or storage.read(NAMING) is not None))
     check_output(output, overwrite=replaces)
+    if maps_of:
+        check_token_maps(output, maps_of, overwrite=replaces or storage.read(MAPS) is not None)
     return replaces
+
+
+def check_folder(folder: str | Path) -> None:
+    """Check that a folder can be written, or made where it does not exist yet.
+
+    Raises
+    ------
+    OutputError
+        It cannot.
+    """
+    there = folder = Path(folder).absolute()
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        what = "written" if there == folder else "made"
+        raise OutputError(
+            f"The output's folder {folder} cannot be {what}: {error.strerror or error}. Choose another --output."
+        ) from error
 
 
 def finished_before(output: str | Path, digest: str, *, shard: bool) -> dict[str, Any] | None:
@@ -135,9 +177,10 @@ def _write(plan, ledger, session, output, failures, format, spatialdata, damaged
 
     def naming() -> None:
         if plan.tokens:
-            from cellvim.formats.token_maps import write_token_maps
-
-            write_token_maps(plan, ledger, output, overwrite=bool(run.get("replaces")) or named_before)
+            replaces = bool(run.get("replaces")) or named_before or storage.read(MAPS) is not None
+            check_token_maps(output, [plate.name for plate in plan.plates], overwrite=replaces)
+            storage.write(MAPS, b"")  # from here on they are ours, also for the session that goes on after a kill
+            write_token_maps(plan, ledger, output, lambda key, n: _load(ledger, key, n, damaged), overwrite=True)
         storage.write(NAMING, b"")
 
     named_before = storage.read(NAMING) is not None
@@ -163,12 +206,7 @@ def _opener(
         counts = {key[1]: n for key, n in ledger.done([number]).items()}
 
         def load(field: int) -> Rows:
-            try:
-                return ledger.load((number, field), counts[field])
-            except DamagedError:
-                ledger.forget((number, field), counts[field])
-                damaged.append((number, field))
-                raise
+            return _load(ledger, (number, field), counts[field], damaged)
 
         rows = PlateRows(field_table(plate, regions=spatialdata), counts, load)
         if len(plan.plates) > 1:
@@ -176,6 +214,16 @@ def _opener(
         return rows
 
     return open_rows
+
+
+def _load(ledger: Ledger, key: Key, n_rows: int, damaged: list[Key]) -> Rows:
+    """Return a field's rows; where they are damaged remove them, note the field and raise `DamagedError`."""
+    try:
+        return ledger.load(key, n_rows)
+    except DamagedError:
+        ledger.forget(key, n_rows)
+        damaged.append(key)
+        raise
 
 
 def _write_beside(plan, ledger, session, output, failures, format, rows: int, log: bool) -> None:

@@ -302,7 +302,8 @@ def run_embedding(
     made = None if overwrite else finished_before(output, identity_digest(plan.identity), shard=part is not None)
     if made is not None:
         return _summary_of(plan, output, made)
-    replaces = check_free(output, overwrite=overwrite)
+    maps_of = [one.name for one in plan.plates] if plan.tokens else ()
+    replaces = check_free(output, overwrite=overwrite, maps_of=maps_of)
     ledger = _ledger(plan, output, overwrite=overwrite, replaces=replaces)
     devices = [usable_device(d) for d in devices] or [plan.device]
     about = {"engine": engine, "workers": workers, "devices": devices, "batch_size": plan.batch_size}
@@ -370,20 +371,33 @@ def embed_plates(
     EmbeddingSummary
         One an output.
     """
-    from cellvim.assembly import check_free, finished_before
+    from cellvim.assembly import check_folder, check_free, finished_before
     from cellvim.export import format_of
+    from cellvim.formats.token_maps import check_token_maps
+    from cellvim.running.shards import parse_shard
 
+    shard, tokens = run.get("shard"), bool(planned.get("tokens"))
+    _check_running(run.get("engine", ENGINES[0]), run.get("workers", 1), run.get("address"), shard, overwrite)
+    suffix = format_of("" if per_plate else output, run.get("format"))
+    if shard is not None:
+        parse_shard(shard)
     if not per_plate:
-        check_free(output, overwrite=overwrite or run.get("shard") is not None)
+        # One plate's maps are named after the output alone; those of several wait until their names are known.
+        maps_of = [""] if tokens and len(plates) == 1 else ()
+        check_free(output, overwrite=overwrite or shard is not None, maps_of=maps_of)
+        if tokens:
+            check_token_maps(output, (), overwrite=overwrite)
         plan = plan_embedding(list(plates), **planned, cache=cache_folder(output))
         yield run_embedding(plan, output, **run, overwrite=overwrite, progress=progress)
         return
+    if tokens:
+        check_token_maps(output, (), overwrite=overwrite)
     if "://" not in output:
+        check_folder(output)
         try:
             Path(output).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another.") from error
-    suffix = format_of("", run.get("format"))
     taken: set[str] = set()
     for source in plates:
         plan = plan_embedding(source, **planned, cache=cache_folder(f"{output}/plates"))

@@ -340,6 +340,38 @@ class TestFaults:
             subprocess.run(["umount", disk], check=True)
 
 
+class TestRefusedAtOnce:
+    """Before plates are looked at: nothing is left behind."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--shard", "3/2"], "expected 1 to 2 of 2"),
+            (["--shard", "1/2", "--overwrite"], "others have done"),
+            (["--format", "h5ad"], "Leave --format out"),
+            (["--format", "csv", "--per-plate"], "'csv' is not known"),
+            (["--engine", "spark"], "'spark' is not known"),
+            (["--workers", "0"], "expected at least 1"),
+            (["--address", "auto"], "goes with --engine ray"),
+        ],
+    )
+    def test_options_of_the_run(self, plate, weights, tmp_path, capsys, options, message):
+        assert main(["embed", str(plate), "-o", str(tmp_path / "o.zarr"), "--model", str(weights), *options]) == 2
+        assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("options", [[], ["--per-plate"]])
+    def test_an_output_in_a_file(self, plate, weights, tmp_path, capsys, options):
+        (tmp_path / "file").touch()
+        output = tmp_path / "file" / "new" / "out.zarr"
+        assert main(["embed", str(plate), "-o", str(output), "--model", str(weights), *options]) == 2
+        err = capsys.readouterr().err
+        assert "The output's folder" in err and "intensities" not in err and err.count("\n") == 1
+
+    def test_an_output_in_a_folder_that_does_not_exist_yet_makes_it(self, plate, weights, tmp_path):
+        assert main(["embed", str(plate), "-o", str(tmp_path / "new" / "out.zarr"), "--model", str(weights)]) == 0
+        assert (tmp_path / "new" / "out.zarr").is_dir()
+
+
 class TestSeveralPlates:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
@@ -425,6 +457,73 @@ class TestWhatElseIsWritten:
         mean = image.reshape(2, 16, -1).mean((0, 2))  # the readout is the mean over all tokens
         np.testing.assert_allclose(mean, adata.X[0], atol=1e-5)
         assert main([str(c) for c in [*command[:-2], "cell", "--tokens"]]) == 2
+
+    @pytest.mark.parametrize("options", [(), ("--overwrite",)])
+    def test_maps_of_tokens_in_the_way_are_refused_before_any_work(self, plate, weights, tmp_path, capsys, options):
+        """What is no map of tokens, be it an AnnData store, is not replaced; maps are, and only if told to."""
+        command = ["embed", plate, "-o", tmp_path / "out.zarr", "--model", weights, "--unit", "field", "--tokens"]
+        command = [str(c) for c in (*command, *options)]
+        anndata.AnnData(np.zeros((1, 1), np.float32)).write_zarr(tmp_path / "out.tokens.zarr")
+        before = tree_sha256(tmp_path / "out.tokens.zarr")
+        assert main(command) == 2
+        assert "out.tokens.zarr exists" in capsys.readouterr().err
+        assert {p.name for p in tmp_path.iterdir()} == {"out.tokens.zarr"}
+        assert tree_sha256(tmp_path / "out.tokens.zarr") == before
+        shutil.rmtree(tmp_path / "out.tokens.zarr")
+        assert main(command) == 0
+        shutil.rmtree(tmp_path / "out.zarr")
+        assert main(command) == (0 if options else 2)
+
+    def test_maps_of_tokens_beside_a_url_are_refused_before_any_work(self, plate, weights, tmp_path, capsys):
+        output = (tmp_path / "out.zarr").as_uri()
+        assert main(["embed", str(plate), "-o", output, "--model", str(weights), "--unit", "field", "--tokens"]) == 2
+        assert "written to folders, not to a URL" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+    def test_maps_of_several_plates_are_checked_before_fields(self, plate, weights, tmp_path):
+        shutil.copytree(plate, tmp_path / "b.zarr")
+        plan = plan_embedding([plate, tmp_path / "b.zarr"], model=weights, unit="field", tokens=True)
+        taken = f"out.{plan.plates[1].name}.tokens.zarr"
+        (tmp_path / taken).mkdir()
+        with pytest.raises(OutputError, match=f"{taken} exists"):
+            run_embedding(plan, tmp_path / "out.zarr", progress=lambda *_: pytest.fail("it began"))
+        assert not (tmp_path / "out.zarr.partial").exists()
+
+    def test_killed_when_the_maps_have_their_name_and_the_rows_do_not(self, plate, weights, tmp_path, monkeypatch):
+        from cellvim import assembly
+
+        plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
+        write = assembly.write_token_maps
+
+        def killed(*arguments, **options):
+            write(*arguments, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(assembly, "write_token_maps", killed)
+        with pytest.raises(Interrupted):
+            run_embedding(plan, tmp_path / "out.zarr")
+        monkeypatch.undo()
+        assert (tmp_path / "out.tokens.zarr").exists() and not (tmp_path / "out.zarr").exists()
+        assert run_embedding(plan, tmp_path / "out.zarr").n_resumed == N_FIELDS
+        assert anndata.read_zarr(tmp_path / "out.zarr").n_obs == N_FIELDS
+
+    def test_rows_that_are_damaged_when_maps_are_written_are_embedded_again(
+        self, plate, weights, tmp_path, monkeypatch
+    ):
+        from cellvim import assembly
+
+        plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
+        write, torn = assembly.write_token_maps, []
+
+        def tear(*arguments, **options):
+            if not torn:
+                torn.append(sorted((tmp_path / "out.zarr.partial").glob("fields-*/00000/*.rows"))[2])
+                torn[0].write_bytes(torn[0].read_bytes()[:-40])
+            write(*arguments, **options)
+
+        monkeypatch.setattr(assembly, "write_token_maps", tear)
+        run_embedding(plan, tmp_path / "out.zarr")
+        assert torn and anndata.read_zarr(tmp_path / "out.zarr").n_obs == N_FIELDS
+        assert len(cellvim.open_plate(tmp_path / "out.tokens.zarr").fields) == N_FIELDS
 
     def test_spatialdata_attributes(self, plan, tmp_path):
         run_embedding(plan, tmp_path / "out.zarr", spatialdata=True)
