@@ -220,7 +220,12 @@ class EmbeddingSummary:
         units, fields = (f"{n:,} {name}{'s' * (n != 1)}" for n, name in counts)
         done = f"{units} from {fields} in {self.seconds:.1f} s ({rate:,.1f} {self.unit}s/s)"
         if self.n_waiting:
-            return f"Shard {self.shard}: {done}. {self.n_waiting:,} fields of other shards are left for {self.output}"
+            left = (
+                "1 field of other shards is"
+                if self.n_waiting == 1
+                else f"{self.n_waiting:,} fields of other shards are"
+            )
+            return f"Shard {self.shard}: {done}. {left} left for {self.output}"
         return f"{done} → {self.output}"
 
     def remarks(self) -> list[str]:
@@ -300,11 +305,12 @@ def run_embedding(
     part = None if shard is None else parse_shard(shard)
     plan = plan if overwrite else _with_batch_size_of(read_run(storage_at(output)), plan)
     made = None if overwrite else finished_before(output, identity_digest(plan.identity), shard=part is not None)
-    if made is not None:
+    if made is not None and made.get("format", format) == format:
         return _summary_of(plan, output, made)
     maps_of = [one.name for one in plan.plates] if plan.tokens else ()
     replaces = check_free(output, overwrite=overwrite, maps_of=maps_of)
-    ledger = _ledger(plan, output, overwrite=overwrite, replaces=replaces)
+    form = {"format": format, "spatialdata": spatialdata}
+    ledger = _ledger(plan, output, form, overwrite=overwrite, replaces=replaces)
     devices = [usable_device(d) for d in devices] or [plan.device]
     about = {"engine": engine, "workers": workers, "devices": devices, "batch_size": plan.batch_size}
     session = Session(ledger, shard=part and str(part), about=about | {"hardware": hardware(), "versions": versions()})
@@ -466,7 +472,9 @@ def _with_batch_size_of(run: dict[str, Any] | None, plan: EmbeddingPlan) -> Embe
     return replace(plan, batch_size=size)
 
 
-def _ledger(plan: EmbeddingPlan, output: str | Path, *, overwrite: bool, replaces: bool) -> Ledger:
+def _ledger(
+    plan: EmbeddingPlan, output: str | Path, form: Mapping[str, Any], *, overwrite: bool, replaces: bool
+) -> Ledger:
     from cellvim.running.sessions import read_sessions
 
     if overwrite:
@@ -476,7 +484,7 @@ def _ledger(plan: EmbeddingPlan, output: str | Path, *, overwrite: bool, replace
                     f"Another cellvim embed is at work on this output (process {other['pid']} on {other['host']}), so "
                     "it cannot be started anew. Stop that one first."
                 )
-    return open_ledger(output, plan.identity, overwrite=overwrite, replaces=replaces)
+    return open_ledger(output, plan.identity, overwrite=overwrite, replaces=replaces, form=form)
 
 
 def _engine(

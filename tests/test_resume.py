@@ -128,6 +128,10 @@ class TestGoingOn:
             run_embedding(other, tmp_path / "out.zarr")
         assert "plates.00000.crop_px was 32, is 48" in str(error.value) and "channels.GFP" in str(error.value)
         assert len(list((tmp_path / "out.zarr.partial").glob("fields-*/*/*.rows"))) == 2  # nothing is lost
+        fewer = plan_embedding(plate, model=weights, wells=["A01"])
+        with pytest.raises(OutputError, match="wells/fields of plate: 6 fields before, 2 now") as error:
+            run_embedding(fewer, tmp_path / "out.zarr")
+        assert "sha256" not in str(error.value)
         assert run_embedding(other, tmp_path / "out.zarr", overwrite=True).n_units == 21
 
     @pytest.mark.slow
@@ -203,6 +207,29 @@ class TestSharedOut:
         run_embedding(plan, output, shard="2/2")
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
         assert _only(tmp_path) == {"out.zarr", "out.zarr.manifest.json"}
+
+    def test_shards_that_name_another_format_are_refused(self, plan, tmp_path):
+        run_embedding(plan, tmp_path / "out", shard="1/2", format="h5ad")
+        with pytest.raises(OutputError, match=r"format was h5ad, is zarr.*--overwrite"):
+            run_embedding(plan, tmp_path / "out", shard="2/2")
+        with pytest.raises(OutputError, match="spatialdata was False, is True"):
+            run_embedding(plan, tmp_path / "out", shard="2/2", format="h5ad", spatialdata=True)
+        run_embedding(plan, tmp_path / "out", shard="2/2", format="h5ad")
+        assert anndata.read_h5ad(tmp_path / "out").n_obs == 21
+        with pytest.raises(OutputError, match="exists already"):
+            run_embedding(plan, tmp_path / "out", shard="2/2")
+
+    def test_status_says_that_other_shards_are_left(self, plan, tmp_path, capsys):
+        summary = run_embedding(plan, tmp_path / "out.zarr", shard="1/6")
+        assert "5 fields of other shards are left" in str(summary)
+        assert main(["status", str(tmp_path / "out.zarr")]) == 0
+        out = capsys.readouterr().out
+        assert "waits for other shards: 5 fields of them are left" in out and "was stopped" not in out
+        assert "1 field in " in out
+        with pytest.raises(Interrupted):
+            run_embedding(plan, tmp_path / "out.zarr", shard="2/2", progress=_stop_after(1))
+        assert main(["status", str(tmp_path / "out.zarr")]) == 0
+        assert "was stopped" in capsys.readouterr().out
 
     def test_shards_do_not_overwrite_each_other(self, plan, tmp_path):
         with pytest.raises(InputError, match="others have done"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
@@ -124,13 +125,15 @@ class Ledger:
         self._rows = f"fields-{self.digest[:12]}"
         self._failed = f"failed-{self.digest[:12]}"
 
-    def begin(self, *, replaces: bool) -> None:
+    def begin(self, *, replaces: bool, form: Mapping[str, Any] | None = None) -> None:
         """Make the ledger, or take up the one that is there and is of the same job.
 
         Parameters
         ----------
         replaces
             The job may replace an output that exists.
+        form
+            Of the output, such as its format: it decides no row, but all who work on the job must want the same.
 
         Raises
         ------
@@ -142,6 +145,7 @@ class Ledger:
             before = read_run(self.storage)
             if before is not None:
                 changes = differences(before["identity"], self.identity)
+                changes += differences(before.get("form") or {}, form) if form and before.get("form") else []
                 if changes:
                     raise OutputError(
                         f"{self.storage.name} holds the unfinished rows of another job, so this one cannot go on from "
@@ -156,6 +160,7 @@ class Ledger:
                 "run": uuid4().hex,
                 "replaces": replaces,
                 "digest": self.digest,
+                "form": dict(form or {}),
                 "output": self.storage.name.removesuffix(".partial"),
                 "identity": self.identity,
             }
@@ -225,7 +230,12 @@ class Ledger:
 
 
 def open_ledger(
-    output: str | Path, identity: Mapping[str, Any], *, overwrite: bool = False, replaces: bool = False
+    output: str | Path,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    replaces: bool = False,
+    form: Mapping[str, Any] | None = None,
 ) -> Ledger:
     """Begin a job's ledger beside its output, or take it up where it was left.
 
@@ -239,6 +249,8 @@ def open_ledger(
         Start anew: remove what is there.
     replaces
         The job may replace an output that exists.
+    form
+        Of the output, such as its format. A ledger of another form is refused.
 
     Raises
     ------
@@ -250,7 +262,7 @@ def open_ledger(
         check_ours(storage)
         storage.remove_all(MARKER)
     ledger = Ledger(storage, identity)
-    ledger.begin(replaces=replaces)
+    ledger.begin(replaces=replaces, form=form)
     return ledger
 
 
@@ -279,12 +291,18 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two identities, one sentence each: the name, what it was and what it is."""
     was, is_ = dict(_flat(before)), dict(_flat(json.loads(json.dumps(now, default=str))))
-    names = [*was, *(name for name in is_ if name not in was)]
-    return [
-        f"{name} was {_short(was.get(name, 'not there'))}, is {_short(is_.get(name, 'not there'))}"
-        for name in names
-        if was.get(name) != is_.get(name)
-    ]
+    names = [name for name in [*was, *(name for name in is_ if name not in was)] if was.get(name) != is_.get(name)]
+    found = []
+    for name in names:
+        old, new = _short(was.get(name, "not there")), _short(is_.get(name, "not there"))
+        plate = re.fullmatch(r"(plates\.\d+)\.fields\.(count|sha256)", name)
+        if plate is None or name not in was or name not in is_:
+            found.append(f"{name} was {old}, is {new}")
+        elif plate[2] == "count":
+            found.append(f"wells/fields of {is_.get(f'{plate[1]}.name', plate[1])}: {old} fields before, {new} now")
+        elif f"{plate[1]}.fields.count" not in names:  # else it is said already
+            found.append(f"wells/fields of {is_.get(f'{plate[1]}.name', plate[1])}: others than before, as many")
+    return found
 
 
 def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,8 @@ def read_status(output: str | Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``state``: running, stopped or done; ``fields``, ``done``, ``failed``, ``rows``; ``plates``: the same for each;
+        ``state``: running, stopped, waiting (for shards that were not run yet) or done;
+        ``fields``, ``done``, ``failed``, ``rows``; ``plates``: the same for each;
         ``failures``; ``sessions``: who worked on it; ``seconds_left``, where someone is at work.
 
     Raises
@@ -53,7 +54,7 @@ def read_status(output: str | Path) -> dict[str, Any]:
     rate = sum(s["fields"] / s["seconds"] for s in alive if s["seconds"] and s["fields"])
     return {
         "output": str(output),
-        "state": "running" if alive else "stopped",
+        "state": "running" if alive else "waiting" if left and _shards_are_through(sessions) else "stopped",
         **sums,
         "seconds_left": round(left / rate) if rate else None,
         "plates": plates,
@@ -65,7 +66,9 @@ def read_status(output: str | Path) -> dict[str, Any]:
 def describe(status: dict[str, Any]) -> str:
     """Return what `read_status` found, as text."""
     share = 100 * status["done"] / status["fields"] if status["fields"] else 100.0
+    left = status["fields"] - status["done"] - status["failed"]
     what = {
+        "waiting": f"waits for other shards: {_fields(left)} of them {'is' if left == 1 else 'are'} left",
         "running": "is running",
         "stopped": "was stopped; the same command goes on where it stopped",
         "done": "is done",
@@ -89,7 +92,7 @@ def describe(status: dict[str, Any]) -> str:
         rate = session["fields"] / session["seconds"] if session["seconds"] else 0.0
         lines.append(
             f"{'session':<9} {session['state']}: process {session['pid']} on {session['host']}{shard}, since "
-            f"{_local(session['started'])}, {session['fields']:,} fields in {_duration(session['seconds'])} "
+            f"{_local(session['started'])}, {_fields(session['fields'])} in {_duration(session['seconds'])} "
             f"({rate:.2f} fields/s)"
         )
     for failure in status["failures"][:20]:
@@ -97,6 +100,16 @@ def describe(status: dict[str, Any]) -> str:
     if len(status["failures"]) > 20:
         lines.append(f"{'':<9} and {len(status['failures']) - 20} more")
     return "\n".join(lines)
+
+
+def _shards_are_through(sessions: list[dict[str, Any]]) -> bool:
+    """Return whether every shard that was run has come to its end: what is left is of those that were not."""
+    last = {s["shard"]: s["state"] for s in sorted(sessions, key=lambda s: s["started"])}
+    return bool(last) and None not in last and set(last.values()) == {"finished"}
+
+
+def _fields(n: int) -> str:
+    return f"{n:,} field{'s' * (n != 1)}"
 
 
 def _of_manifest(output: str | Path) -> dict[str, Any]:
