@@ -70,6 +70,7 @@ class Augment(nn.Module):
         super().__init__()
         self.choices, self.size = choices, size
         self.geometry, self.late = _kornia(choices, size)
+        self.requires_grad_(False)  # kornia keeps probabilities as parameters; DDP would wait for their gradients
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

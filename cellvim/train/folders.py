@@ -93,9 +93,11 @@ class LabelledCrops(TrainingData):
                 raise MetadataError(f"leave_out has {listing(unknown)}, which is no class of {where}.")
             table = table[~table["label"].astype(str).isin(self.leave_out)].reset_index(drop=True)
         classes = class_names_of(table["label"].to_numpy(object), column=self.label, where=where)
-        images = (
-            read_crops(table["path"]) if not self.lazy else LazyCrops(tuple(table["path"]), self.crop_size * 8 // 7)
-        )
+        if self.lazy:
+            n_channels = len(self.channels) if self.channels else None
+            images = LazyCrops(tuple(table["path"]), self.crop_size * 8 // 7, n_channels)
+        else:
+            images = read_crops(table["path"])
         channels = tuple(self.channels or (f"channel{i}" for i in range(images.shape[1])))
         if len(channels) != images.shape[1]:
             raise InputError(
@@ -126,11 +128,15 @@ class LabelledCrops(TrainingData):
 
 
 class LazyCrops:
-    """Images on disk that look like an array (n, C, S, S): read, resized and cut to squares when indexed."""
+    """Images on disk that look like an array (n, C, S, S): read, resized and cut to squares when indexed.
 
-    def __init__(self, paths: tuple[str, ...], size: int) -> None:
+    C is ``n_channels``, or that of the first image; grey images among colour ones are repeated.
+    """
+
+    def __init__(self, paths: tuple[str, ...], size: int, n_channels: int | None = None) -> None:
         self.paths, self.size = paths, size
-        self.shape = (len(paths), read_crop(paths[0]).shape[0], size, size)
+        found = read_crop(paths[0]).shape[0]
+        self.shape = (len(paths), found if n_channels is None or found > 1 else n_channels, size, size)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -146,9 +152,7 @@ class LazyCrops:
         if image.shape[0] != self.shape[1]:
             channels = self.shape[1]
             if image.shape[0] != 1:
-                raise InputError(
-                    f"{path} has {image.shape[0]} channels, {self.paths[0]} {channels}; expected one number."
-                )
+                raise InputError(f"{path} has {image.shape[0]} channels; expected {channels}, as in the other crops.")
             image = image.repeat(channels, axis=0)  # grey among colour images
         height, width = image.shape[1:]
         factor = self.size / min(height, width)
