@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from cellvim.errors import OutputError
+
 
 class Checkpoints(ModelCheckpoint):
     """Keep the last epoch's state in ``checkpoints/last.ckpt``, and never one whose weights are not finite.
@@ -39,10 +41,26 @@ class Checkpoints(ModelCheckpoint):
         if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
             return
         partial = f"{filepath}.partial"  # a run that is killed here leaves the last checkpoint as it was
-        super()._save_checkpoint(trainer, partial)
-        if trainer.is_global_zero:
-            os.replace(partial, filepath)
+        try:
+            super()._save_checkpoint(trainer, partial)
+            if trainer.is_global_zero:
+                os.replace(partial, filepath)
+        except (OSError, RuntimeError) as error:  # torch raises the second when its writer fails
+            Path(partial).unlink(missing_ok=True)
+            before = f"The last one, {self.last_good}, is kept." if self.last_good else "No epoch was kept before."
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OutputError(f"The checkpoint {filepath} cannot be written: {reason}. {before}") from error
         self.last_good = filepath
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every so many steps, and when the training was asked to stop: then a step is whole."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
+        if pl_module.stops_now and whole:  # after the last batch of an epoch, in the next one
+            self._save_checkpoint(trainer, str(Path(self.dirpath) / "last.ckpt"))
+            raise KeyboardInterrupt
 
 
 class LearningCurves(Callback):
@@ -73,7 +91,10 @@ class LearningCurves(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the epoch's figures."""
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-        means = {f"train_{k}": float(v) / max(1, self._batches) for k, v in self._sums.items()}
+        means = {
+            f"train_{k}": float(trainer.strategy.reduce(v, reduce_op="mean")) / max(1, self._batches)
+            for k, v in self._sums.items()
+        }
         rate = max((g["lr"] for g in pl_module.optimizers().param_groups), default=0.0)
         self.epochs.append({"epoch": trainer.current_epoch, "lr": rate, **means, **figures})
         if trainer.is_global_zero:

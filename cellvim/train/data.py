@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,6 +108,9 @@ class CropSet(Dataset):
 class EpochBatches(Sampler[list[int]]):
     """Batches of an epoch, each of crops with the same channels; another order every epoch, the same for a seed.
 
+    Several processes share every batch: together they see what one process with a batch of all their sizes would see,
+    in the same order, and no crop twice.
+
     Parameters
     ----------
     groups
@@ -118,11 +120,12 @@ class EpochBatches(Sampler[list[int]]):
     seed
         Of the order.
     shuffle
-        False: in the order of the rows, for evaluation.
+        False: in the order of the rows, for evaluation. Then a process may have fewer batches than another.
     drop_last
         Leave out a group's last batch when it is not full (training), unless it is the group's only one.
     rank, world
-        This process and how many there are; all have equally many batches, the last ones repeated if need be.
+        This process and how many there are. In training all get equally many crops of a batch: of a group that has
+        only one, not full batch, what is left over waits for another epoch, and fewer crops than processes repeat.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class EpochBatches(Sampler[list[int]]):
         self.groups, self.batch_size, self.seed = np.asarray(groups), batch_size, seed
         self.shuffle, self.drop_last, self.rank, self.world = shuffle, drop_last, rank, world
         self.epoch = 0
+        self.skip = 0  # batches at the start of the next epoch that are left out
 
     @property
     def sampler(self) -> EpochBatches:
@@ -151,38 +155,59 @@ class EpochBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         sizes = np.bincount(self.groups) if len(self.groups) else np.zeros(0, int)
-        return -(-sum(self._count(int(n)) for n in sizes) // self.world)
+        whole = self.batch_size * self.world
+        batches = [min(whole, int(n) - first) for n in sizes for first in range(0, self._count(int(n)) * whole, whole)]
+        return sum(self._share(n) > 0 for n in batches)
 
     def _count(self, n: int) -> int:
-        full = n // self.batch_size
-        return full if self.drop_last and full else -(-n // self.batch_size)
+        """How many batches a group of n crops makes."""
+        full = n // (self.batch_size * self.world)
+        return full if self.drop_last and full else -(-n // (self.batch_size * self.world))
+
+    def _share(self, n: int) -> int:
+        """How many of a batch's n crops are this process's."""
+        return max(1, n // self.world) if self.shuffle else n // self.world + (self.rank < n % self.world)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        batches: list[np.ndarray] = []
+        whole, batches = self.batch_size * self.world, []
         for group in np.unique(self.groups):
             members = np.flatnonzero(self.groups == group)
             members = generator.permutation(members) if self.shuffle else members
-            count = self._count(len(members))
-            batches += [members[i * self.batch_size : (i + 1) * self.batch_size] for i in range(count)]
+            batches += [members[i * whole : (i + 1) * whole] for i in range(self._count(len(members)))]
         if self.shuffle:
             batches = [batches[i] for i in generator.permutation(len(batches))]
-        wanted = len(self) * self.world
-        if self.shuffle:
-            batches += [batches[i % len(batches)] for i in range(wanted - len(batches))]
-        for batch in batches[self.rank :: self.world]:
-            yield batch.tolist()
+        skip, self.skip = self.skip, 0
+        for batch in batches[skip:]:
+            if share := self._share(len(batch)):
+                own = np.resize(batch, share * self.world) if self.shuffle else batch
+                yield own[self.rank :: self.world].tolist()
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader whose next epoch can begin in the middle."""
+    """A DataLoader that a resumed training goes on with in the middle of an epoch (Lightning's state protocol)."""
 
-    skip = 0  # batches of the next epoch that are left out: a resumed training has had them
+    batches_given = 0
+    _resumed: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
-        skip, self.skip = self.skip, 0  # read when the first batch is asked for, which is after training began
-        yield from islice(batches, skip, None)
+        # a generator: all this runs when the first batch is asked for, and by then the epoch is set
+        order: EpochBatches = self.batch_sampler
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and resumed["epoch"] == order.epoch:
+            order.skip = resumed["batches"]
+        self.batches_given = order.skip
+        for batch in super().__iter__():
+            self.batches_given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return which epoch it is in and how many of its batches were given."""
+        return {"epoch": self.batch_sampler.epoch, "batches": self.batches_given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave those batches out if the epoch goes on, rather than begins."""
+        self._resumed = dict(state)
 
 
 class TrainingData(LightningDataModule):
@@ -245,10 +270,14 @@ class TrainingData(LightningDataModule):
         """All crops, in the order of ``table``."""
         return self._loader("all")
 
-    def _loader(self, part: str, *, shuffle: bool = False) -> DataLoader:
+    def whole_loader(self, part: str) -> DataLoader:
+        """Batches of a part of the split that are not shared with other processes."""
+        return self._loader(part, shared=False)
+
+    def _loader(self, part: str, *, shuffle: bool = False, shared: bool = True) -> DataLoader:
         rows = np.arange(len(self.table)) if part == "all" else self.rows[part]
         crops = CropSet(self.groups, rows, self.labels)
-        trainer = self.trainer
+        trainer = self.trainer if shared else None
         batches = EpochBatches(
             crops.group_of,
             self.batch_size,

@@ -110,10 +110,7 @@ class Joint(Supervised):
 
     def on_validation_epoch_start(self) -> None:
         """Evaluate the weights as they are now."""
-        self._whole.clear()
-
-    def on_test_epoch_start(self) -> None:
-        """Evaluate the weights as they are now."""
+        super().on_validation_epoch_start()
         self._whole.clear()
 
 

@@ -54,6 +54,6 @@ class Masked(TrainingModule):
         """The losses of a batch, see the base."""
         return {"loss": self.model(images, channels=channels).loss}
 
-    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        """Means over a batch, see the base."""
-        return {"loss": self.model(images, channels=channels).loss}
+    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> tuple[Tensor, int]:
+        """Mean loss over a batch, see the base."""
+        return self.model(images, channels=channels).loss, len(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from cellvim.models.registry import model_config
 from cellvim.train.augment import Augment, Augmentation, middle_window
 from cellvim.train.data import DataDescription
 from cellvim.train.optimization import Optimization
+from cellvim.train.resuming import check_same_model
 from cellvim.train.schedules import cosine_schedule
 
 
@@ -33,8 +35,9 @@ class TrainingModule(LightningModule):
     weights
         Checkpoint (.safetensors) to start from instead of random weights.
     seed
-        Of augmentations, masks, drop path and channel sampling: each batch's draws depend on it, the epoch and the
-        batch's number alone, so that a resumed run draws as one that never stopped.
+        Of augmentations, masks, drop path and channel sampling: each batch's draws depend on it, the epoch, the batch's
+        number and the process's alone, so that a resumed run draws as one that never stopped. Channels are drawn alike
+        in all processes.
 
     Notes
     -----
@@ -60,7 +63,11 @@ class TrainingModule(LightningModule):
         self.model: nn.Module | None = None
         self.augment: Augment | None = None
         self.last_losses: dict[str, Tensor] = {}
-        self._batches_done = 0  # of the epoch that a checkpoint was made in
+        self.settings: dict[str, Any] | None = None  # all that decides the weights, for who resumes
+        self.stop_requested = False  # by Ctrl-C, in this process
+        self.stops_now = False  # after the batch in hand, in all processes
+        self._loader_state: dict[str, int] | None = None  # of a checkpoint that was loaded
+        self._evaluated: Tensor | None = None  # (2,) sum of the losses of the crops that were evaluated, their number
         self._rates = self._decays = np.zeros(0)
 
     # ---- what subclasses say -------------------------------------------------------------------------------------
@@ -75,8 +82,8 @@ class TrainingModule(LightningModule):
         """Return the losses of a training batch; "loss" is the one that is minimised."""
         raise NotImplementedError
 
-    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        """Return means over a batch of validation or test, by name."""
+    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> tuple[Tensor, int]:
+        """Return the mean loss over a batch of validation or test, and of how many crops it is."""
         raise NotImplementedError
 
     # ---- the model -----------------------------------------------------------------------------------------------
@@ -137,7 +144,12 @@ class TrainingModule(LightningModule):
         images, labels, channels = self.prepare(batch)
         losses = self.loss(self.augment(images), labels, channels)
         value = losses["loss"].detach()
-        if not bool(torch.isfinite(value)):
+        # All processes must learn of it in the same step: one that stopped alone would leave the others waiting.
+        states = torch.stack([~torch.isfinite(value), torch.tensor(self.stop_requested, device=value.device)]).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(states, torch.distributed.ReduceOp.MAX)
+        broken, self.stops_now = states.bool().tolist()
+        if broken:
             raise self._not_finite(float(value), batch, batch_idx)
         self.last_losses = {k: v.detach() for k, v in losses.items()}
         self.log_dict({f"train_{k}": v for k, v in self.last_losses.items()}, batch_size=len(labels), prog_bar=True)
@@ -145,19 +157,40 @@ class TrainingModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Evaluate the middle of the crops, without augmentation."""
-        self._evaluation_step(batch, batch_idx, "val")
+        self._evaluation_step(batch, batch_idx)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """As `validation_step`, on the test."""
-        self._evaluation_step(batch, batch_idx, "test")
+        self._evaluation_step(batch, batch_idx)
 
-    def _evaluation_step(self, batch: dict[str, Any], batch_idx: int, part: str) -> None:
+    def _evaluation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images, labels, channels = self.prepare(batch)
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
             torch.manual_seed(batch_idx)  # masks are the same every time
-            values = self.evaluate(middle_window(images, self.model.config.image_size), labels, channels)
-        for name, value in values.items():
-            self.log(f"{part}_{name}", value, batch_size=len(labels), on_epoch=True, sync_dist=True)
+            mean, count = self.evaluate(middle_window(images, self.model.config.image_size), labels, channels)
+        self._evaluated += torch.stack([mean.detach().float() * count, mean.new_tensor(count, dtype=torch.float32)])
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to sum."""
+        self._evaluated = torch.zeros(2, device=self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to sum."""
+        self.on_validation_epoch_start()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all crops of all processes."""
+        self.log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`, on the test."""
+        self.log_evaluation("test")
+
+    def log_evaluation(self, part: str) -> None:
+        """Log what was summed, under names that begin with ``part``; every process must come here, crops or not."""
+        total, count = self.trainer.strategy.reduce(self._evaluated, reduce_op="sum")
+        if count > 0:
+            self.log(f"{part}_loss", total / count, rank_zero_only=False)
 
     def prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Scale a batch's intensities where that was left for the device; images, labels, channel ids (C,)."""
@@ -171,9 +204,16 @@ class TrainingModule(LightningModule):
         rows = batch["rows"].tolist()
         table = self.trainer.datamodule.table.iloc[rows]
         names = table["path"] if "path" in table else [f"row {i}" for i in rows]
+        found = (value, listing(names, 3), self.global_rank)
+        if self.trainer.world_size > 1:
+            everywhere: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everywhere, found)
+            found = next(one for one in everywhere if not math.isfinite(one[0]))
+        value, crops, rank = found
+        where = f", process {rank}" if self.trainer.world_size > 1 else ""
         kept = getattr(self.trainer.checkpoint_callback, "last_good", "") or "none: no epoch was finished"
         return TrainingError(
-            f"The loss is {value} in epoch {self.current_epoch}, batch {batch_idx} (crops {listing(names, 3)}). "
+            f"The loss is {value} in epoch {self.current_epoch}, batch {batch_idx}{where} (crops {crops}). "
             f"Training stopped; the last good checkpoint is {kept}. Try a lower learning rate, a longer warm-up or "
             "--trainer.gradient_clip_val 1."
         )
@@ -209,7 +249,8 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         """After a checkpoint in the middle of an epoch, go on with the batch after it."""
-        self.trainer.train_dataloader.skip = self._batches_done
+        if self._loader_state is not None:
+            self.trainer.train_dataloader.load_state_dict(self._loader_state)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set this step's learning rate and weight decay, and the seed of this batch's draws."""
@@ -223,18 +264,21 @@ class TrainingModule(LightningModule):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the architecture beside the weights, to name differences when it is resumed."""
-        checkpoint["cellvim"] = {"model": type(self.model).__name__, "config": self.model.config.to_dict()}
+        """Keep the architecture beside the weights, to name differences when it is resumed; and what data were had."""
+        checkpoint["cellvim"] = {
+            "model": type(self.model).__name__,
+            "config": self.model.config.to_dict(),
+            # Lightning keeps this too, but hands it to the loader too late: counting the steps has begun the epoch.
+            "settings": self.settings,
+            "loader": self.trainer.train_dataloader.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, naming what differs."""
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        self._batches_done = 0 if progress["is_last_batch"] else progress["current"]["processed"]
         saved = checkpoint.get("cellvim")
-        if saved is None or self.model is None:
+        if saved is None:
+            raise ModelError("The checkpoint is not one of `cellvim train`, so it cannot be resumed.")
+        self._loader_state = saved["loader"]
+        if self.model is None:
             return
-        own = {"model": type(self.model).__name__, **self.model.config.to_dict()}
-        other = {"model": saved["model"], **saved["config"]}
-        differ = [f"{k} is {other.get(k)!r} there and {v!r} here" for k, v in own.items() if other.get(k) != v]
-        if differ:
-            raise ModelError(f"The checkpoint is of another model: {listing(differ, 6)}. Resume with its own recipe.")
+        check_same_model(saved, self.model)

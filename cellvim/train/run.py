@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from cellvim.errors import CellvimError, InputError, OutputError, TrainingError
+from cellvim.errors import InputError, Interrupted, OutputError, TrainingError
+from cellvim.train.resuming import check_same_training, checkpoint_path, settings_of, stopped_by_ctrl_c
 from cellvim.train.usage import PLATE_RECIPE, recipe_path
 
 
@@ -64,7 +66,13 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any
             if option == "--config" and name is None:
                 name = Path(value or (rest[0] if rest else "")).stem
     run["name"] = name or "training"
+    output_given = run["output"] is not None
     run["output"] = run["output"] or f"runs/{run['name']}"
+    if run["resume"] is not None and not any(a.split("=")[0] in ("--config", "-c") for a in expanded):
+        folder = Path(run["resume"]).parent.parent if run["resume"] and not output_given else Path(run["output"])
+        if (folder / "config.yaml").is_file():  # what a run leaves is enough to go on with it
+            expanded = ["--config", str(folder / "config.yaml"), *expanded]
+            run["output"], run["name"] = str(folder), folder.name
     if not any(a.split("=")[0] in ("--config", "-c") for a in expanded):
         raise InputError(
             "Nothing to train was given: name a recipe, a configuration or a plate. `cellvim train --list`."
@@ -89,63 +97,120 @@ def train(arguments: Sequence[str]) -> Path | None:
     CellvimError
         Something given cannot be used, or the loss is no number; the message says what, and what to do.
     """
+    import yaml
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     expanded, run = expand_arguments(arguments)
     output = Path(run["output"])
-    resume = _checkpoint(run["resume"], output)
-    cli = _parse(expanded, output)
-    if cli is None:
-        return None
-    check_folder(output, resume)
+    resume = checkpoint_path(run["resume"], output)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Consider setting.*")
-        cli.datamodule.setup()  # before anything is written: labels and splits are where a first try goes wrong
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
-    started = time.perf_counter()
-    with warnings.catch_warnings():
+        warnings.showwarning = _show_in_one_line
         _quiet(warnings)
+        cli = _parse(expanded, output)
+        if cli is None:
+            return None
+        check_folder(output, resume)
+        cli.datamodule.setup()  # before anything is written: labels and splits are where a first try goes wrong
+        config = cli.parser.dump(cli.config, skip_none=False)
+        cli.model.settings = settings_of(yaml.safe_load(config), cli.datamodule, cli.trainer.world_size)
+        if resume is not None:
+            check_same_training(resume, cli.model.settings)
         try:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=False)
-        except (CellvimError, KeyboardInterrupt):
+            return _run(cli, output, resume, config, run["name"])
+        except SystemExit as stop:  # what Lightning makes of an interruption
+            if _is_first_process():
+                raise Interrupted(_how_to_go_on(output)) from stop
+            return None
+        except MisconfigurationException as error:
+            raise InputError(_first_sentence(error)) from error
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or output} cannot be written: {error.strerror or error}. What was finished before is "
+                f"in {output}."
+            ) from error
+
+
+def _run(cli: Any, output: Path, resume: str | None, config: str, name: str) -> Path | None:
+    """Fit, evaluate, and write what the run leaves; None in all processes but the first."""
+    trainer, is_first = cli.trainer, _is_first_process()
+    if is_first:
+        output.mkdir(parents=True, exist_ok=True)
+        if resume is None:
+            write_whole(output / "config.yaml", config)
+    started = time.perf_counter()
+    try:
+        with stopped_by_ctrl_c(cli.model):
+            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=False)
+    except TrainingError:
+        if is_first:
             raise
-        except RuntimeError as error:
-            raise _explained(error) from error
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt
-        metrics = _evaluate(cli, output)
+        return None  # the first process says it
+    except RuntimeError as error:
+        raise _explained(error) from error
+    metrics = _evaluate(cli, output)
+    if not is_first:
+        return None
     path = output / "model.safetensors"
-    if cli.trainer.is_global_zero:
-        export_model(cli.model, cli.datamodule, path, metrics=metrics, recipe=run["name"], config=cli)
-        metrics["seconds"] = time.perf_counter() - started
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    export_model(cli.model, cli.datamodule, path, metrics=metrics, recipe=name, config=cli)
+    write_whole(output / "config.yaml", config)
+    metrics["seconds"] = time.perf_counter() - started
+    write_whole(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return path
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that writes and speaks; known before the processes know each other."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _how_to_go_on(output: Path) -> str:
+    if not (output / "checkpoints" / "last.ckpt").is_file():
+        return f"Interrupted before anything was kept in {output}."
+    return (
+        f"Interrupted; {output / 'checkpoints' / 'last.ckpt'} is kept. Go on with: cellvim train --resume "
+        f"--output {quote(str(output))}"
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either as it was or whole."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _show_in_one_line(message: Any, category: type, *_: Any, **__: Any) -> None:
+    if _is_first_process():
+        print("Warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def _parse(arguments: list[str], output: Path):
     """Build trainer, model and data of a command line; None when it only asked to print something."""
     from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from cellvim.train.cli import TrainingCLI, explain_parser_error
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
-            return TrainingCLI(arguments, output)
+        return TrainingCLI(arguments, output)
     except SystemExit as stop:  # --print_config, --help_all and --model.help print and leave
         if stop.code in (0, None):
             return None
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise explain_parser_error(error) from error
+    except MisconfigurationException as error:
+        raise InputError(_first_sentence(error)) from error
 
 
-def _checkpoint(resume: str | None, output: Path) -> str | None:
-    if resume is None:
-        return None
-    path = Path(resume) if resume else output / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise InputError(f"There is no checkpoint {path} to resume from.")
-    return str(path)
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_folder(output: Path, resume: str | None) -> None:
@@ -160,9 +225,14 @@ def check_folder(output: Path, resume: str | None) -> None:
         raise OutputError(
             f"{output} holds a training already. Go on with it (--resume), or choose another folder with --output."
         )
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"The folder {output} cannot be made: {parent} is not writable. Choose another --output.")
+    parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return
+    except OSError as error:
+        raise OutputError(
+            f"The folder {output} cannot be written: {parent}: {error.strerror or error}. Choose another --output."
+        ) from error
 
 
 def _quiet(warnings: Any) -> None:
@@ -171,11 +241,17 @@ def _quiet(warnings: Any) -> None:
         ".*does not have many workers.*", ".*GPU available but not used.*", ".*log_every_n_steps.*",
         ".*Checkpoint directory .* exists.*", ".*Experiment logs directory.*", ".*LeafSpec.*",
         ".*Detected KeyboardInterrupt.*", ".*is not supported for the given.*", ".*overrides the configure_model.*",
+        ".*Consider setting.*", ".*args parameter is intended.*", ".*recommended to use .*sync_dist=True.*",
+        ".*across ranks is zero.*", ".*callbacks used to create the checkpoint.*", ".*The dirpath has changed.*",
+        ".*deprecated.*", ".*unable to find .*lazy.*",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
 
 
 def _explained(error: RuntimeError) -> Exception:
+    text = str(error)
+    if "closed by peer" in text or "Connection reset" in text or "NCCL" in text:
+        return TrainingError("Another process of this training has ended; what it printed says why.")
     if "out of memory" in str(error).lower():
         return TrainingError(
             "The device ran out of memory. Take fewer crops at once with --data.batch_size, and as many more with "
@@ -186,14 +262,16 @@ def _explained(error: RuntimeError) -> Exception:
 
 def _evaluate(cli: Any, output: Path) -> dict[str, Any]:
     """Figures of the finished model: validation, test, and by the number of channels."""
+    from cellvim.train.callbacks import LearningCurves
+
     trainer, data = cli.trainer, cli.datamodule
-    metrics: dict[str, Any] = {
-        k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train_", "val_"))
-    }
+    curves = next(c for c in trainer.callbacks if isinstance(c, LearningCurves)).epochs
+    metrics: dict[str, Any] = {k: v for k, v in (curves[-1] if curves else {}).items() if k not in ("epoch", "lr")}
     metrics["epochs"] = trainer.current_epoch
     if len(data.rows["test"]):
         found = trainer.test(cli.model, datamodule=data, verbose=False)
         metrics |= {k: float(v) for k, v in found[0].items()}
+    metrics = {k: round(v, 6) for k, v in metrics.items()}
     table = _channel_table(cli)
     if table is not None:
         table.to_csv(output / "channels.csv", index=False)
@@ -209,6 +287,8 @@ def _channel_table(cli: Any) -> Any:
     from cellvim.models.encoder import Encoder
     from cellvim.train.channels_table import evaluate_channel_subsets
 
+    if not _is_first_process():
+        return None
     data, model = cli.datamodule, cli.model.finished_model()
     part = "test" if len(data.rows["test"]) else "val"
     config = model.config
@@ -224,7 +304,7 @@ def evaluation_batches(module: Any, data: Any, part: str) -> list[tuple[Any, Any
     from cellvim.train.augment import middle_window
 
     batches = []
-    for batch in data._loader(part):
+    for batch in data.whole_loader(part):
         images, labels, channels = module.prepare(batch)
         known = labels >= 0
         if bool(known.any()):

@@ -42,7 +42,7 @@ class Supervised(TrainingModule):
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing is {label_smoothing}; expected 0 to below 1.")
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
-        self.confusion: dict[str, Tensor] = {}
+        self.confusion: Tensor | None = None  # (K, K) labels × predictions, of one evaluation
 
     def config_of(self, description: DataDescription) -> EncoderConfig:
         """The base's, with what this training needs of the head."""
@@ -74,6 +74,8 @@ class Supervised(TrainingModule):
     def cross_entropy(self, classify: Any, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over the labelled crops, mixed with others where the augmentation says so."""
         known = labels >= 0
+        if not bool(known.any()):
+            return classify(images).sum() * 0.0  # nothing to learn, but every process takes part in the step
         if not bool(known.all()):
             images, labels = images[known], labels[known]
         targets = F.one_hot(labels, len(self.description.class_names)).to(images.dtype)
@@ -85,28 +87,24 @@ class Supervised(TrainingModule):
         """Return the logits that evaluation looks at, (B, C, H, W) -> (B, K)."""
         return self.model(images, channels=channels)
 
-    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        """Means over a batch, see the base."""
+    def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> tuple[Tensor, int]:
+        """Mean loss over the labelled crops of a batch, see the base; and count what they were taken for."""
         logits = self.classify(images, channels).float()
-        part = "test" if self.trainer.testing else "val"
-        counted = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
-        self.confusion[part] = self.confusion[part] + counted if part in self.confusion else counted
+        self.confusion += confusion_matrix(logits.argmax(1), labels, logits.shape[1])
         known = labels >= 0
-        return {"loss": F.cross_entropy(logits[known], labels[known])} if bool(known.any()) else {}
+        count = int(known.sum())
+        return F.cross_entropy(logits[known], labels[known]) if count else logits.new_zeros(()), count
 
-    def on_validation_epoch_end(self) -> None:
-        """Log accuracy and F1 over all of the validation."""
-        self._log_scores("val")
+    def on_validation_epoch_start(self) -> None:
+        """Begin to count."""
+        super().on_validation_epoch_start()
+        n_classes = len(self.description.class_names)
+        self.confusion = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=self.device)
 
-    def on_test_epoch_end(self) -> None:
-        """Log accuracy and F1 over all of the test."""
-        self._log_scores("test")
-
-    def _log_scores(self, part: str) -> None:
-        if part not in self.confusion:
-            return
-        counted = self.confusion.pop(part)
-        if self.trainer.world_size > 1:
-            counted = self.all_gather(counted).sum(0)
-        scores = classification_scores(counted)
-        self.log_dict({f"{part}_{name}": value for name, value in scores.items()}, rank_zero_only=False)
+    def log_evaluation(self, part: str) -> None:
+        """Log accuracy and F1 over all crops, too."""
+        super().log_evaluation(part)
+        counted = self.trainer.strategy.reduce(self.confusion, reduce_op="sum")
+        if counted.sum() > 0:
+            scores = classification_scores(counted)
+            self.log_dict({f"{part}_{name}": value for name, value in scores.items()}, rank_zero_only=False)

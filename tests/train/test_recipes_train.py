@@ -52,6 +52,9 @@ class Watch(Callback):
     def on_train_start(self, trainer, pl_module):
         self.before = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
 
+    def on_after_backward(self, trainer, pl_module):
+        self.without = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+
     def on_train_end(self, trainer, pl_module):
         after = dict(pl_module.named_parameters())
         self.moved = {n for n, p in self.before.items() if not torch.equal(p, after[n])}
@@ -103,6 +106,7 @@ def test_every_recipe_takes_a_step(recipe, colour_folder, labelled_plate, pretra
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert cli.trainer.global_step == 1
     assert watch.finite
+    assert not watch.without  # several processes would wait for their gradients
     # a bias may get no gradient (of attention's scores) or a step below its rounding (at these learning rates)
     assert not [n for n in watch.before.keys() - watch.moved if not n.endswith("bias")]
     for name, value in model["optimization"].items():

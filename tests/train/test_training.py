@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -226,21 +225,3 @@ def test_what_the_data_say_cannot_be_changed():
         supervised(changes={"num_classes": 4})
     with pytest.raises(CellvimError, match=r"no model 'fastvim_tin"):
         supervised(encoder="fastvim_tin_patch8")
-
-
-def test_batches_of_an_epoch_are_all_crops_once_and_those_of_ranks_are_parts(crop_folder):
-    from cellvim.train.data import EpochBatches
-
-    groups = np.repeat([0, 1], [23, 10])
-    one = EpochBatches(groups, 4, seed=1)
-    batches = list(one)
-    assert sorted(i for b in batches for i in b) == list(range(33))
-    assert all(len({groups[i] for i in b}) == 1 for b in batches)
-    assert len(one) == len(batches)
-    one.set_epoch(1)
-    assert list(one) != batches
-    parts = [list(EpochBatches(groups, 4, seed=1, rank=r, world=2)) for r in range(2)]
-    assert len(parts[0]) == len(parts[1])
-    assert {tuple(b) for part in parts for b in part} == {tuple(b) for b in batches}
-    dropped = EpochBatches(groups, 4, seed=1, drop_last=True)
-    assert {len(b) for b in dropped} == {4}
