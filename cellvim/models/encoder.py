@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cellvim import ops
 from cellvim.errors import InputError, ModelError, listing
@@ -75,6 +76,7 @@ class Encoder(nn.Module, HubModel):
             raise ModelError(f"Encoder was given a {type(config).__name__}; expected an EncoderConfig.")
         self.config = config
         self.is_trained = False  # set by `load_checkpoint` and training; untrained weights are said to be so
+        self.gradient_checkpointing = False  # in training keep only each block's input, and compute the rest twice
         D = config.embed_dim
         self.patch_embed = PatchEmbed(config)
         self._built_grid = self._patch_grid(config.image_height, config.image_width)
@@ -230,8 +232,12 @@ class Encoder(nn.Module, HubModel):
             del parts
             return self._run_without_gradients(hidden, grid)
         residual = None
+        twice = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.layers):
-            hidden, residual = block(hidden, residual, grid.plan(i))
+            if twice:
+                hidden, residual = checkpoint(block, hidden, residual, grid.plan(i), use_reentrant=False)
+            else:
+                hidden, residual = block(hidden, residual, grid.plan(i))
         tokens, _ = self.norm_f(hidden, residual)
         return tokens * _present(grid)[..., None] if grid.is_ragged else tokens
 

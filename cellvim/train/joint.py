@@ -27,7 +27,7 @@ class Joint(Supervised):
         Of the two losses.
     decoder_dim, decoder_depth, decoder_pool, mask_ratio, channel_mask_ratio, norm_pixels
         See `MaskedAutoencoder`.
-    encoder, label_smoothing, class_weights, changes, optimization, augmentation, weights, seed
+    encoder, label_smoothing, class_weights, changes, optimization, augmentation, weights, gradient_checkpointing, seed
         As for `Supervised`.
 
     Notes

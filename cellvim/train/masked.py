@@ -18,7 +18,7 @@ class Masked(TrainingModule):
     ----------
     decoder_dim, decoder_depth, decoder_pool, mask_ratio, channel_mask_ratio, norm_pixels
         See `MaskedAutoencoder`.
-    encoder, changes, optimization, augmentation, weights, seed
+    encoder, changes, optimization, augmentation, weights, gradient_checkpointing, seed
         As for `TrainingModule`.
     """
 

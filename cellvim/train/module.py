@@ -34,6 +34,8 @@ class TrainingModule(LightningModule):
         See their classes.
     weights
         Checkpoint (.safetensors) to start from instead of random weights.
+    gradient_checkpointing
+        Compute the blocks a second time in the backward pass instead of keeping all they made: less memory, more time.
     seed
         Of augmentations, masks, drop path and channel sampling: each batch's draws depend on it, the epoch, the batch's
         number and the process's alone, so that a resumed run draws as one that never stopped. Channels are drawn alike
@@ -52,13 +54,14 @@ class TrainingModule(LightningModule):
         optimization: Optimization | None = None,
         augmentation: Augmentation | None = None,
         weights: str | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.encoder_name, self.changes = encoder, dict(changes or {})
         self.optimization = optimization or Optimization()
         self.augmentation = augmentation or Augmentation()
-        self.weights, self.seed = weights, seed
+        self.weights, self.gradient_checkpointing, self.seed = weights, gradient_checkpointing, seed
         self.config_of(DataDescription(("a channel",)))  # names that are unknown are told before data are read
         self.model: nn.Module | None = None
         self.augment: Augment | None = None
@@ -115,6 +118,7 @@ class TrainingModule(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = self.make_model(config)
+        self.model.gradient_checkpointing = self.gradient_checkpointing
         sampler = getattr(self.model, "channel_sampler", None)
         if sampler is not None:
             sampler.seed(self.seed)

@@ -51,7 +51,7 @@ class LinearProbe(Supervised):
 
     Parameters
     ----------
-    encoder, label_smoothing, class_weights, changes, optimization, augmentation, weights, seed
+    encoder, label_smoothing, class_weights, changes, optimization, augmentation, weights, gradient_checkpointing, seed
         As for `Supervised`; ``weights`` must be given.
 
     References

@@ -26,7 +26,7 @@ class Supervised(TrainingModule):
         Share of the target that is spread over all classes.
     class_weights
         "balanced": each class has the same weight in the loss, whatever its number of crops.
-    encoder, changes, optimization, augmentation, weights, seed
+    encoder, changes, optimization, augmentation, weights, gradient_checkpointing, seed
         As for `TrainingModule`.
     """
 
