@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cellvim.errors import InputError, OutputError, listing, suggestion
-from cellvim.formats.anndata_file import is_h5ad, is_zarr, write_h5ad, write_zarr
+from cellvim.formats.anndata_file import write_h5ad, write_zarr
+from cellvim.formats.content import found_format
 from cellvim.formats.joining import open_embeddings
-from cellvim.formats.parquet import is_parquet, write_parquet
+from cellvim.formats.parquet import write_parquet
 from cellvim.formats.tables import Layout, PlateRows
 
 __all__ = ["FORMATS", "PlateRows", "check_output", "format_of", "open_embeddings", "write_embeddings"]
@@ -20,7 +21,6 @@ __all__ = ["FORMATS", "PlateRows", "check_output", "format_of", "open_embeddings
 FORMATS = ("zarr", "h5ad", "parquet")
 _SUFFIXES = {".zarr": "zarr", ".h5ad": "h5ad", ".h5": "h5ad", ".parquet": "parquet", ".pq": "parquet"}
 _WRITERS = {"zarr": write_zarr, "h5ad": write_h5ad, "parquet": write_parquet}
-_CHECKS = {"zarr": is_zarr, "h5ad": is_h5ad, "parquet": is_parquet}
 
 
 def format_of(output: str | Path, format: str | None = None) -> str:
@@ -61,7 +61,7 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
-    if not any(check(output) for check in _CHECKS.values()):
+    if found_format(output) is None:
         raise OutputError(f"{output} exists and is no AnnData store, so it is not replaced. Choose another --output.")
 
 

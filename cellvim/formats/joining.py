@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellvim.errors import InputError, listing
+from cellvim.formats.content import found_format
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,7 +37,7 @@ def open_embeddings(paths: str | Path | Sequence[str | Path]) -> AnnCollection:
     if isinstance(paths, str | Path):
         folder = Path(paths)
         suffixes = (".zarr", ".h5ad")
-        if folder.is_dir() and folder.suffix not in suffixes:
+        if folder.is_dir() and folder.suffix not in suffixes and not found_format(folder):
             paths = sorted(p for p in folder.iterdir() if p.suffix in suffixes)
             if not paths:
                 raise InputError(f"{folder} holds no embeddings; expected files such as plate.zarr or plate.h5ad.")
@@ -56,7 +57,7 @@ def _open(path: Path) -> AnnData:
     from anndata.io import read_elem
 
     try:
-        if path.suffix == ".h5ad":
+        if path.suffix == ".h5ad" or found_format(path) == "h5ad":
             return anndata.read_h5ad(path, backed="r")
         group = zarr.open_group(path, mode="r")
         obsm = {name: group["obsm"][name] for name in group["obsm"]} if "obsm" in group else {}

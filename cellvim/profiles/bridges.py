@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import InputError, MetadataError, listing
+from cellvim.formats.parquet import is_parquet
 from cellvim.profiles.columns import matrix
 from cellvim.profiles.fitting import feature_names
 
@@ -122,7 +123,7 @@ def read_table(path: str | Path) -> AnnData:
     """
     path = Path(path)
     try:
-        if path.suffix == ".parquet":
+        if path.suffix == ".parquet" or is_parquet(path):
             table, uns = pd.read_parquet(path), _parquet_uns(path)
         else:
             uns = {}

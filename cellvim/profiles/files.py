@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellvim.errors import InputError, OutputError
-from cellvim.profiles.store import TABLES, open_rows, suffix_of
+from cellvim.profiles.store import TABLES, open_rows, suffix_found, suffix_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,7 +33,7 @@ def read_profiles(path: str | Path) -> AnnData:
     path = Path(path)
     with open_rows(path):  # says in one line what is wrong with the file
         pass
-    suffix = suffix_of(path)
+    suffix = suffix_found(path)
     if suffix in TABLES:
         from cellvim.profiles.bridges import read_table
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import InputError, MetadataError, listing, suggestion
+from cellvim.formats.content import found_format
 from cellvim.profiles.aggregation import Statistic, aggregate
 from cellvim.profiles.columns import PLATE, WELL, Columns, find_columns
 from cellvim.profiles.components import pca
@@ -129,6 +130,8 @@ def _step(text: str) -> tuple[str, str | None]:
 def _files(source: str | Path | AnnData) -> list[str | Path | AnnData]:
     """Return the files in a folder such as ``cellvim embed --per-plate`` makes; anything else as it is."""
     if not isinstance(source, str | Path) or not Path(source).is_dir() or Path(source).suffix in FORMATS:
+        return [source]
+    if found_format(source):
         return [source]
     files = sorted(path for path in Path(source).iterdir() if path.suffix in (".zarr", ".h5ad", ".parquet"))
     if not files:

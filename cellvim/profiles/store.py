@@ -112,9 +112,9 @@ def open_rows(source: str | Path | AnnData) -> Iterator[RowStore]:
         yield _of_anndata(source, "the AnnData")
         return
     path = Path(source)
-    suffix = suffix_of(path)
     if not path.exists():
         raise InputError(f"{path} does not exist.")
+    suffix = suffix_found(path)
     if suffix in TABLES:
         from cellvim.profiles.bridges import read_table
 
@@ -136,6 +136,23 @@ def suffix_of(path: Path) -> str:
     if suffix is None:
         raise InputError(f"{path} is none of the formats that CellVim reads and writes here: {listing(FORMATS)}.")
     return suffix
+
+
+def suffix_found(path: Path) -> str:
+    """Return the format of a file to read: what its name says, else what is in it.
+
+    Raises
+    ------
+    InputError
+        Neither is a known one.
+    """
+    if not path.name.lower().endswith(FORMATS):
+        from cellvim.formats.content import found_format
+
+        found = found_format(path)
+        if found is not None:
+            return f".{found}"
+    return suffix_of(path)
 
 
 @contextmanager

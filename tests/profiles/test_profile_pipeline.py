@@ -127,3 +127,18 @@ def test_aggregating_keeps_what_the_embedding_said_of_itself():
     robust_mad(wells, fit_on="all")
     assert wells.uns["cellvim"]["model"]["name"] == "m"
     assert "profile" not in cells.uns["cellvim"]
+
+
+@pytest.mark.parametrize("suffix", [".zarr", ".h5ad", ".parquet"])
+def test_a_name_without_a_suffix_is_read_by_what_is_in_it(tmp_path, suffix):
+    named, plain = tmp_path / f"profiles{suffix}", tmp_path / "results"
+    made = profile(make_cells(), named)
+    named.rename(plain)
+    assert list(read_profiles(plain).obs["Metadata_Well"]) == list(made.obs["Metadata_Well"])
+    assert profile(plain, statistic=None, normalize=["standardize"]).n_obs == made.n_obs
+
+
+def test_a_file_that_is_nothing_of_the_kind_is_refused(tmp_path):
+    (tmp_path / "results").write_text("no embeddings")
+    with pytest.raises(InputError, match="none of the formats"):
+        read_profiles(tmp_path / "results")
