@@ -234,8 +234,8 @@ class TrainingModule(LightningModule):
         if steps < 1:
             raise InputError("There is no batch to train on; are there crops for training?")
         batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        per_epoch = steps / epochs if epochs else -(-len(trainer.train_dataloader) // trainer.accumulate_grad_batches)
+        trainer.fit_loop.setup_data()  # the steps alone do not load it when they are given
+        per_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
         self._rates = cosine_schedule(
             choices.lr * batch / choices.lr_batch,
             choices.final_lr,

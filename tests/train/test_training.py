@@ -163,6 +163,15 @@ def test_steps_use_the_schedules(crop_folder, tmp_path):
         assert decay == [0.0, pytest.approx(decays[number // 2])]
 
 
+def test_a_length_in_steps_warms_up_over_the_same_epochs(crop_folder, tmp_path):
+    """16 crops are 4 steps an epoch, so one epoch of warm-up is 4 steps, however the length was given."""
+    for options in ({"epochs": -1, "max_steps": 10}, {"epochs": 50, "max_steps": 10}):
+        module = supervised()
+        trainer(tmp_path, **options).fit(module, datamodule=crops(crop_folder))
+        assert len(module._rates) == 10
+        assert module._rates[:5].tolist() == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(crop_folder, tmp_path):
     class Poison(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
