@@ -200,7 +200,7 @@ def test_per_channel_autoencoder_masks_whole_channels(scan_order: str) -> None:
     torch.manual_seed(0)
     config = EncoderConfig(**BASE | {"scan_order": scan_order, "channel_sampling": "none", "num_classes": 4})
     model = MaskedAutoencoder(
-        config, decoder_dim=16, decoder_depth=1, mask_ratio=0.75, channel_mask_ratio=0.34, supervised=True
+        config, decoder_dim=16, decoder_depth=1, mask_ratio=0.75, channel_mask_ratio=1 / 3, supervised=True
     )
     out = model(torch.rand(4, 3, 24, 24))
     assert out.prediction.shape == (4, 108, 16)
@@ -212,6 +212,20 @@ def test_per_channel_autoencoder_masks_whole_channels(scan_order: str) -> None:
     (out.loss + out.logits.square().sum()).backward()
     for key, parameter in model.named_parameters():
         assert not parameter.requires_grad or parameter.grad is not None, key
+
+
+def test_share_of_masked_channels_holds_on_average() -> None:
+    """A quarter of two channels is one in every other batch; of one channel, none: one has to stay."""
+    torch.manual_seed(0)
+    config = EncoderConfig(**BASE | {"in_channels": 2, "channel_sampling": "none"})
+    model = MaskedAutoencoder(config, decoder_dim=16, decoder_depth=1, mask_ratio=0.5, channel_mask_ratio=0.25)
+    masks = [model(torch.rand(2, 2, 24, 24)).mask.unflatten(1, (36, 2)) for _ in range(60)]
+    masked_whole = [int(m.all(1).sum(1).unique()) for m in masks]  # the same number in each sample of a batch
+    assert set(masked_whole) == {0, 1}
+    assert 15 < sum(masked_whole) < 45  # 4 standard deviations around 30
+    assert {int((m == 0).sum()) for m in masks} == {2 * 36}
+    one = [model(torch.rand(2, 1, 24, 24), channels=[1]).mask.sum(1).tolist() for _ in range(8)]
+    assert one == [[18, 18]] * 8
 
 
 def test_autoencoder_predicts_the_channels_it_drew() -> None:
