@@ -142,20 +142,14 @@ class Ledger:
         """
         if self.storage.exists():
             check_ours(self.storage)
-            before = read_run(self.storage)
-            if before is not None:
-                changes = differences(before["identity"], self.identity)
-                changes += differences(before.get("form") or {}, form) if form and before.get("form") else []
-                if changes:
-                    raise OutputError(
-                        f"{self.storage.name} holds the unfinished rows of another job, so this one cannot go on from "
-                        f"there. What differs: {listing(changes, 6)}. Run what was run before, start anew with "
-                        "--overwrite, or choose another --output."
-                    )
+            self._check_same(form)
         self.storage.prepare()
         self.storage.write(MARKER, b"")  # before anything else: a folder without it is not ours
         self.storage.prepare(self._rows, self._failed, "sessions", "log")
         if read_run(self.storage) is None:
+            unread = self.storage.read(RUN)
+            if unread is not None:  # of a version that is not ours
+                self.storage.take_away(RUN, unread)
             run = {
                 "run": uuid4().hex,
                 "replaces": replaces,
@@ -164,7 +158,21 @@ class Ledger:
                 "output": self.storage.name.removesuffix(".partial"),
                 "identity": self.identity,
             }
-            self.storage.write(RUN, json.dumps(run, indent=1).encode())
+            if not self.storage.create(RUN, json.dumps(run, indent=1).encode()):
+                self._check_same(form)  # another began at the same instant, and was first
+
+    def _check_same(self, form: Mapping[str, Any] | None) -> None:
+        before = read_run(self.storage)
+        if before is None:
+            return
+        changes = differences(before["identity"], self.identity)
+        changes += differences(before.get("form") or {}, form) if form and before.get("form") else []
+        if changes:
+            raise OutputError(
+                f"{self.storage.name} holds the unfinished rows of another job, so this one cannot go on from "
+                f"there. What differs: {listing(changes, 6)}. Run what was run before, start anew with "
+                "--overwrite, or choose another --output."
+            )
 
     def done(self, plates: Iterable[int]) -> dict[Key, int]:
         """Return the fields that are done, with their numbers of rows."""

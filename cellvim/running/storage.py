@@ -176,13 +176,24 @@ class Folder(Storage):
 
     def create(self, name: str, content: bytes) -> bool:
         """Make the file if it does not exist, and return whether it was made."""
+        target = self.path / name
+        partial = target.with_name(f".{target.name}.{os.getpid()}.{uuid4().hex[:8]}")
         try:
-            with open(self.path / name, "xb") as file:
-                file.write(content)
+            partial.write_bytes(content)
+            try:
+                os.link(partial, target)  # whole at once, for one alone
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                with open(target, "xb") as file:
+                    file.write(content)
         except FileExistsError:
             return False
         except OSError as error:
             raise OutputError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        finally:
+            with suppress(OSError):
+                partial.unlink()
         return True
 
     def take_away(self, name: str, content: bytes) -> bool:
@@ -229,13 +240,13 @@ class Bucket(Storage):
     def prepare(self, *folders: str) -> None:
         """Do nothing: an object store has no folders."""
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes, *, mode: str = "overwrite") -> None:
         """Make the object appear whole, replacing it where it exists."""
         filesystem, path = self._place[0], self._path(name)
         try:
             if self.url.startswith(("file:", "memory:")):
                 filesystem.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
-            filesystem.pipe_file(path, content)
+            filesystem.pipe_file(path, content, mode=mode)
         except Exception as error:  # each filesystem has its own kinds
             raise OutputError(f"{self.url} cannot be written ({type(error).__name__}: {str(error)[:200]}).") from error
 
@@ -297,12 +308,18 @@ class Bucket(Storage):
         return max(0.0, (datetime.now(UTC) - written).total_seconds())
 
     def create(self, name: str, content: bytes) -> bool:
-        """Make the object if it does not exist. Where the store cannot promise that only one succeeds, several may."""
+        """Make the object if it does not exist: S3 and GCS let one alone succeed, other stores may let several."""
         filesystem = self._place[0]
         filesystem.invalidate_cache()
         if filesystem.exists(self._path(name)):
             return False
-        self.write(name, content)
+        try:
+            self.write(name, content, mode="create")
+        except OutputError:
+            filesystem.invalidate_cache()
+            if filesystem.exists(self._path(name)):  # another was faster
+                return False
+            raise
         return True
 
     def take_away(self, name: str, content: bytes) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from fake_plan import rows_of
 
 from cellvim.errors import OutputError
-from cellvim.running.ledger import DamagedError, Failure, Ledger, Rows, differences, open_ledger
+from cellvim.running.ledger import DamagedError, Failure, Ledger, Rows, differences, open_ledger, read_run
 from cellvim.running.lock import locked
 from cellvim.running.sessions import Session, read_log, read_sessions
 from cellvim.running.storage import Bucket, Folder, storage_at
@@ -84,6 +84,33 @@ def test_another_job_is_refused_and_says_what_differs(output):
         assert text in str(error.value)
     assert "--overwrite" in str(error.value) and "plates" not in str(error.value)
     assert open_ledger(output, other, overwrite=True).done([0]) == {}
+
+
+def test_of_two_that_begin_at_once_one_decides(output, monkeypatch):
+    """The second looks before the first has written, and finds out when it writes itself."""
+    first, second = (Ledger(storage_at(output), IDENTITY) for _ in range(2))
+    create = type(second.storage).create
+
+    def first_begins(storage, name, content):
+        monkeypatch.undo()
+        first.begin(replaces=False, form={"format": "zarr"})
+        return create(storage, name, content)
+
+    monkeypatch.setattr(type(second.storage), "create", first_begins)
+    with pytest.raises(OutputError, match="format was zarr, is h5ad"):
+        second.begin(replaces=False, form={"format": "h5ad"})
+    assert read_run(second.storage)["form"] == {"format": "zarr"}
+
+
+def test_of_many_that_create_a_file_one_succeeds(output):
+    from concurrent.futures import ThreadPoolExecutor
+
+    storage = open_ledger(output, IDENTITY).storage
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: storage.create("first", str(i).encode() * 1000), range(8)))
+    if storage.is_local:  # fsspec's own file system cannot promise it
+        assert sum(made) == 1
+        assert storage.read("first") == str(made.index(True)).encode() * 1000
 
 
 def test_equal_identities_do_not_differ():
