@@ -296,7 +296,7 @@ def run_embedding(
     from cellvim.assembly import assemble, check_free, clear, failures_of, finished_before
     from cellvim.export import format_of
     from cellvim.running.manifest import hardware, read_manifest, versions
-    from cellvim.running.sessions import Session
+    from cellvim.running.sessions import Session, killed_again
     from cellvim.running.shards import parse_shard
 
     start = time.perf_counter()
@@ -313,16 +313,19 @@ def run_embedding(
     ledger = _ledger(plan, output, form, overwrite=overwrite, replaces=replaces)
     devices = [usable_device(d) for d in devices] or [plan.device]
     about = {"engine": engine, "workers": workers, "devices": devices, "batch_size": plan.batch_size}
+    apart = killed_again(ledger.storage, part and str(part))
     session = Session(ledger, shard=part and str(part), about=about | {"hardware": hardware(), "versions": versions()})
     summary = EmbeddingSummary(output, plan.unit, plan.n_fields, untrained=untrained_remark(plan), shard=shard)
     state = "stopped"
+    if apart:
+        session.log("apart", reason="the last two sessions were killed: fields are embedded in a process of their own")
     try:
         stretch = None if part is None else part.stretch(plan.n_fields)
         again: list[Key] | None = None
         while True:
             left = FieldsLeft(plan, ledger, stretch, again)
             note = Account(session, summary, left, progress)
-            for done in _engine(plan, ledger, left, engine, workers, devices, address):
+            for done in _engine(plan, ledger, left, engine, workers, devices, address, apart):
                 note(done)
             if not _is_settled(plan, ledger, summary):
                 if part is None:
@@ -495,15 +498,19 @@ def _engine(
     workers: int,
     devices: Sequence[str],
     address: str | None,
+    apart: bool,
 ) -> Iterator[Done]:
-    """Return what works through the fields that are left: this process, several of this machine, or a cluster."""
+    """Return what works through the fields that are left: this process, several of this machine, or a cluster.
+
+    ``apart``: in any case another process than this one, which then outlives a field that takes too much memory.
+    """
     from cellvim.running.workers import work, work_in_processes
 
     if engine == "ray":
         from cellvim.running.ray_engine import work_on_ray
 
         return work_on_ray(plan, ledger, left, workers=workers, address=address)
-    if workers > 1 or len(devices) > 1:
+    if workers > 1 or len(devices) > 1 or apart:
         return work_in_processes(plan, ledger, left, workers=max(workers, len(devices)), devices=devices)
     return work(plan.on(devices[0]), ledger, left, threads=2)
 

@@ -14,6 +14,7 @@ import cellvim
 
 PACKAGE = Path(cellvim.__file__).parent
 RANK = {  # a part imports parts of a lower rank, and itself
+    "__main__": 7,
     "cli": 6,
     "demo": 5,
     "bench": 5,

@@ -270,6 +270,57 @@ class TestKilled:
         assert len(result["kills"]) == 10 and result["equal"], result
 
 
+class TestKillsItsProcess:
+    """A field that takes more memory than there is, without --workers: the system kills the run each time."""
+
+    @pytest.fixture
+    def deadly(self, tmp_path, monkeypatch):
+        """Every Python that starts from now on dies on field 0 of A02."""
+        folder = tmp_path / "deadly"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(
+            "import os, signal\n"
+            "from cellvim.data.cell_sources import NucleusSegmentation\n"
+            "find = NucleusSegmentation.find\n"
+            "def dies(self, field, image, names):\n"
+            "    if field.name == 'A02/0':\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return find(self, field, image, names)\n"
+            "NucleusSegmentation.find = dies\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+    def test_the_third_run_records_it_and_goes_on(self, plate, weights, tmp_path, deadly):
+        import signal
+        import subprocess
+
+        command = [sys.executable, "-m", "cellvim", "embed", str(plate), "-o", str(tmp_path / "out.zarr")]
+        command += ["--model", str(weights), "--log"]
+        codes, said = [], ""
+        for _ in range(3):
+            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            codes.append(run.returncode)
+            said = run.stderr
+        assert codes == [-signal.SIGKILL, -signal.SIGKILL, 3], said
+        adata = anndata.read_zarr(tmp_path / "out.zarr")
+        assert adata.uns["cellvim"]["failed_fields"]["field"].tolist() == ["A02/0"]
+        assert "SIGKILL" in pd.read_csv(f"{tmp_path / 'out.zarr'}.failures.csv")["reason"][0]
+        assert '"event": "apart"' in Path(f"{tmp_path / 'out.zarr'}.log.jsonl").read_text()
+
+    def test_runs_that_were_killed_are_counted(self, plan, tmp_path):
+        from cellvim.running.ledger import open_ledger
+        from cellvim.running.sessions import Session, killed_again
+
+        ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
+        for n, state in enumerate(["killed", "killed", "finished", "killed"], start=1):
+            session = Session(ledger, shard=None, about={})
+            session.close(state)
+            assert killed_again(ledger.storage, None) == (n == 2)
+        assert not killed_again(ledger.storage, "1/2")
+
+
 class TestFaults:
     """One bad field never stops a plate: it is tried twice and recorded, and the exit code is 3."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cellvim.running.ledger import Ledger
 
 HEARTBEAT_S = 10.0
+DEATHS = 2  # of sessions, one after the other; from then on fields are embedded in a process apart
 
 
 class Session:
@@ -48,7 +49,7 @@ class Session:
     def __init__(self, ledger: Ledger, *, shard: str | None, about: dict[str, Any]) -> None:
         self.storage = ledger.storage
         started = datetime.now(UTC)
-        self.id = f"{started:%Y%m%dT%H%M%S}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}"
+        self.id = f"{started:%Y%m%dT%H%M%S%f}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}"
         self.record: dict[str, Any] = {
             "id": self.id,
             "host": socket.gethostname(),
@@ -146,6 +147,15 @@ def read_sessions(storage: Storage) -> list[dict[str, Any]]:
             record["state"] = "killed"
         found.append(record)
     return found
+
+
+def killed_again(storage: Storage, shard: str | None) -> bool:
+    """Return whether the last two sessions at this part of the fields were killed.
+
+    It may be one field that takes more memory than there is, and would be met again by each session to come.
+    """
+    last = [s for s in read_sessions(storage) if s["shard"] == shard][-DEATHS:]
+    return len(last) == DEATHS and all(s["state"] == "killed" for s in last)
 
 
 def read_log(storage: Storage) -> list[str]:
