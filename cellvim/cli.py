@@ -207,7 +207,9 @@ def embed(
     ] = "nuclei",
     border: Annotated[str, typer.Option(help="Crops beyond the field: pad, reflect, shift or drop.")] = "pad",
     mask_neighbours: Annotated[bool, typer.Option("--mask-neighbours", help="Blank out other cells.")] = False,
-    scale_by: Annotated[str, typer.Option(help="Scale intensities by all wells, or by the controls.")] = "all",
+    scale_by: Annotated[
+        str, typer.Option(help="Scale intensities by: all (wells), controls, model (its levels), auto (as it learned).")
+    ] = "auto",
     illumination: Annotated[bool, typer.Option("--illumination", help="Correct uneven light.")] = False,
     batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Crops embedded at once; by the free memory by default.")
@@ -226,6 +228,9 @@ def embed(
     per_plate: Annotated[bool, typer.Option("--per-plate", help="One output a plate, in the folder --output.")] = False,
     format: Annotated[str | None, typer.Option(help="zarr, h5ad or parquet; by the output's name by default.")] = None,
     per_channel: Annotated[bool, typer.Option("--per-channel", help="Also an embedding of each channel.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also those of the classes that the model learned.")
+    ] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Also maps of tokens; with --unit field.")] = False,
     spatialdata: Annotated[bool, typer.Option("--spatialdata", help="Add SpatialData's attributes.")] = False,
     log: Annotated[bool, typer.Option("--log", help="Keep the log beside the output, as JSON lines.")] = False,
@@ -256,6 +261,7 @@ def embed(
         "device": devices.split(",")[0] if devices else device,
         "precision": precision,
         "per_channel": per_channel,
+        "probabilities": probabilities,
         "tokens": tokens,
         "seed": seed,
         "view": {"z": _plane(z), "t": t, "level": level},

@@ -81,12 +81,13 @@ def embed(
     cells: str | Path = "nuclei",
     border: str = "pad",
     mask_neighbours: bool = False,
-    scale_by: Literal["all", "controls"] = "all",
+    scale_by: Literal["auto", "all", "controls", "model"] = "auto",
     illumination: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     per_channel: bool = False,
+    probabilities: bool = False,
     seed: int = 0,
     workers: int = 1,
     overwrite: bool = False,
@@ -126,7 +127,8 @@ def embed(
     mask_neighbours
         Set what belongs to other cells to 0.
     scale_by
-        Intensities are scaled by the percentiles of "all" wells, or of the negative "controls" of the plate map.
+        Intensities are scaled by the percentiles of "all" wells, or of the negative "controls" of the plate map, or by
+        the levels that the "model" learned with. "auto": by whichever of these it learned with.
     illumination
         Estimate the light's shape from the plate and divide it out of what is embedded.
     batch_size
@@ -135,6 +137,9 @@ def embed(
         "auto", "cpu", "cuda", "cuda:1", "mps".
     precision
         "float32" or "bfloat16"; "auto" takes bfloat16 on a GPU that has it.
+    probabilities
+        Also return ``obsm["probabilities"]`` (n, K) of the classes that the model learned; their names are
+        ``uns["cellvim"]["class_names"]``.
     per_channel
         Also keep the mean of each channel's tokens, in ``obsm["X_emb_<channel>"]``.
     seed
@@ -188,6 +193,7 @@ def embed(
         device=device,
         precision=precision,
         per_channel=per_channel,
+        probabilities=probabilities,
         seed=seed,
         cache=None if output is None else cache_folder(output),
     )
@@ -210,6 +216,7 @@ class EmbeddingSummary:
     seconds: float = 0.0
     failed: list[tuple[str, str]] = default(default_factory=list)  # name of the field, and why
     untrained: str | None = None  # what to say about the weights
+    notes: Sequence[str] = ()  # what else to say about the plan
     n_resumed: int = 0  # fields that were done before
     n_waiting: int = 0  # fields that other shards have not done yet
     shard: str | None = None
@@ -230,7 +237,7 @@ class EmbeddingSummary:
 
     def remarks(self) -> list[str]:
         """Return what the user must know about the result, a line each; empty if all is as it should be."""
-        lines = [self.untrained] if self.untrained else []
+        lines = [*([self.untrained] if self.untrained else []), *self.notes]
         if self.failed:
             names = listing(name for name, _ in self.failed)
             lines.append(
@@ -315,7 +322,9 @@ def run_embedding(
     about = {"engine": engine, "workers": workers, "devices": devices, "batch_size": plan.batch_size}
     apart = killed_again(ledger.storage, part and str(part))
     session = Session(ledger, shard=part and str(part), about=about | {"hardware": hardware(), "versions": versions()})
-    summary = EmbeddingSummary(output, plan.unit, plan.n_fields, untrained=untrained_remark(plan), shard=shard)
+    summary = EmbeddingSummary(
+        output, plan.unit, plan.n_fields, untrained=untrained_remark(plan), notes=plan.notes, shard=shard
+    )
     state = "stopped"
     if apart:
         session.log("apart", reason="the last two sessions were killed: fields are embedded in a process of their own")
@@ -552,6 +561,7 @@ def _summary_of(plan: EmbeddingPlan, output: str | Path, manifest: dict[str, Any
         n_units=manifest["rows"],
         failed=[_named(plan, failure) for failure in failures],
         untrained=untrained_remark(plan),
+        notes=plan.notes,
         n_resumed=plan.n_fields,
     )
 

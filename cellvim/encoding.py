@@ -104,6 +104,7 @@ class _Features:
 
     main: np.ndarray
     channels: dict[str, np.ndarray] = field(default_factory=dict)
+    probabilities: np.ndarray | None = None  # (n, K)
     tokens: np.ndarray | None = None
 
 
@@ -191,6 +192,8 @@ def _run(plan: EmbeddingPlan, plate: PlatePlan, crops: torch.Tensor, features_of
                 maps = plan.model.forward_token_maps(images, channels=plate.channel_ids)  # (n, D, C, h, w)
                 said += list(maps.float().mean((3, 4)).unbind(2)) if plan.per_channel else []
                 said += [maps] if plan.tokens else []
+            if plan.class_names:
+                said.insert(1, _probabilities(plan, images, plate.channel_ids, said[0]))
     except torch.OutOfMemoryError as error:
         raise DeviceError(
             f"{plan.device} has no memory for {len(images)} crops at once. Choose a smaller --batch-size."
@@ -202,15 +205,27 @@ def _run(plan: EmbeddingPlan, plate: PlatePlan, crops: torch.Tensor, features_of
     return [values.float() for values in said]
 
 
+def _probabilities(
+    plan: EmbeddingPlan, images: torch.Tensor, channels: list[int], features: torch.Tensor
+) -> torch.Tensor:
+    """(n, K) probabilities of the model's classes, from the features where its head reads them."""
+    model = plan.model
+    reads_tokens = model.config.readout == "max" and model.config.class_token == "none"  # the head is on every token
+    logits = model(images, channels=channels) if reads_tokens else model.classify(features)
+    return logits.float().softmax(1)
+
+
 def _gathered(plan: EmbeddingPlan, plate: PlatePlan, parts: list[list[torch.Tensor]]) -> _Features:
     width = plan.n_features
     if not parts:
         nothing = np.zeros((0, width), np.float32)
-        return _Features(nothing, dict.fromkeys(plate.meanings, nothing) if plan.per_channel else {})
+        none = np.zeros((0, len(plan.class_names)), np.float32) if plan.class_names else None
+        return _Features(nothing, dict.fromkeys(plate.meanings, nothing) if plan.per_channel else {}, none)
     values = [torch.cat(v).cpu().numpy() for v in zip(*parts, strict=True)]
+    probabilities = values.pop(1) if plan.class_names else None
     n = len(plate.meanings) if plan.per_channel else 0
     channels = dict(zip(plate.meanings, values[1 : 1 + n], strict=True)) if n else {}
-    return _Features(values[0], channels, values[1 + n][0] if plan.tokens else None)
+    return _Features(values[0], channels, probabilities, values[1 + n][0] if plan.tokens else None)
 
 
 def _rows(plan: EmbeddingPlan, cut: FieldCrops, features: _Features) -> Rows:
@@ -218,6 +233,7 @@ def _rows(plan: EmbeddingPlan, cut: FieldCrops, features: _Features) -> Rows:
     scale = cut.field.pixel_size_um or 1.0
     objects = table.drop(columns=["y_px", "x_px"]).rename(columns={"object_number": "Metadata_ObjectNumber"})
     obsm = {f"X_emb_{name}": values for name, values in features.channels.items()}
+    obsm |= {} if features.probabilities is None else {"probabilities": features.probabilities}
     return Rows(features.main, objects, _positions(table) * scale, obsm, features.tokens)
 
 

@@ -42,6 +42,7 @@ SEGMENTED = ("nuclei", "cells", "cellpose")  # sources of cells that need a chan
 CELL_UM = 40.0  # a cell with its surroundings, when the plate says how large a pixel is
 CELL_PX = 64  # and when it does not
 TILE_PX = 224
+SCALE_BY = ("auto", "all", "controls", "model")
 VERSIONS = ("cellvim", "numpy", "scipy", "scikit-image", "torch")  # of what the rows are computed with
 
 
@@ -167,6 +168,8 @@ class EmbeddingPlan:
     precision: str  # float32 or bfloat16
     seed: int
     per_channel: bool = False
+    class_names: tuple[str, ...] = ()  # of which probabilities are wanted
+    notes: tuple[str, ...] = ()  # what the user should know
     tokens: bool = False
     batch_size_is_automatic: bool = False  # then an unfinished job's own is taken, where it matters
 
@@ -262,6 +265,7 @@ class EmbeddingPlan:
                 for name in ("size_um", "um_per_px", "overlap", "border", "mask_neighbours")
             },
             "per_channel": self.per_channel,
+            "classes": list(self.class_names),
             "tokens": self.tokens,
             "seed": self.seed,
             "precision": self.precision,
@@ -287,12 +291,13 @@ def plan_embedding(
     cells: str | Path = "nuclei",
     border: str = "pad",
     mask_neighbours: bool = False,
-    scale_by: Literal["all", "controls"] = "all",
+    scale_by: Literal["auto", "all", "controls", "model"] = "auto",
     illumination: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     per_channel: bool = False,
+    probabilities: bool = False,
     tokens: bool = False,
     seed: int = 0,
     view: Mapping[str, Any] | None = None,
@@ -332,6 +337,7 @@ def plan_embedding(
             )
     if per_channel and encoder.config.tokens != "per_channel":
         raise ModelError(f"{model_name} has joint tokens, none of which is of one channel; --per-channel needs others.")
+    class_names = _class_names(encoder, model_name) if probabilities else ()
     from cellvim.data.crops import CropSpec
 
     options = {"overlap": overlap, "border": border, "mask_neighbours": mask_neighbours, "um_per_px": um_per_px}
@@ -363,6 +369,8 @@ def plan_embedding(
         precision=precision,
         seed=seed,
         per_channel=per_channel,
+        class_names=class_names,
+        notes=tuple(_unlike_training(encoder, model_name, plans, unit, input_px)),
         tokens=tokens,
     )
     if unit == "field":
@@ -452,7 +460,7 @@ def _plan_plate(
     look: _Look, name, encoder, model_name, cutting: CropSpec, cells, scale_by, illumination, seed, cache
 ) -> PlatePlan:
     from cellvim.data.cell_sources import open_cells
-    from cellvim.data.normalize import cached_intensity_scale, estimate_intensity_scale, reference_wells
+    from cellvim.data.intensity_rules import choose_intensity_scale
 
     plate = look.plate
     fields, lost, chosen = fields_of(plate, look.wells)
@@ -461,14 +469,18 @@ def _plan_plate(
     channels, meanings, ids = ([values[i] for i in order] for values in (look.channels, look.meanings, ids))
     light = _illumination(plate, channels, name, seed, cache) if illumination else None
     options: dict[str, Any] = {"seed": seed}
-    if scale_by == "controls":
-        options["wells"] = reference_wells(plate)
     if light is not None:
         options["illumination"] = light
-    if cache is None:
-        scale = estimate_intensity_scale(plate, channels, **options)
-    else:
-        scale = cached_intensity_scale(plate, channels, Path(cache) / f"{_file_name(name)}.json", **options)
+    scale = choose_intensity_scale(
+        plate,
+        channels,
+        scale_by=scale_by,
+        learned=getattr(encoder, "card", {}).get("intensity"),
+        meanings=[encoder.config.channel_names[i] for i in ids],
+        model_name=model_name,
+        cache=None if cache is None else Path(cache) / f"{_file_name(name)}.json",
+        **options,
+    )
     source = open_cells(cells, plate, dna=look.dna) if cutting.unit == "cell" else None
     return PlatePlan(
         source=look.source,
@@ -545,8 +557,8 @@ def _check_choices(unit, crop_size, batch_size, scale_by, precision, tokens) -> 
     _check_size(unit, crop_size)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"The batch size is {batch_size}; expected at least 1.")
-    if scale_by not in ("all", "controls"):
-        raise InputError(f"Intensities can be scaled by all wells or by the controls, not by '{scale_by}'.")
+    if scale_by not in SCALE_BY:
+        raise InputError(f"Intensities can be scaled by {listing(SCALE_BY)}, not by '{scale_by}'.")
     if precision not in PRECISIONS:
         raise InputError(f"The precision '{precision}' is not known; expected {listing(PRECISIONS)}.")
     if tokens and unit != "field":
@@ -710,6 +722,35 @@ def _channel_ids(encoder: Encoder, meanings: list[str], model_name: str) -> list
             f"{listing(meanings)}. A model with per-channel tokens takes any of them."
         )
     return ids
+
+
+def _class_names(encoder: Encoder, model_name: str) -> tuple[str, ...]:
+    """Return the names of the classes that the model learned."""
+    count = encoder.config.num_classes
+    if not count or not encoder.is_trained:
+        raise ModelError(f"{model_name} learned no classes, so --probabilities has none. Train one: `cellvim train`.")
+    names = tuple(map(str, getattr(encoder, "card", {}).get("class_names", ())))
+    return names if len(names) == count else tuple(f"class {i}" for i in range(count))
+
+
+def _unlike_training(
+    encoder: Encoder, model_name: str, plans: Sequence[PlatePlan], unit: str, input_px: int | None
+) -> Iterator[str]:
+    """Yield what is otherwise than in the model's training and changes what it sees, a sentence each."""
+    card = getattr(encoder, "card", {})
+    if card.get("unit", unit) != unit:
+        yield f"{model_name} learned from crops of the unit {card['unit']}; this embeds by {unit}."
+    learned = card.get("pixel_size_um")
+    for plan in plans:
+        pixel = plan.cutting.um_per_px or plan.pixel_size_um
+        if not learned or pixel is None:
+            continue
+        seen = pixel if plan.crop_px is None else pixel * plan.crop_px / input_px
+        if not 0.8 < seen / learned < 1.25:
+            yield (
+                f"{model_name} learned from pixels of {learned:.3g} µm and sees pixels of {seen:.3g} µm of "
+                f"{plan.name}. --um-per-px {learned:.3g} makes them alike."
+            )
 
 
 def _version(name: str) -> str:

@@ -63,6 +63,8 @@ def provenance(
             }
         ),
     }
+    if plan.class_names:
+        about["class_names"] = np.array(plan.class_names, dtype=object)
     if len(plan.plates) == 1:  # one plate's own are told apart in full
         about |= {
             "plate": {

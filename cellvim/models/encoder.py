@@ -146,8 +146,8 @@ class Encoder(nn.Module, HubModel):
     def forward_head(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """Read the tokens out and classify them, (B, L, D) -> (B, num_classes); the feature without a head."""
         if self.config.readout == "max" and self.config.num_classes and grid.class_position is None:
-            return _max_over(self._classify(tokens), _present(grid))
-        return self._classify(self._read(tokens, grid))
+            return _max_over(self.classify(tokens), _present(grid))
+        return self.classify(self._read(tokens, grid))
 
     def forward_intermediates(
         self,
@@ -276,7 +276,8 @@ class Encoder(nn.Module, HubModel):
             return tokens.sum(1) / count[:, None]  # absent tokens are zero
         return tokens[torch.arange(len(tokens), device=tokens.device), count - 1]
 
-    def _classify(self, features: Tensor) -> Tensor:
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the head's logits of features (…, D); the features themselves without a head."""
         return ops.linear(features, self.head.weight, self.head.bias) if self.config.num_classes else features
 
     def _choose_channels(self, images: Tensor, channels: Channels, draw: bool) -> tuple[Tensor, Tensor | None]:

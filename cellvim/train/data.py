@@ -76,6 +76,11 @@ class CropGroup:
     channel_ids: tuple[int, ...]
     scale: IntensityScale | None = None  # applied on the device; None: the images are scaled already
 
+    def scaled(self, rows: np.ndarray) -> np.ndarray:
+        """Return some of the crops as the model gets them, float32."""
+        images = torch.from_numpy(np.ascontiguousarray(self.images[rows]))
+        return (images.float() if self.scale is None else self.scale.apply_on_device(images)).numpy()
+
 
 class CropSet(Dataset):
     """Rows of one part of the split, fetched a batch at a time."""

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from cellvim.channels import canonical_name, match_channels
-from cellvim.errors import InputError, MetadataError, listing, suggestion
+from cellvim.data.intensity_rules import RULES
+from cellvim.data.stream import FieldCrops, stream_crops
+from cellvim.errors import CellvimWarning, InputError, MetadataError, listing, suggestion
+from cellvim.train.crop_store import CropFile, CropStore, remove_files
 from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of
 from cellvim.train.splits import GROUPS, check_groups
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cellvim.data.normalize import IntensityScale
     from cellvim.data.plate import Field, Plate
 
 CELL_UM, CELL_PX, TILE_PX = 40.0, 64, 224  # as `cellvim embed` chooses for a model without training
-MEMORY = 1 << 31  # bytes of crops held in memory; more of them lie on disk
+PERCENTILES = {"low_percentile": 0.1, "high_percentile": 99.9}
 
 
 @dataclass
 class _PlateCrops:
     """Crops of one plate."""
 
-    images: np.ndarray
+    images: np.ndarray | CropFile
     table: pd.DataFrame
     channels: tuple[str, ...]  # what the channels are called towards the model
+    scale: IntensityScale | None
 
 
 class PlateCrops(TrainingData):
@@ -58,8 +64,11 @@ class PlateCrops(TrainingData):
         Wells to use; all by default.
     leave_out_wells
         Wells never to look at, for instance those that a finished model is judged on.
+    scale_by
+        Scale intensities by "all" wells of a plate, or by its negative "controls". `cellvim embed` will do the same.
     cache
-        Folder for crops that do not fit into 2 GB of memory; a temporary one by default.
+        Folder for crops that are more than 2 GB. What lies there is found again by the next training that cuts the
+        same. By default they lie in the run's folder until the training is done.
     margin
         Pixels around each crop that random windows may use (``augmentation.pad_to``); 0 for none.
     batch_size, split, val, test, seed, workers
@@ -67,8 +76,9 @@ class PlateCrops(TrainingData):
 
     Notes
     -----
-    Every field is decoded once, and its crops are kept as float16 after scaling by the plate's own 0.1 and 99.9
-    percentiles, which is what `cellvim embed` does to a plate.
+    Every field is decoded once. Its crops are kept as they are stored (float images as float16 after scaling), and
+    scaled on the device by the plate's own 0.1 and 99.9 percentiles: the model gets the values that it gets in `cellvim
+    embed`, in the same order of channels.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class PlateCrops(TrainingData):
         cells: str = "nuclei",
         wells: list[str] | None = None,
         leave_out_wells: list[str] | None = None,
+        scale_by: Literal["all", "controls"] = "all",
         cache: str | None = None,
         margin: int = 0,
         batch_size: int = 256,
@@ -102,6 +113,9 @@ class PlateCrops(TrainingData):
         self.plates, self.label, self.classes, self.unlabelled = list(plates), label, classes, unlabelled
         self.channels, self.unit, self.crop_size, self.crop_um, self.cells = channels, unit, crop_size, crop_um, cells
         self.wells, self.leave_out_wells, self.cache, self.margin = wells, leave_out_wells, cache, margin
+        self.scale_by = scale_by
+        self.run_folder: Path | None = None  # where crops may lie while the training runs
+        self._keys: list[str] = []
         self._temporary: tempfile.TemporaryDirectory | None = None
 
     def read(self) -> None:
@@ -121,12 +135,18 @@ class PlateCrops(TrainingData):
             names = class_names_of(labels, column=self.label, where=where)
             if self.split in GROUPS:  # told before anything is cut
                 check_groups(pd.concat(wells, ignore_index=True), self.split, val=self.val, test=self.test, where=where)
+        if self.label is not None and not self.unlabelled:
+            fields = [
+                [f for f in chosen if table["label"].get(f.well)] for chosen, table in zip(fields, wells, strict=True)
+            ]
         meanings = [self._channels_of(plate) for plate in plates]
         known = tuple(dict.fromkeys(m for pairs in meanings for _, m in pairs))
+        meanings = [sorted(pairs, key=lambda pair: known.index(pair[1])) for pairs in meanings]  # the model's order
         size = self._size(plates)
+        store = CropStore(self._folder(), sum(map(len, fields)))
         cut = [
-            self._cut(plate, chosen, table, pairs, size, number)
-            for number, (plate, chosen, table, pairs) in enumerate(zip(plates, fields, wells, meanings, strict=True))
+            self._cut(plate, chosen, table, pairs, size, store)
+            for plate, chosen, table, pairs in zip(plates, fields, wells, meanings, strict=True)
         ]
         cut = [c for c in cut if len(c.images)]
         if not cut:
@@ -135,14 +155,14 @@ class PlateCrops(TrainingData):
                 "Try `cellvim info`, or --data.unit tile."
             )
         self.table = pd.concat([c.table for c in cut], ignore_index=True)
-        self.groups = [CropGroup(c.images, tuple(known.index(m) for m in c.channels)) for c in cut]
+        self.groups = [CropGroup(c.images, tuple(known.index(m) for m in c.channels), c.scale) for c in cut]
         self.description = DataDescription(
             channel_names=known,
             class_names=names,
             crop_px=size,
             pixel_size_um=plates[0].pixel_size_um,
             unit=self.unit,
-            intensity={"method": "percentile", "of": "each plate", "low_percentile": 0.1, "high_percentile": 99.9},
+            intensity={"method": "percentile", "of": RULES[self.scale_by], **PERCENTILES},
             source=where,
         )
 
@@ -221,22 +241,16 @@ class PlateCrops(TrainingData):
         wells: pd.DataFrame,
         channels: Sequence[tuple[str, str]],
         size: int,
-        number: int,
+        store: CropStore,
     ) -> _PlateCrops:
-        import warnings
-
         import pandas as pd
 
         from cellvim.channels import find_dna_channel
         from cellvim.data.cell_sources import open_cells
         from cellvim.data.crops import CropSpec
-        from cellvim.data.normalize import estimate_intensity_scale
-        from cellvim.data.stream import stream_crops
+        from cellvim.data.normalize import _identity, estimate_intensity_scale, reference_wells
 
         names = [name for name, _ in channels]
-        if self.label is not None and not self.unlabelled:
-            labelled = set(wells.index[wells["label"] != ""])
-            fields = [f for f in fields if f.well in labelled]
         dna, source = None, None
         if self.unit == "cell":
             by_meaning = [name for name, meaning in channels if canonical_name(meaning) == "DNA"]
@@ -246,67 +260,85 @@ class PlateCrops(TrainingData):
             ]  # fmt: skip
             source = open_cells(self.cells, plate, dna=dna)
         spec = CropSpec(self.unit, None if self.unit == "field" else size + 2 * self.margin)
-        store = _CropStore(self._folder(), f"plate{number}")
-        tables, failed = [], []
-        extra = [dna] if dna is not None and dna not in names else []
-        streamed = stream_crops(
-            fields, names, spec, scale=estimate_intensity_scale(plate, names), cells=source, extra_channels=extra
-        )
-        for crops in streamed:
-            if crops.failed is not None:
-                failed.append(f"{crops.field.name} ({crops.failed})")
-                continue
-            store.append(crops.crops.numpy())
-            tables.append(
-                crops.table[["object_number", "y_px", "x_px"]].assign(
-                    Metadata_Well=crops.field.well, Metadata_Site=str(crops.field.site)
-                )
+        among = {"wells": reference_wells(plate)} if self.scale_by == "controls" else {}
+        scale = estimate_intensity_scale(plate, names, **PERCENTILES, **among)
+        kind = next((f.dtype.newbyteorder("=") for f in fields if f.is_readable), np.dtype(np.float16))
+        is_counted = kind in (np.uint8, np.uint16)  # other crops are scaled when they are cut
+        cut = {"spec": repr(spec), "cells": source and source.name, "dna": dna, "fields": [f.name for f in fields]}
+        key = _identity(plate, names, cut | {"scale": None if is_counted else scale.to_dict()})[:16]
+        self._keys.append(key)
+        found = store.find(key, len(fields))
+        if found is None:
+            streamed = stream_crops(
+                fields,
+                names,
+                spec,
+                scale=None if is_counted else scale,
+                cells=source,
+                extra_channels=[dna] if dna is not None and dna not in names else [],
             )
+            columns = self._collect(streamed, store, key, kind if is_counted else np.dtype(np.float16), plate, fields)
+            found = store.finish(key, columns), columns
+        images, columns = found
+        table = pd.DataFrame(columns)
+        table = table.join(wells.drop(columns="Metadata_Well"), on="Metadata_Well") if len(table) else table
+        return _PlateCrops(images, table, tuple(m for _, m in channels), scale if is_counted else None)
+
+    def _collect(
+        self,
+        streamed: Iterable[FieldCrops],
+        store: CropStore,
+        key: str,
+        kind: np.dtype,
+        plate: Plate,
+        fields: Sequence[Field],
+    ) -> dict[str, np.ndarray]:
+        """Store all crops of a plate, and return what is known of each; fields that cannot be read are told."""
+        import pandas as pd
+
+        tables, failed = [], []
+        try:
+            for crops in streamed:
+                if crops.failed is not None:
+                    failed.append(f"{crops.field.name} ({crops.failed})")
+                    continue
+                if kind != np.float16 and not np.can_cast(crops.field.dtype, kind):
+                    raise InputError(
+                        f"{crops.field.name} of {plate.name} has pixels of {crops.field.dtype}, others of {kind}; "
+                        "expected one type. Import the plate again."
+                    )
+                store.append(crops.crops.numpy().astype(kind), key)
+                tables.append(
+                    crops.table[["object_number", "y_px", "x_px"]].assign(
+                        Metadata_Well=crops.field.well, Metadata_Site=str(crops.field.site)
+                    )
+                )
+        except BaseException:
+            store.discard()
+            raise
         if failed:
             warnings.warn(
                 f"{len(failed)} of {len(fields)} fields of {plate.name} could not be read and are not trained on: "
                 f"{listing(failed, 3)}.",
+                CellvimWarning,
                 stacklevel=2,
             )
-        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-        about = wells.drop(columns="Metadata_Well")
-        table = table.join(about, on="Metadata_Well") if len(table) else table
-        return _PlateCrops(store.array(), table, tuple(meaning for _, meaning in channels))
+        if not tables:
+            return {}
+        joined = pd.concat(tables, ignore_index=True)
+        return {n: v.to_numpy(str if v.dtype == object else None) for n, v in joined.items()}
 
     def _folder(self) -> Path:
+        """Where crops lie that are too many for memory."""
         if self.cache is not None:
-            Path(self.cache).mkdir(parents=True, exist_ok=True)
             return Path(self.cache)
+        if self.run_folder is not None:
+            return self.run_folder / "crops"
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="cellvim-crops-")
         return Path(self._temporary.name)
 
-
-class _CropStore:
-    """Crops as they come: in memory, and in a file once they are more than `MEMORY`."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / f"{name}.float16"
-        self.parts: list[np.ndarray] = []
-        self.bytes, self.written = 0, 0
-        self.shape: tuple[int, ...] = (0, 0, 0)
-        self.file: Any = None
-
-    def append(self, crops: np.ndarray) -> None:
-        if not len(crops):
-            return
-        self.shape = crops.shape[1:]
-        self.parts.append(crops.astype(np.float16))
-        self.bytes += self.parts[-1].nbytes
-        if self.bytes > MEMORY:
-            self.file = self.file or self.path.open("wb")
-            for part in self.parts:
-                part.tofile(self.file)
-                self.written += len(part)
-            self.parts, self.bytes = [], MEMORY  # everything goes to the file from now on
-
-    def array(self) -> np.ndarray:
-        if self.file is None:
-            return np.concatenate(self.parts) if self.parts else np.zeros((0, *self.shape), np.float16)
-        self.file.close()
-        return np.memmap(self.path, np.float16, mode="r", shape=(self.written, *self.shape))
+    def clear(self) -> None:
+        """Remove the crops from the run's folder; a cache that was named stays."""
+        if self.cache is None and self.run_folder is not None:
+            remove_files(self._folder(), self._keys)

@@ -100,6 +100,8 @@ def train(arguments: Sequence[str]) -> Path | None:
     import yaml
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from cellvim.train.plates import PlateCrops
+
     expanded, run = expand_arguments(arguments)
     output = Path(run["output"])
     resume = checkpoint_path(run["resume"], output)
@@ -110,6 +112,8 @@ def train(arguments: Sequence[str]) -> Path | None:
         if cli is None:
             return None
         check_folder(output, resume)
+        if isinstance(cli.datamodule, PlateCrops):
+            cli.datamodule.run_folder = output
         cli.datamodule.setup()  # before anything is written: labels and splits are where a first try goes wrong
         config = cli.parser.dump(cli.config, skip_none=False)
         cli.model.settings = settings_of(yaml.safe_load(config), cli.datamodule, cli.trainer.world_size)
@@ -155,6 +159,8 @@ def _run(cli: Any, output: Path, resume: str | None, config: str, name: str) -> 
     write_whole(output / "config.yaml", config)
     metrics["seconds"] = time.perf_counter() - started
     write_whole(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    if hasattr(cli.datamodule, "clear"):
+        cli.datamodule.clear()
     return path
 
 
