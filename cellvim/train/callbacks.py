@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cellvim.errors import OutputError
+from cellvim.train.whole_files import written_whole
 
 
 class Checkpoints(ModelCheckpoint):
@@ -73,12 +74,13 @@ class LearningCurves(Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.epochs: list[dict[str, float]] = []
+        self._sums: dict[str, torch.Tensor] = {}  # of the epoch's batches so far
+        self._batches = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget epochs that a resumed run does again."""
         self.epochs = [e for e in self.epochs if e["epoch"] < trainer.current_epoch]
-        self._sums: dict[str, torch.Tensor] = {}
-        self._batches = 0
+        self._sums, self._batches = {}, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,7 +88,7 @@ class LearningCurves(Callback):
         """Add up the training losses, for their mean over the epoch."""
         self._batches += 1
         for name, value in pl_module.last_losses.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value.clone()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the epoch's figures."""
@@ -99,7 +101,8 @@ class LearningCurves(Callback):
         self.epochs.append({"epoch": trainer.current_epoch, "lr": rate, **means, **figures})
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "curves.json").write_text(json.dumps(self.epochs, indent=1) + "\n")
+            with written_whole(self.folder / "curves.json") as partial:
+                partial.write_text(json.dumps(self.epochs, indent=1) + "\n")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curves."""
@@ -111,12 +114,14 @@ class LearningCurves(Callback):
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epochs so far."""
-        return {"epochs": self.epochs}
+        """Return the epochs so far, and what is known of the one that is under way (in the first process)."""
+        sums = {name: value.cpu() for name, value in self._sums.items()}
+        return {"epochs": self.epochs, "sums": sums, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.epochs = list(state_dict["epochs"])
+        self.epochs, self._sums = list(state_dict["epochs"]), dict(state_dict["sums"])
+        self._batches = state_dict["batches"]
 
 
 def draw_curves(epochs: list[dict[str, float]], picture: str | Path) -> None:
@@ -141,4 +146,5 @@ def draw_curves(epochs: list[dict[str, float]], picture: str | Path) -> None:
         if len(shown) > 1:
             axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    with written_whole(picture) as partial:
+        figure.savefig(partial, dpi=120)

@@ -97,16 +97,15 @@ def explain_parser_error(error: BaseException) -> CellvimError:
     said = [line for line in lines if not _NOISE.search(line)]
     unknown = re.search(r"Option '([^']+)' is not accepted", text)
     if unknown:
-        return InputError(
-            f"{where or 'The configuration'} has no option '{unknown[1]}'.{suggestion(unknown[1], _known_options())} "
-            "`--print_config` prints all there are."
-        )
+        close = suggestion(unknown[1], _known_options() - {unknown[1]})  # it may be an option of another class
+        where = where or "The configuration"
+        return InputError(f"{where} has no option '{unknown[1]}'.{close} `--print_config` prints all there are.")
     if match := re.search(r"unrecognized arguments: (\S+)", text):
         return InputError(f"There is no option '{match[1]}'. `cellvim train` prints how it is used.")
     given = next((line.partition(":")[2].strip() for line in reversed(lines) if line.startswith("Given value:")), "")
     reason = said[-1] if said else (lines[-1] if lines else type(error).__name__)
     reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("typing.", "").rstrip(".")
-    found = f"; found {given}" if given and "NestedArg" not in given and given not in reason else ""
+    found = f"; found {given}" if given and "NestedArg" not in given and given not in reason.split() else ""
     return InputError(f"{'--' + where + ': ' if where else ''}{reason}{found}.")
 
 

@@ -236,6 +236,8 @@ class TrainingData(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1.")
+        if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+            raise InputError(f"val is {val} and test {test}; expected shares of 0 to below 1, together below 1.")
         self.batch_size, self.split, self.val, self.test = batch_size, split, val, test
         self.seed, self.workers = seed, workers
         self.table: pd.DataFrame | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cellvim.channels import match_channels
-from cellvim.errors import ChannelError, ModelError
+from cellvim.errors import ChannelError, ModelError, listing
 from cellvim.models.encoder import Encoder
 from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.weights import load_checkpoint, load_strictly
@@ -22,8 +22,9 @@ def start_from(model: Encoder, path: str | Path) -> None:
     model
         An `Encoder` or `MaskedAutoencoder`; unchanged when the weights do not fit.
     path
-        A CellVim checkpoint: of an `Encoder`, whose head is taken over if the class names agree in number, or of a
-        `MaskedAutoencoder`, whose decoder is left out for an `Encoder` and whose position table is resized.
+        A CellVim checkpoint, or the name of one that comes along: of an `Encoder`, whose head is taken over if the
+        class names agree in number, or of a `MaskedAutoencoder`, whose decoder is left out for an `Encoder` and whose
+        position table is resized.
 
     Raises
     ------
@@ -32,6 +33,7 @@ def start_from(model: Encoder, path: str | Path) -> None:
     ChannelError
         The model has a channel that the checkpoint does not know.
     """
+    path = weights_path(path)
     source = load_checkpoint(path)
     own = model.state_dict()
     differ = _differences(source, model)
@@ -47,6 +49,26 @@ def start_from(model: Encoder, path: str | Path) -> None:
     if {k: v.shape for k, v in weights.items() if k.startswith("head.")} != {k: v.shape for k, v in head.items()}:
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | head
     load_strictly(model, weights)
+
+
+def weights_path(weights: str | Path) -> Path:
+    """Return the file of weights to start from: a path, or the name of a model that comes with CellVim.
+
+    Raises
+    ------
+    ModelError
+        There is none.
+    """
+    from cellvim.models.shipped import shipped_models
+
+    if not str(weights):
+        raise ModelError("This training begins with weights, and none were given: --model.weights model.safetensors.")
+    path = shipped_models().get(str(weights), Path(weights))
+    if not path.exists():
+        raise ModelError(
+            f"There are no weights {path}; expected a CellVim .safetensors file, or one of {listing(shipped_models())}."
+        )
+    return path
 
 
 _MAY_DIFFER = {  # what does not change the shape or the meaning of the weights

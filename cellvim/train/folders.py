@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,7 +205,7 @@ def read_crop_table(table: str | Path, folder: str | Path, *, pattern: str | Non
         raise InputError(f"There is no table {path} of crops.")
     try:
         rows = pd.read_csv(path, sep=None, engine="python")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise MetadataError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}).") from error
     column = next((c for c in rows.columns if str(c).lower() in _PATHS), None)
     if column is None:
@@ -244,6 +246,7 @@ def read_crops(paths: Any) -> np.ndarray:
     for number, path in enumerate(paths):
         image = read_crop(path)
         if images is None:
+            _check_memory(len(paths) * image.nbytes, len(paths))
             images = np.empty((len(paths), *image.shape), image.dtype)
         if image.shape != images.shape[1:] or image.dtype != images.dtype:
             raise InputError(
@@ -252,6 +255,19 @@ def read_crops(paths: Any) -> np.ndarray:
             )
         images[number] = image
     return images
+
+
+def _check_memory(needed: int, n_crops: int) -> None:
+    """Raise where crops are more than the machine's memory; a system without such figures is not asked."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return
+    if needed > 0.8 * there:
+        raise InputError(
+            f"The {n_crops:,} crops need {needed / 1e9:,.1f} GB of memory, and this machine has {there / 1e9:,.1f} GB. "
+            "Read them when they are needed: --data.lazy true --data.workers 4, with a --data.crop_size."
+        )
 
 
 def read_crop(path: str | Path) -> np.ndarray:

@@ -33,7 +33,7 @@ class TrainingModule(LightningModule):
     optimization, augmentation
         See their classes.
     weights
-        Checkpoint (.safetensors) to start from instead of random weights.
+        Checkpoint (.safetensors), or name of a trained model, to start from instead of random weights.
     gradient_checkpointing
         Compute the blocks a second time in the backward pass instead of keeping all they made: less memory, more time.
     seed

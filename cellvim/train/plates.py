@@ -17,7 +17,7 @@ from cellvim.data.stream import FieldCrops, stream_crops
 from cellvim.errors import CellvimWarning, InputError, MetadataError, listing, suggestion
 from cellvim.train.crop_store import CropFile, CropStore, remove_files
 from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of
-from cellvim.train.splits import GROUPS, check_groups
+from cellvim.train.splits import GROUPS, LEAKY, check_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,8 +133,9 @@ class PlateCrops(TrainingData):
             self._check_plates(wells, where)
             labels = np.concatenate([table["label"].to_numpy(object) for table in wells])
             names = class_names_of(labels, column=self.label, where=where)
-            if self.split in GROUPS:  # told before anything is cut
-                check_groups(pd.concat(wells, ignore_index=True), self.split, val=self.val, test=self.test, where=where)
+            joined = pd.concat(wells, ignore_index=True)
+            if self.split != LEAKY and (self.split in GROUPS or self.split not in joined):  # told before any is cut
+                check_groups(joined, self.split, val=self.val, test=self.test, where=where)
         if self.label is not None and not self.unlabelled:
             fields = [
                 [f for f in chosen if table["label"].get(f.well)] for chosen, table in zip(fields, wells, strict=True)
@@ -143,6 +144,7 @@ class PlateCrops(TrainingData):
         known = tuple(dict.fromkeys(m for pairs in meanings for _, m in pairs))
         meanings = [sorted(pairs, key=lambda pair: known.index(pair[1])) for pairs in meanings]  # the model's order
         size = self._size(plates)
+        _check_crop_fits(size, fields)
         store = CropStore(self._folder(), sum(map(len, fields)))
         cut = [
             self._cut(plate, chosen, table, pairs, size, store)
@@ -342,3 +344,13 @@ class PlateCrops(TrainingData):
         """Remove the crops from the run's folder; a cache that was named stays."""
         if self.cache is None and self.run_folder is not None:
             remove_files(self._folder(), self._keys)
+
+
+def _check_crop_fits(size: int, fields: Sequence[Sequence[Field]]) -> None:
+    for chosen in fields:
+        shape = next((f.shape[1:] for f in chosen if f.is_readable), None)
+        if shape is not None and size > max(shape):
+            raise InputError(
+                f"The crop is {size} pixels, but the fields are {shape[0]} x {shape[1]}; expected at most {max(shape)}."
+                " Choose with --data.crop_size."
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from cellvim.errors import InputError, Interrupted, OutputError, TrainingError
 from cellvim.train.resuming import check_same_training, checkpoint_path, settings_of, stopped_by_ctrl_c
 from cellvim.train.usage import PLATE_RECIPE, recipe_path
+from cellvim.train.whole_files import written_whole
 
 
 def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -37,8 +39,7 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any
     if rest and not rest[0].startswith("-"):
         first = rest.pop(0)
         if first.endswith((".yaml", ".yml")):
-            if not Path(first).is_file():
-                raise InputError(f"There is no configuration {first}.")
+            _check_yaml(first)
             expanded += ["--config", first]
             name = Path(first).stem
         elif first.rstrip("/").endswith((".zarr", ".zarr.zip", ".ozx")) or Path(first).is_dir():
@@ -54,7 +55,7 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any
             given = equals or (rest and not rest[0].startswith("-"))
             run["resume"] = (value if equals else rest.pop(0)) if given else ""
         elif option in ("--output", "-o") or option in short:
-            if not equals and (not rest or rest[0].startswith("-")):
+            if not equals and (not rest or re.match(r"-(?![0-9])", rest[0])):
                 raise InputError(f"{option} needs a value.")
             value = value if equals else rest.pop(0)
             if option in short:
@@ -63,8 +64,10 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any
                 run["output"] = value
         else:
             expanded.append(option + equals + value)
-            if option == "--config" and name is None:
-                name = Path(value or (rest[0] if rest else "")).stem
+            if option in ("--config", "-c"):
+                file = value or (rest[0] if rest else "")
+                _check_yaml(file)
+                name = name or Path(file).stem
     run["name"] = name or "training"
     output_given = run["output"] is not None
     run["output"] = run["output"] or f"runs/{run['name']}"
@@ -78,6 +81,24 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any
             "Nothing to train was given: name a recipe, a configuration or a plate. `cellvim train --list`."
         )
     return expanded, run
+
+
+def _check_yaml(path: str) -> None:
+    """Raise where a file is no configuration; the parser's own words for that name neither file nor line."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise InputError(f"There is no configuration {path}.")
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        raise InputError(f"{path} is no YAML{where}: {getattr(error, 'problem', None) or error}.") from error
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{path} holds no configuration; expected model, data and trainer. `--print_config` prints one."
+        )
 
 
 def train(arguments: Sequence[str]) -> Path | None:
@@ -100,6 +121,7 @@ def train(arguments: Sequence[str]) -> Path | None:
     import yaml
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from cellvim.train.finetune import weights_path
     from cellvim.train.plates import PlateCrops
 
     expanded, run = expand_arguments(arguments)
@@ -111,6 +133,10 @@ def train(arguments: Sequence[str]) -> Path | None:
         cli = _parse(expanded, output)
         if cli is None:
             return None
+        if 0 in (cli.trainer.max_epochs, cli.trainer.max_steps):
+            raise InputError("The training has no steps; give --epochs 1 or more.")
+        if cli.model.weights is not None:
+            weights_path(cli.model.weights)  # looked for before anything is read
         check_folder(output, resume)
         if isinstance(cli.datamodule, PlateCrops):
             cli.datamodule.run_folder = output
@@ -140,7 +166,7 @@ def _run(cli: Any, output: Path, resume: str | None, config: str, name: str) -> 
     if is_first:
         output.mkdir(parents=True, exist_ok=True)
         if resume is None:
-            write_whole(output / "config.yaml", config)
+            _write(output / "config.yaml", config)
     started = time.perf_counter()
     try:
         with stopped_by_ctrl_c(cli.model):
@@ -156,9 +182,9 @@ def _run(cli: Any, output: Path, resume: str | None, config: str, name: str) -> 
         return None
     path = output / "model.safetensors"
     export_model(cli.model, cli.datamodule, path, metrics=metrics, recipe=name, config=cli)
-    write_whole(output / "config.yaml", config)
+    _write(output / "config.yaml", config)
     metrics["seconds"] = time.perf_counter() - started
-    write_whole(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    _write(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     if hasattr(cli.datamodule, "clear"):
         cli.datamodule.clear()
     return path
@@ -180,15 +206,9 @@ def _how_to_go_on(output: Path) -> str:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either as it was or whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _show_in_one_line(message: Any, category: type, *_: Any, **__: Any) -> None:
@@ -280,7 +300,8 @@ def _evaluate(cli: Any, output: Path) -> dict[str, Any]:
     metrics = {k: round(v, 6) for k, v in metrics.items()}
     table = _channel_table(cli)
     if table is not None:
-        table.to_csv(output / "channels.csv", index=False)
+        with written_whole(output / "channels.csv") as partial:
+            table.to_csv(partial, index=False)
         from cellvim.train.channels_table import summarize_channel_subsets
 
         means = summarize_channel_subsets(table, "accuracy")

@@ -121,7 +121,10 @@ def check_groups(
         )
     keys = [name for name in GROUPS[by] if name in table.columns]
     if GROUPS[by][-1] not in keys:
-        raise MetadataError(f"A split by {by} needs {GROUPS[by][-1]}; {where} has {listing(table.columns)}.")
+        raise MetadataError(
+            f"A split by {by} needs {GROUPS[by][-1]}; {where} has {listing(table.columns)}. Give that column in the "
+            "plate map, with --data.table or with --data.pattern, or choose another --data.split."
+        )
     groups = table.groupby(keys, sort=True, observed=True, dropna=False).ngroup().to_numpy()
     classes, parts, n_groups = _classes(table, label), 1 + (val > 0) + (test > 0), len(np.unique(groups))
     if n_groups < parts:

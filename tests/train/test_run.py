@@ -90,3 +90,94 @@ def test_the_models_that_come_along_are_trained_and_have_cards(capsys):
 def test_a_shipped_model_is_found_by_name(labelled_plate):
     adata = cellvim.embed(labelled_plate, model="fastchannelvim_multichannel", wells=["A01"])
     assert adata.uns["cellvim"]["weights"]["trained"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.channels", "[DNA, Mito]"], "Channel 'Mito' is not in labelled.zarr; it has Hoechst, GFP"),
+        (["--data.wells", "[A01, H12]"], "has no well H12; it has A01"),
+        (["--data.classes", "[DMSO, nothing]"], "Label 'compound' of labelled.zarr has no value nothing"),
+        (["--data.split", "wel"], "no split by 'wel'"),
+        (["--data.val", "1.5"], "val is 1.5 and test 0.25; expected shares"),
+        (["--data.crop_size", "4000"], "The crop is 4000 pixels, but the fields are 128 x 128"),
+        (["--epochs", "0"], "The training has no steps"),
+        (["--model.weights", "nowhere.safetensors"], "no weights nowhere.safetensors"),
+        (["--trainer.devices", "0"], "devices='0'"),
+        (["--resume"], "no checkpoint"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_anything_is_cut(
+    labelled_plate, tmp_path, capsys, options, message, monkeypatch
+):
+    from cellvim.train.plates import PlateCrops
+
+    monkeypatch.setattr(PlateCrops, "_cut", None)
+    output = tmp_path / "run"
+    assert main(["train", str(labelled_plate), "--label", "compound", "--output", str(output), *QUICK, *options]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert "Traceback" not in said
+    assert not output.exists()
+
+
+def test_plates_without_cells_or_pixels_are_told(tmp_path, capsys, labelled_plate):
+    import shutil
+
+    import numpy as np
+    from synthetic_plate import break_chunk, write_plate
+
+    wells = [f"A{i:02d}" for i in range(1, 7)]
+    labels = {well: {"compound": "ab"[i % 2]} for i, well in enumerate(wells)}
+    dark = {well: [np.full((2, 64, 64), 200, np.uint16)] for well in wells}
+    empty = write_plate(tmp_path / "empty.zarr", dark, ["DNA", "GFP"], plate_map=labels)
+    arguments = ["--label", "compound", "--output", str(tmp_path / "run"), *QUICK]
+    assert main(["train", str(empty), *arguments]) == 2
+    assert "No cell was found in empty.zarr" in " ".join(capsys.readouterr().err.split())
+    broken = tmp_path / "broken.zarr"
+    shutil.copytree(labelled_plate, broken)
+    break_chunk(broken, "A01")
+    assert main(["train", str(broken), *arguments]) == 0  # one bad field stops nothing, but is told
+    assert "Warning: 1 of 12 fields of" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+def test_a_crop_that_cannot_be_read_is_named(crop_folder, tmp_path, capsys, lazy):
+    import shutil
+
+    folder = tmp_path / "crops"
+    shutil.copytree(crop_folder, folder)
+    (folder / "small" / "P1_2.tif").write_bytes(b"no image")
+    arguments = [
+        "--data.folder",
+        str(folder),
+        "--data.pattern",
+        r"(?P<Metadata_Plate>P\d)_",
+        "--data.channels",
+        "[DNA]",
+    ]
+    options = [o for o in QUICK if o not in ("--data.margin", "0")]
+    assert main(["train", "crops", *arguments, "--output", str(tmp_path / "run"), *options, f"--data.lazy={lazy}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "P1_2.tif cannot be read (not a TIFF file" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [}", "is no YAML, line 1"), ("", "holds no configuration"), ("nothing: 3", "no option 'nothing'")],
+)
+def test_configurations_that_cannot_be_read_are_told(tmp_path, capsys, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_crops_that_no_memory_holds_are_told(crop_folder, monkeypatch):
+    from cellvim.errors import InputError
+    from cellvim.train import folders
+
+    monkeypatch.setattr(folders.os, "sysconf", {"SC_PHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}.get)
+    with pytest.raises(InputError, match=r"The 32 crops need .* GB of memory.*--data\.lazy true"):
+        folders.read_crops(folders.find_crops(crop_folder)["path"])
