@@ -1,0 +1,1 @@
+"""The commands: each is one thin function; `cellvim/cli.py` gives them their names."""
