@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 MAX_METADATA_BYTES = 64 << 20
+NO_LISTING = (FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError)
+NO_LISTING_STATUS = (401, 403, 404, 405, 501)  # a web server's answer where it lists no folders
 
 
 class Location:
@@ -245,7 +247,8 @@ class Remote(Location):
         paths = [f"{self.path}/{name}" for name in names]
         try:
             contents = self.filesystem.cat_ranges(paths, 0, MAX_METADATA_BYTES + 1, on_error="return")
-        except Exception:  # not every filesystem can: they are then read one by one
+        except (NotImplementedError, TypeError, OSError):
+            # The filesystem cannot, does not know the arguments, or broke off: each is then read, and may fail, alone.
             return
         self._fetched.update(zip(paths, contents, strict=True))
 
@@ -254,22 +257,34 @@ class Remote(Location):
         return any(self.read(name) is not None for name in METADATA)
 
     def folders(self) -> list[str]:
-        """Return the names of the folders in it."""
-        try:
-            entries = self.filesystem.ls(self.path, detail=True)
-        except Exception:  # a web server need not list its folders
-            return []
+        """Return the names of the folders in it; none where the server does not list them."""
+        entries = self._listed("ls") or []
         return [PurePosixPath(e["name"].rstrip("/")).name for e in entries if e.get("type") == "directory"]
 
     def stored_bytes(self) -> int:
         """Return how many bytes of chunks are stored in it and below."""
-        try:
-            found = self.filesystem.find(self.path, detail=True)
-        except Exception:  # it cannot be told: then it may be there
+        found = self._listed("find")
+        if not found:  # it cannot be told: then it may be there
             return 1
-        return (
-            sum(e.get("size") or 1 for k, e in found.items() if PurePosixPath(k).name not in METADATA) if found else 1
-        )
+        return sum(e.get("size") or 1 for k, e in found.items() if PurePosixPath(k).name not in METADATA)
+
+    def _listed(self, how: str) -> Any:
+        """Return what the filesystem lists here, None where it lists nothing to us.
+
+        Raises
+        ------
+        PlateError
+            It was to list, and failed: what is there must not be taken for absent.
+        """
+        try:
+            return getattr(self.filesystem, how)(self.path, detail=True)
+        except NO_LISTING:
+            return None
+        except Exception as error:  # each filesystem has its own kinds, not all of them an OSError
+            answers = (getattr(error, name, None) for name in ("status", "code", "status_code"))
+            if any(answer in NO_LISTING_STATUS for answer in answers):
+                return None
+            raise PlateError(f"{self.url} cannot be listed ({type(error).__name__}: {str(error)[:200]}).") from error
 
     def zarr_store(self) -> tuple[Any, str]:
         """Return the Zarr store, and the path in it."""

@@ -18,6 +18,7 @@ import zarr
 from numcodecs import Blosc, Zstd
 
 from cellvim.data.plate import describe, open_plate
+from cellvim.data.plate_store import Remote
 from cellvim.errors import FieldReadError, PlateError
 
 
@@ -319,3 +320,52 @@ def test_metadata_that_is_not_as_ome_zarr_says_is_told(make_plate):
     del document["attributes"]["ome"]["plate"]["columns"]
     (path / "zarr.json").write_text(json.dumps(document))
     assert any("metadata of the plate is not as OME-Zarr 0.5 says" in odd for odd in open_plate(path).oddities())
+
+
+class _Answers(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError("no ListBucket"), NotImplementedError(), FileNotFoundError(), _Answers(403)]
+)
+def test_server_that_lists_nothing_may_hold_the_chunks_all_the_same(error):
+    place = Remote(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
+    assert place.folders() == [] and place.stored_bytes() == 1
+
+
+@pytest.mark.parametrize("error", [TimeoutError("slow"), ConnectionResetError("gone"), _Answers(503), KeyError("odd")])
+def test_listing_that_breaks_off_is_no_empty_folder(error):
+    place = Remote(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
+    for listed in (place.folders, place.stored_bytes):
+        with pytest.raises(PlateError, match=r"s3://bucket/plate\.zarr cannot be listed"):
+            listed()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), TypeError("on_error"), OSError("reset")])
+def test_files_that_cannot_be_fetched_at_once_are_read_one_by_one(error):
+    place = Remote(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
+    place.prefetch(["zarr.json"])
+    assert place.read("zarr.json") == b"{}"
+
+
+def test_a_bug_in_fetching_is_not_hidden():
+    with pytest.raises(AttributeError):
+        Remote(_Failing(AttributeError("bug")), "p", "s3://p").prefetch(["zarr.json"])
+
+
+class _Failing:
+    """A filesystem that reads single files and fails at all else."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def cat_file(self, path: str, **_: object) -> bytes:
+        return b"{}"
+
+    def fail(self, *_: object, **__: object) -> None:
+        raise self.error
+
+    ls = find = cat_ranges = fail
