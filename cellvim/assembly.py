@@ -35,7 +35,7 @@ from cellvim.running.sessions import Session, read_log, read_sessions
 from cellvim.running.storage import storage_at
 
 if TYPE_CHECKING:
-    from cellvim.planning import EmbeddingPlan
+    from cellvim.plans.plan import EmbeddingPlan
 
 NAMING = "naming"  # in the ledger: the output is being given its name, and what bears it is this job's
 MAPS = "naming-maps"  # the same of maps of tokens, which get theirs before

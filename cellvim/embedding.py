@@ -19,16 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cellvim.errors import FieldReadError, InputError, Interrupted, OutputError, listing, suggestion
-from cellvim.planning import (
-    DEFAULT_MODEL,
-    UNITS,
-    Channels,
-    EmbeddingPlan,
-    Plates,
-    Unit,
-    plan_embedding,
-    usable_device,
-)
+from cellvim.planning import plan_embedding
+from cellvim.plans.encoders import usable_device
+from cellvim.plans.options import DEFAULT_MODEL, UNITS, Channels, Plates, Unit
+from cellvim.plans.plan import EmbeddingPlan
 from cellvim.provenance import untrained_remark
 from cellvim.running.account import Account, FieldsLeft
 from cellvim.running.ledger import (

@@ -27,7 +27,7 @@ from cellvim.running.ledger import Key, Rows
 
 if TYPE_CHECKING:
     from cellvim.data.plate import Field
-    from cellvim.planning import EmbeddingPlan, PlatePlan
+    from cellvim.plans.plan import EmbeddingPlan, PlatePlan
 
 AHEAD = 2  # fields for each thread, read before the one in use
 MOST_ON_CPU, MOST_ON_GPU = 64, 1024  # crops at once; more gains nothing

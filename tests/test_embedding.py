@@ -333,3 +333,22 @@ def test_plan_is_made_once(plate_path, encoder):
     assert isinstance(plan, EmbeddingPlan)
     with pytest.raises(AttributeError):
         plan.seed = 1
+
+
+def test_python_function_and_plan_have_the_same_options_and_defaults():
+    """`embed` spells them out for its readers; what is asked for beyond a plan is in its own signature."""
+    import dataclasses
+    import inspect
+
+    from cellvim.plans.options import EmbeddingOptions
+
+    planned = {field.name: field.default for field in dataclasses.fields(EmbeddingOptions)}
+    spelled = {p.name: p.default for p in inspect.signature(cellvim.embed).parameters.values()}
+    assert planned.keys() - spelled.keys() == {"tokens", "view"}
+    assert spelled.keys() - planned.keys() == {"plate", "output", "workers", "overwrite"}
+    assert all(spelled[name] == planned[name] for name in planned.keys() & spelled.keys())
+
+
+def test_option_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="crop_sizes"):
+        plan_embedding(tmp_path / "plate.zarr", crop_sizes=64)

@@ -23,6 +23,7 @@ RANK = {  # a part imports parts of a lower rank, and itself
     "assembly": 3.9,
     "encoding": 3.6,
     "planning": 3.7,
+    "plans": 3.65,
     "provenance": 3.6,
     "running": 3.5,
     "report": 4,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from cellvim.planning import EmbeddingPlan
+    from cellvim.plans.plan import EmbeddingPlan
 
 GOAL = 0.9  # of the model alone
 FIELDS_OF_A_PLATE = 384 * 9
@@ -63,7 +63,8 @@ def run(
         Figures, and the machine.
     """
     from cellvim.bench.timing import machine
-    from cellvim.planning import DEFAULT_MODEL, plan_embedding
+    from cellvim.planning import plan_embedding
+    from cellvim.plans.options import DEFAULT_MODEL
 
     with tempfile.TemporaryDirectory() as folder:
         source: str | Path
