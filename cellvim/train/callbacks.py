@@ -120,8 +120,8 @@ class LearningCurves(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.epochs, self._sums = list(state_dict["epochs"]), dict(state_dict["sums"])
-        self._batches = state_dict["batches"]
+        self.epochs, self._sums = list(state_dict["epochs"]), dict(state_dict.get("sums", {}))
+        self._batches = state_dict.get("batches", 0)
 
 
 def draw_curves(epochs: list[dict[str, float]], picture: str | Path) -> None:

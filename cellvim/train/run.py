@@ -17,7 +17,7 @@ from typing import Any
 
 from cellvim.errors import InputError, Interrupted, OutputError, TrainingError
 from cellvim.train.resuming import check_same_training, checkpoint_path, settings_of, stopped_by_ctrl_c
-from cellvim.train.usage import PLATE_RECIPE, recipe_path
+from cellvim.train.usage import PLATE_RECIPE, recipe_names, recipe_path
 from cellvim.train.whole_files import written_whole
 
 
@@ -42,12 +42,14 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any
             _check_yaml(first)
             expanded += ["--config", first]
             name = Path(first).stem
+        elif first in recipe_names():  # also where a folder bears that name, as one of crops may
+            expanded += ["--config", str(recipe_path(first))]
+            name = first
         elif first.rstrip("/").endswith((".zarr", ".zarr.zip", ".ozx")) or Path(first).is_dir():
             expanded += ["--config", str(recipe_path(PLATE_RECIPE)), "--data.plates", json.dumps([first])]
             name = Path(first.rstrip("/")).name.split(".")[0]
         else:
-            expanded += ["--config", str(recipe_path(first))]
-            name = first
+            recipe_path(first)  # raises: there is none
     short = {"--label": "--data.label", "--epochs": "--trainer.max_epochs"}
     while rest:
         option, equals, value = rest.pop(0).partition("=")

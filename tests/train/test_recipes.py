@@ -113,3 +113,10 @@ def test_unknown_options_are_told_in_one_line(options, message, tmp_path):
         train(["plate", "--data.plates", "[a.zarr]", "--output", str(tmp_path / "run"), *options])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_is_meant_where_a_folder_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "crops").mkdir()
+    assert expand_arguments(["crops"])[0][:2] == ["--config", str(recipe_path("crops"))]
+    assert "--data.plates" in expand_arguments(["./crops"])[0]
