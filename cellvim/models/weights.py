@@ -149,7 +149,10 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, An
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    readers = partial.stat().st_mode  # safetensors lets nobody else read what it writes
     save_file(tensors, partial, header)
+    partial.chmod(readers)
     partial.replace(path)
     return path
 

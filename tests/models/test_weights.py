@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pytest
 import torch
 
-from cellvim import Encoder, EncoderConfig, MaskedAutoencoder, load_reference
+from cellvim import Encoder, EncoderConfig, MaskedAutoencoder, load_reference, save_checkpoint
 from cellvim.errors import ModelError
 
 CONFIG = EncoderConfig(image_size=16, patch_size=8, in_channels=3, embed_dim=16, depth=1, num_classes=2, d_state=4)
@@ -109,3 +110,11 @@ def test_missing_file_and_a_file_without_weights_are_refused(tmp_path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ModelError, match="list"):
         load_reference(Encoder(CONFIG), tmp_path / "list.pth")
+
+
+@pytest.mark.skipif(not hasattr(os, "umask"), reason="needs POSIX permissions")
+def test_a_saved_model_may_be_read_by_whoever_may_read_other_files(tmp_path) -> None:
+    (tmp_path / "other").touch()
+    path = save_checkpoint(Encoder(CONFIG), tmp_path / "model.safetensors")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["model.safetensors", "other"]
