@@ -1,8 +1,8 @@
 """Accuracy on MitoCheck's labelled nuclei, whole plates held out: FastVim, Vim and ViT of one size and one budget.
 
 Every model gets the same processor time on one core. Learning rates were chosen on plates of the training part
-(``tune``: 5e-4, 1e-3 and 2e-3 for every model at the whole budget, and 4e-3 where 2e-3 was best); the test plates are looked at by ``run`` alone, once a
-seed, after the last epoch.
+(``tune``: 5e-4, 1e-3 and 2e-3 for every model at the whole budget, and 4e-3 where 2e-3 was best); the test plates are
+looked at by ``run`` alone, once a seed, after the last epoch.
 
     python -m benchmarks.mitocheck calibrate CROPS  # seconds of an epoch
     python -m benchmarks.mitocheck tune CROPS     # learning rates, on a validation part of the training plates
