@@ -28,7 +28,12 @@ format: .venv/.ok
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-.venv/.ok: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/cpu/* csrc/cuda/*)
+# Installed in place, but by a list of modules: one that moved is looked for where it was until it is installed again.
+MODULES := $(sort $(shell find cellvim -name '*.py'))
+$(shell mkdir -p .venv && echo '$(MODULES)' > .venv/modules.new && \
+    (cmp -s .venv/modules.new .venv/modules || cp .venv/modules.new .venv/modules))
+
+.venv/.ok: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/cpu/* csrc/cuda/*) .venv/modules
 	test -x .venv/bin/uv || ($(PYTHON) -m venv .venv && .venv/bin/pip install -q uv)
 	.venv/bin/uv pip install -q --python .venv -c constraints.txt -e '.[test]'
 	touch $@
