@@ -1,0 +1,261 @@
+"""Cells of the translocation plate for `benchmarks.translocation`: cut, split by well, described and scored."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of, number_labels
+from cellvim.train.splits import split_rows
+
+CHANNELS = ("GFP", "DNA")
+CROP, MARGIN = 48, 4  # pixels; the margin is for random windows
+CELLS_PER_WELL = 48
+TEST, VAL = 3 / 8, 0.2  # of the wells of each kind; validation is a part of the training wells
+TASKS = ("dose", "controls")
+
+
+def cut_cells(source: str | Path, keep: Path) -> Path:
+    """Import the plate, cut its nuclei, and keep the same `CELLS_PER_WELL` of each well in one file.
+
+    Parameters
+    ----------
+    source
+        Folder of the 192 TIFFs and ``1049_Metadata.csv``.
+    keep
+        Where ``cells.npz`` goes; nothing is done when it is there.
+    """
+    path = keep / "cells.npz"
+    if path.exists():
+        return path
+    from cellvim.data.importers import import_plate
+    from cellvim.train.plates import PlateCrops
+
+    source = Path(source)
+    keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        plate = Path(folder) / "plate.zarr"
+        import_plate(
+            source, plate, metadata=source / "1049_Metadata.csv", plate_name="FKHR",
+            channel_names={"Channel1": "GFP", "Channel2": "DNA"}, pert_type="SBS_Controls:-1=negcon,0=trt,1=poscon",
+        )  # fmt: skip
+        data = PlateCrops(
+            [str(plate)], label="SBS_Doses", channels=list(CHANNELS), crop_size=CROP, margin=MARGIN, val=0.0, test=0.0
+        )
+        data.read()
+    table = data.table.assign(cells_of_well=data.table.groupby("Metadata_Well")["label"].transform("size"))
+    rows = np.sort(np.concatenate([_draw(rows) for _, rows in table.groupby("Metadata_Well").indices.items()]))
+    table = table.iloc[rows]
+    columns = {
+        "well": table["Metadata_Well"].to_numpy(str),
+        "dose": table["SBS_Doses"].to_numpy(int),
+        "kind": table["Metadata_pert_type"].to_numpy(str),
+        "cells_of_well": table["cells_of_well"].to_numpy(int),
+    }
+    np.savez(path, images=data.groups[0].images[rows], **columns)
+    return path
+
+
+def _draw(rows: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).permutation(rows)[:CELLS_PER_WELL]
+
+
+def read_cells(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return crops (n, 2, S, S) float16, scaled by the plate's percentiles, and a row for each."""
+    with np.load(path) as stored:
+        images = stored["images"]
+        table = pd.DataFrame({name: stored[name] for name in stored.files if name != "images"})
+    return images, table
+
+
+def split_wells(table: pd.DataFrame) -> dict[str, set[str]]:
+    """Deal the wells: test wells are the same for every method and seed; train holds the validation wells too.
+
+    The same share of each dose and of each control is taken.
+    """
+    wells = table.drop_duplicates("well").sort_values("well", ignore_index=True)
+    wells = pd.DataFrame({"Metadata_Plate": "FKHR", "Metadata_Well": wells["well"], "label": wells["dose"].astype(str)})
+    test = split_rows(wells, "well", val=0.0, test=TEST, seed=0)["test"]
+    rest = wells.drop(index=test).reset_index(drop=True)
+    val = split_rows(rest, "well", val=0.0, test=VAL, seed=1)["test"]
+    names = rest["Metadata_Well"]
+    return {"train": set(names), "val": set(names.iloc[val]), "test": set(wells["Metadata_Well"].iloc[test])}
+
+
+class WellCells(TrainingData):
+    """Cells of one task.
+
+    Parameters
+    ----------
+    cells
+        What `read_cells` returns.
+    task
+        "dose": the 9 doses; "controls": positive and negative.
+    judge
+        "test": train on all training wells and predict the test wells. "val": leave validation wells out of training,
+        and predict those; the test wells are then in no part.
+    shots
+        Labelled training wells of each class, drawn by ``seed``; None for all of them.
+    unlabelled
+        "none"; "all": the other cells of the training wells take part too, without labels; "half": and those with
+        labels are repeated so that they are half of an epoch.
+    seed
+        Of the order and the shots; the split is always the same.
+    """
+
+    def __init__(
+        self,
+        cells: tuple[np.ndarray, pd.DataFrame],
+        task: str,
+        *,
+        judge: str = "test",
+        shots: int | None = None,
+        unlabelled: str = "none",
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__(batch_size=batch_size, split="well", val=0.0, test=TEST, seed=seed)
+        self.cells, self.task, self.judge = cells, task, judge
+        self.shots, self.unlabelled = shots, unlabelled
+
+    def setup(self, stage: str | None = None) -> None:
+        """Choose the rows and number the classes; once."""
+        if self.description is not None:
+            return
+        images, table = self.cells
+        wells = split_wells(table)
+        training = wells["train"] - (wells["val"] if self.judge == "val" else set())
+        self.judged_wells = wells[self.judge]
+        mine = (table["kind"] == "trt").to_numpy()
+        label = table["dose"].astype(str).to_numpy(object) if self.task == "dose" else table["kind"].to_numpy(object)
+        mine = mine if self.task == "dose" else ~mine
+        classes = class_names_of(label[mine], column="label", where="the plate")
+        in_training = table["well"].isin(training).to_numpy()
+        labelled = mine & in_training
+        if self.shots is not None:
+            labelled &= table["well"].isin(self._shots(table[labelled], label[labelled])).to_numpy()
+        self.table = table.assign(label=np.where(labelled | (mine & ~in_training), label, ""))
+        self.labels = number_labels(self.table["label"].to_numpy(object), classes)
+        known, others = np.flatnonzero(labelled), np.flatnonzero(in_training & ~labelled)
+        if self.unlabelled == "none":
+            others = others[:0]
+        elif self.unlabelled == "half" and len(known) < len(others):
+            known = np.resize(known, len(others))
+        judged = np.flatnonzero(mine & table["well"].isin(self.judged_wells).to_numpy())
+        self.rows = {"train": np.concatenate([known, others]), "val": np.zeros(0, int), "test": judged}
+        self.groups = [CropGroup(images, (0, 1))]
+        counts = np.bincount(self.labels[np.flatnonzero(labelled)], minlength=len(classes))
+        self.description = DataDescription(
+            CHANNELS, classes, crop_px=CROP, source="FKHR", class_counts=tuple(int(n) for n in counts)
+        )
+
+    def _shots(self, table: pd.DataFrame, label: np.ndarray) -> list[str]:
+        generator = np.random.default_rng([self.seed, self.shots])
+        wells = table["well"].groupby(label).unique()
+        return [w for names in wells for w in generator.permutation(np.sort(names))[: self.shots]]
+
+    @property
+    def labelled_rows(self) -> np.ndarray:
+        """Rows that a classifier may learn from, each once."""
+        rows = np.unique(self.rows["train"])
+        return rows[self.labels[rows] >= 0]
+
+
+# ---- what is measured without a network ------------------------------------------------------------------------------
+
+
+def middle(images: np.ndarray) -> np.ndarray:
+    """Cut the margin off: what every method sees of a test cell."""
+    return images[..., MARGIN:-MARGIN, MARGIN:-MARGIN].astype(np.float32)
+
+
+def mean_intensities(images: np.ndarray) -> np.ndarray:
+    """(n, 2, S, S) -> (n, 2)."""
+    return images.mean((2, 3))
+
+
+def nucleus_and_ring(images: np.ndarray) -> np.ndarray:
+    """(n, 2, S, S) -> (n, 3): logarithms of GFP in the nucleus, in a ring around it, and of their ratio.
+
+    What this assay is read by. The nucleus is the object of the DNA channel (Otsu's threshold) nearest to the middle;
+    the ring is 5 pixels wide and leaves out other nuclei.
+    """
+    return np.stack([_nucleus_and_ring(gfp, dna) for gfp, dna in images])
+
+
+def _nucleus_and_ring(gfp: np.ndarray, dna: np.ndarray) -> np.ndarray:
+    from scipy import ndimage
+    from skimage.filters import threshold_otsu
+
+    smooth = ndimage.gaussian_filter(dna, 1)
+    labels, count = ndimage.label(smooth > threshold_otsu(smooth)) if smooth.std() > 0 else (np.ones(dna.shape, int), 1)
+    centre = (np.array(dna.shape) - 1) / 2
+    distance = np.linalg.norm(np.indices(dna.shape) - centre[:, None, None], axis=0)
+    nearest = min(range(1, count + 1), key=lambda i: distance[labels == i].min())
+    nucleus = labels == nearest
+    ring = ndimage.binary_dilation(nucleus, iterations=6) & ~ndimage.binary_dilation(nucleus) & (labels == 0)
+    inside, around = (float(np.log(gfp[m].mean().clip(0) + 0.01)) if m.any() else np.log(0.01) for m in (nucleus, ring))
+    return np.array([inside, around, inside - around])
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def mean_by(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the groups, sorted, and the mean of the rows of each."""
+    names, number = np.unique(groups, return_inverse=True)
+    total = np.zeros((len(names), *values.shape[1:]))
+    np.add.at(total, number, values)
+    return names, total / np.bincount(number).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def dose_scores(
+    probability: np.ndarray, labels: np.ndarray, wells: np.ndarray, classes: Sequence[str]
+) -> dict[str, float | dict]:
+    """Scores of cells, and of wells by the mean of their cells' probabilities.
+
+    The expected dose is the mean of the doses, weighted by their probabilities.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.metrics import accuracy_score, f1_score
+
+    doses = np.array([float(c) for c in classes])
+    names, by_well = mean_by(probability, wells)
+    truth = mean_by(labels, wells)[1].round().astype(int)
+    found = {}
+    for level, p, y in (("cell", probability, labels), ("well", by_well, truth)):
+        expected = p @ doses
+        found |= {
+            f"{level}_accuracy": float(accuracy_score(y, p.argmax(1))),
+            f"{level}_weighted_f1": float(f1_score(y, p.argmax(1), average="weighted", zero_division=0)),
+            f"{level}_macro_f1": float(f1_score(y, p.argmax(1), average="macro", zero_division=0)),
+            f"{level}_spearman": float(spearmanr(expected, doses[y]).statistic) if np.ptp(expected) > 0 else 0.0,
+            f"{level}_error": float(np.abs(expected - doses[y]).mean()),
+        }
+    hits = mean_by((probability.argmax(1) == labels).astype(float), wells)[1]
+    expected = by_well @ doses
+    found["wells"] = {
+        str(n): [int(doses[y]), round(float(e), 3), round(float(h), 4)]
+        for n, y, e, h in zip(names, truth, expected, hits, strict=True)
+    }
+    return found
+
+
+def control_scores(
+    probability: np.ndarray, labels: np.ndarray, wells: np.ndarray, classes: Sequence[str]
+) -> dict[str, float]:
+    """Balanced accuracy and AUC of positive against negative, of cells and of wells."""
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    positive = list(classes).index("poscon")
+    _, by_well = mean_by(probability, wells)
+    truth = mean_by(labels, wells)[1].round().astype(int)
+    found = {}
+    for level, p, y in (("cell", probability, labels), ("well", by_well, truth)):
+        found[f"{level}_balanced_accuracy"] = float(balanced_accuracy_score(y, p.argmax(1)))
+        found[f"{level}_auc"] = float(roc_auc_score(y == positive, p[:, positive]))
+    return found
