@@ -342,7 +342,7 @@ CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ("FastChannelVim", {"lr": 2e-3}),
     ("ChannelViT", {"lr": 5e-4}),
     ("ChannelViT", {"lr": 1e-3}),
-    (JOINT, {"mask_ratio": 0.0, "masked_weight": 0.0, "channel_mask_ratio": 0.0, "lr": 2e-3}),  # why is it slower?
+    (JOINT, {"mask_ratio": 0.0, "masked_weight": 0.0, "channel_mask_ratio": 0.0, "lr": 2e-3}),  # is it the mask?
 ]
 
 
