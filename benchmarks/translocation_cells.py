@@ -56,7 +56,7 @@ def cut_cells(source: str | Path, keep: Path) -> Path:
         "kind": table["Metadata_pert_type"].to_numpy(str),
         "cells_of_well": table["cells_of_well"].to_numpy(int),
     }
-    np.savez(path, images=data.groups[0].images[rows], **columns)
+    np.savez(path, images=data.groups[0].scaled(rows).astype(np.float16), **columns)
     return path
 
 
