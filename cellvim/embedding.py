@@ -315,6 +315,7 @@ def run_embedding(
     devices = [usable_device(d) for d in devices] or [plan.device]
     about = {"engine": engine, "workers": workers, "devices": devices, "batch_size": plan.batch_size}
     apart = killed_again(ledger.storage, part and str(part))
+    about |= {"apart": apart}
     session = Session(ledger, shard=part and str(part), about=about | {"hardware": hardware(), "versions": versions()})
     summary = EmbeddingSummary(
         output, plan.unit, plan.n_fields, untrained=untrained_remark(plan), notes=plan.notes, shard=shard

@@ -309,16 +309,38 @@ class TestKillsItsProcess:
         assert "SIGKILL" in pd.read_csv(f"{tmp_path / 'out.zarr'}.failures.csv")["reason"][0]
         assert '"event": "apart"' in Path(f"{tmp_path / 'out.zarr'}.log.jsonl").read_text()
 
-    def test_runs_that_were_killed_are_counted(self, plan, tmp_path):
+    def test_runs_that_were_killed_and_got_nowhere_are_counted(self, plan, tmp_path):
+        """Else kills by anyone, one soon after the other, would leave no run the time to start a process apart."""
         from cellvim.running.ledger import open_ledger
         from cellvim.running.sessions import Session, killed_again
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
-        for n, state in enumerate(["killed", "killed", "finished", "killed"], start=1):
-            session = Session(ledger, shard=None, about={})
+        story = [  # how a session ended, the fields that it did, whether in a process apart; what the next one is to do
+            ("killed", 3, False, False),
+            ("killed", 0, False, True),
+            ("killed", 0, True, False),  # not a field's fault, then
+            ("killed", 0, False, False),
+            ("killed", 2, False, False),
+            ("killed", 0, False, True),
+            ("finished", 1, True, False),
+            ("killed", 0, False, False),
+        ]
+        for state, fields, apart, expected in story:
+            session = Session(ledger, shard=None, about={"apart": apart})
+            session.count(fields=fields)
             session.close(state)
-            assert killed_again(ledger.storage, None) == (n == 2)
+            assert killed_again(ledger.storage, None) == expected
         assert not killed_again(ledger.storage, "1/2")
+
+    def test_the_first_field_is_written_down_at_once(self, plan, tmp_path):
+        from cellvim.running.ledger import open_ledger
+        from cellvim.running.sessions import Session, read_sessions
+
+        ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
+        session = Session(ledger, shard=None, about={})
+        session.count(fields=1, rows=5)
+        assert read_sessions(ledger.storage)[0]["fields"] == 1
+        session.close("finished")
 
 
 class TestFaults:

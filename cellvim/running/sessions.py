@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cellvim.running.ledger import Ledger
 
 HEARTBEAT_S = 10.0
-DEATHS = 2  # of sessions, one after the other; from then on fields are embedded in a process apart
+DEATHS = 2  # of sessions, one after the other; the next one embeds fields in a process apart
 
 
 class Session:
@@ -69,6 +69,7 @@ class Session:
         self._stop = threading.Event()
         self._lines: list[str] = []
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # of the heartbeat and the work: else both would add the same lines to the log
         self._refuse_company(shard)
         self.write()
         self._thread = threading.Thread(target=self._beat, name="cellvim-heartbeat", daemon=True)
@@ -82,9 +83,12 @@ class Session:
             self._lines.append(json.dumps(line, default=str))
 
     def count(self, *, fields: int = 0, rows: int = 0, failed: int = 0) -> None:
-        """Add to what this session did."""
+        """Add to what this session did; the first field is written down at once, for `killed_again` to see."""
+        first = not (self.record["fields"] or self.record["failed"]) and (fields or failed)
         for name, n in (("fields", fields), ("rows", rows), ("failed", failed)):
             self.record[name] += n
+        if first:
+            self.write()
 
     def close(self, state: str) -> None:
         """Say how it ended: finished, interrupted or stopped by an error."""
@@ -110,7 +114,8 @@ class Session:
         """Show that it is alive, and what it has done so far; and, at the end, how it ended."""
         self.record["state"] = state or self.record["state"]
         self.record["seconds"] = round(time.perf_counter() - self._start, 3)
-        with suppress(OutputError, OSError):  # a sign of life is worth no run; a full disk will be met by the rows
+        # A sign of life is worth no run: a full disk will be met by the rows.
+        with self._writing, suppress(OutputError, OSError):
             self.storage.write(f"sessions/{self.id}.json", json.dumps(self.record, default=str).encode())
             self._write_log()
 
@@ -150,12 +155,14 @@ def read_sessions(storage: Storage) -> list[dict[str, Any]]:
 
 
 def killed_again(storage: Storage, shard: str | None) -> bool:
-    """Return whether the last two sessions at this part of the fields were killed.
+    """Return whether the last two sessions at this part of the fields were killed, and the last one got nowhere.
 
-    It may be one field that takes more memory than there is, and would be met again by each session to come.
+    It may be one field that takes more memory than there is, and would be met again by each session to come. A session
+    that had its fields in a process apart, and was killed all the same, was not killed by a field.
     """
     last = [s for s in read_sessions(storage) if s["shard"] == shard][-DEATHS:]
-    return len(last) == DEATHS and all(s["state"] == "killed" for s in last)
+    killed = len(last) == DEATHS and all(s["state"] == "killed" and not s.get("apart") for s in last)
+    return killed and not (last[-1]["fields"] or last[-1]["failed"])
 
 
 def read_log(storage: Storage) -> list[str]:
