@@ -292,18 +292,20 @@ class TestKillsItsProcess:
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
-    def test_the_third_run_records_it_and_goes_on(self, plate, weights, tmp_path, deadly):
+    def test_after_two_runs_that_got_nowhere_it_is_recorded_and_the_rest_goes_on(
+        self, plate, weights, tmp_path, deadly
+    ):
         import signal
         import subprocess
 
         command = [sys.executable, "-m", "cellvim", "embed", str(plate), "-o", str(tmp_path / "out.zarr")]
         command += ["--model", str(weights), "--log"]
         codes, said = [], ""
-        for _ in range(3):
+        while len(codes) < 6 and set(codes) <= {-signal.SIGKILL}:  # a run may do a field before it meets this one
             run = subprocess.run(command, capture_output=True, text=True, timeout=300)
             codes.append(run.returncode)
             said = run.stderr
-        assert codes == [-signal.SIGKILL, -signal.SIGKILL, 3], said
+        assert len(codes) >= 3 and codes[-1] == 3, (codes, said)
         adata = anndata.read_zarr(tmp_path / "out.zarr")
         assert adata.uns["cellvim"]["failed_fields"]["field"].tolist() == ["A02/0"]
         assert "SIGKILL" in pd.read_csv(f"{tmp_path / 'out.zarr'}.failures.csv")["reason"][0]
