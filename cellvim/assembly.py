@@ -108,6 +108,16 @@ def finished_before(output: str | Path, digest: str, *, shard: bool) -> dict[str
     return manifest if run is None or run.get("run") == manifest.get("run") else None
 
 
+def was_being_cleared(output: str | Path) -> bool:
+    """Return whether a run was killed while it cleared up behind an output that was whole.
+
+    Whether that output is of the job at hand is then known once there is a plan (`finished_before`).
+    """
+    storage = storage_at(output)
+    is_left = storage.exists() and read_run(storage) is None
+    return is_left and output_exists(output) and read_manifest(output) is not None
+
+
 def assemble(
     plan: EmbeddingPlan,
     ledger: Ledger,

@@ -233,9 +233,9 @@ class EmbeddingSummary:
         """Return what the user must know about the result, a line each; empty if all is as it should be."""
         lines = [*([self.untrained] if self.untrained else []), *self.notes]
         if self.failed:
-            names = listing(name for name, _ in self.failed)
+            names, are = listing(name for name, _ in self.failed), "is" if len(self.failed) == 1 else "are"
             lines.append(
-                f"{len(self.failed)} of {self.n_fields} fields could not be read and are missing from the output: "
+                f"{len(self.failed)} of {self.n_fields} fields could not be read and {are} missing from the output: "
                 f"{names}. First reason: {self.failed[0][1]} All reasons: {self.output}.failures.csv, and "
                 'uns["cellvim"]["failed_fields"].'
             )
@@ -384,7 +384,7 @@ def embed_plates(
     EmbeddingSummary
         One an output.
     """
-    from cellvim.assembly import check_folder, check_free, finished_before
+    from cellvim.assembly import check_folder, check_free, finished_before, was_being_cleared
     from cellvim.export import format_of
     from cellvim.formats.token_maps import check_token_maps
     from cellvim.running.shards import parse_shard
@@ -397,7 +397,8 @@ def embed_plates(
     if not per_plate:
         # One plate's maps are named after the output alone; those of several wait until their names are known.
         maps_of = [""] if tokens and len(plates) == 1 else ()
-        check_free(output, overwrite=overwrite or shard is not None, maps_of=maps_of)
+        if not was_being_cleared(output):
+            check_free(output, overwrite=overwrite or shard is not None, maps_of=maps_of)
         if tokens:
             check_token_maps(output, (), overwrite=overwrite)
         plan = plan_embedding(list(plates), **planned, cache=cache_folder(output))
@@ -411,19 +412,30 @@ def embed_plates(
             Path(output).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another.") from error
-    taken: set[str] = set()
+    _check_names(plates, planned.get("view") or {})
     for source in plates:
         plan = plan_embedding(source, **planned, cache=cache_folder(f"{output}/plates"))
-        name = plan.plates[0].name
-        if name in taken:
-            raise InputError(f"Several plates are called {name}, so their outputs would be one. Embed them apart.")
-        taken.add(name)
-        target = f"{output}/{name}.{suffix}"
+        target = f"{output}/{plan.plates[0].name}.{suffix}"
         made = None if overwrite else finished_before(target, identity_digest(plan.identity), shard=True)
         if made is not None:
             yield _summary_of(plan, target, made)
             continue
         yield run_embedding(plan, target, **run, overwrite=overwrite, progress=progress)
+
+
+def _check_names(plates: Sequence[str], view: Mapping[str, Any]) -> None:
+    """Refuse plates of one name, whose outputs would be one, before the first is embedded."""
+    from cellvim.data.plate import open_plate
+
+    sources: dict[str, str] = {}
+    for source in plates:
+        name = open_plate(source, **view).name
+        if name in sources:
+            raise InputError(
+                f"{sources[name]} and {source} are both called {name}, so their outputs would be one. Embed them into "
+                "one output, where the folder is made part of the name, or apart."
+            )
+        sources[name] = source
 
 
 def embed_field(plan: EmbeddingPlan, field: Field) -> tuple[np.ndarray, pd.DataFrame, np.ndarray]:

@@ -112,6 +112,26 @@ class TestGoingOn:
         with pytest.raises(OutputError, match="exists already"):
             run_embedding(plan, tmp_path / "out.zarr")
 
+    @pytest.mark.parametrize("left", ["marker", "an empty folder"])
+    def test_when_killed_while_it_clears_up(self, plate, weights, tmp_path, monkeypatch, left):
+        """The run's own file goes before the folder does; the same command is then told that all is done."""
+        from cellvim.running.ledger import RUN
+
+        output, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
+        command = ["embed", str(plate), "-o", str(output), "--model", str(weights)]
+        monkeypatch.setattr("cellvim.assembly.clear", lambda ledger: None)
+        assert main(command) == 0
+        monkeypatch.undo()
+        whole = tree_sha256(output)
+        (partial / RUN).unlink()
+        if left == "an empty folder":
+            shutil.rmtree(partial)
+            partial.mkdir()
+        assert main(command) == 0
+        assert tree_sha256(output) == whole
+        assert _only(tmp_path) == {"out.zarr", "out.zarr.manifest.json"}
+        assert main(command) == 2  # it exists already
+
     def test_torn_rows_are_embedded_again(self, plan, whole, tmp_path):
         with pytest.raises(Interrupted):
             run_embedding(plan, tmp_path / "out.zarr", progress=_stop_after(4))
@@ -169,6 +189,25 @@ class TestGoingOn:
         monkeypatch.undo()
         assert run_embedding(plan, tmp_path / "out.zarr").n_resumed == 3
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
+
+    def test_too_little_room_for_an_h5ad_is_told_before_it_is_begun(self, plan, tmp_path, monkeypatch):
+        """HDF5 ends the process where a disk gets full; rows are kept, and the same command goes on."""
+        from collections import namedtuple
+
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2_000_000, 1_000_000, 1_000_000))
+        with pytest.raises(OutputError, match=r"about \d+ MB are needed, and 1\.0 MB are free"):
+            run_embedding(plan, tmp_path / "out.h5ad")
+        assert not (tmp_path / "out.h5ad").exists()
+        monkeypatch.undo()
+        assert run_embedding(plan, tmp_path / "out.h5ad").n_resumed == N_FIELDS
+        size = (tmp_path / "out.h5ad").stat().st_size
+        from cellvim.formats.anndata_file import _size_in_hdf5  # the estimate is held to what was written
+        from cellvim.formats.tables import Layout
+
+        rows = anndata.read_h5ad(tmp_path / "out.h5ad")
+        layout = Layout({name: None for name in rows.obs}, {"spatial": (2, np.dtype(np.float64))}, rows.n_obs)
+        assert 0.7 < _size_in_hdf5(layout, rows.n_vars) / size < 2
 
 
 def test_an_unfinished_jobs_batch_size_is_taken_where_it_matters(plan):
@@ -512,6 +551,13 @@ class TestSeveralPlates:
         assert tree_sha256(tmp_path / "out") == before
         joined = open_embeddings(tmp_path / "out")
         assert joined.shape == (18, 16) and joined.obs["Metadata_Plate"].tolist() == ["p1"] * 9 + ["p2"] * 9
+
+    def test_plates_of_one_name_are_refused_before_the_first_is_embedded(self, folder, weights, tmp_path, capsys):
+        shutil.copytree(folder / "p1.zarr", tmp_path / "x" / "p1.zarr")
+        command = ["embed", str(folder / "p1.zarr"), str(tmp_path / "x" / "p1.zarr"), "-o", str(tmp_path / "out")]
+        assert main([*command, "--per-plate", "--model", str(weights)]) == 2
+        assert "both called p1" in capsys.readouterr().err
+        assert not list((tmp_path / "out").glob("*.zarr"))
 
     @pytest.mark.slow
     def test_plates_of_one_name_are_told_apart(self, folder, weights, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +32,18 @@ def write_zarr(path: Path, plates: Plates, layout: Layout, n_features: int, uns:
 
 
 def write_h5ad(path: Path, plates: Plates, layout: Layout, n_features: int, uns: Mapping[str, Any]) -> None:
-    """Write an AnnData as HDF5."""
+    """Write an AnnData as HDF5.
+
+    Raises
+    ------
+    OSError
+        There is too little room for it. That is looked at beforehand: HDF5 brings the process down when a disk is full.
+    """
     import h5py
 
+    needed, free = _size_in_hdf5(layout, n_features), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"about {needed / 1e6:,.0f} MB are needed, and {free / 1e6:,.1f} MB are free")
     with h5py.File(path, "w") as file:
         _write_empty(file, layout, n_features, uns)
         _fill(file, plates, layout, n_features)
@@ -60,6 +71,14 @@ def is_h5ad(path: Path) -> bool:
             return file.attrs.get("encoding-type") == "anndata"
     except OSError:
         return False
+
+
+def _size_in_hdf5(layout: Layout, n_features: int) -> int:
+    """Return about how many bytes the file will have; arrays are not compressed and grow by blocks of rows."""
+    row = n_features * 4 + sum(width * dtype.itemsize for width, dtype in layout.obsm.values())
+    row += 8 * len(layout.columns) + 16
+    filled = -(-layout.n_rows // tables.ROWS_PER_BLOCK) * tables.ROWS_PER_BLOCK
+    return filled * row + 60 * layout.n_rows + 300_000  # 60: a row's name
 
 
 def _fill(group: Any, plates: Plates, layout: Layout, n_features: int) -> None:

@@ -35,6 +35,8 @@ def parse_shard(text: str) -> Shard:
     if found is None:
         raise InputError(f"--shard is '{text}'; expected i/n, such as 3/8 for the third of eight.")
     number, count = map(int, found.groups())
+    if count < 1:
+        raise InputError(f"--shard is '{text}'; expected i/n with n of at least 1, such as 3/8 for the third of eight.")
     if not 1 <= number <= count:
         raise InputError(
             f"--shard is '{text}'; expected 1 to {count} of {count}. Number a SLURM array from 1: --array=1-{count}."

@@ -18,6 +18,7 @@ from cellvim.train.callbacks import Checkpoints, LearningCurves
 from cellvim.train.data import TrainingData
 from cellvim.train.module import TrainingModule
 from cellvim.train.optimization import Optimization
+from cellvim.train.usage import SHORT_OPTIONS
 
 
 class TrainingCLI(LightningCLI):
@@ -101,7 +102,9 @@ def explain_parser_error(error: BaseException) -> CellvimError:
         where = where or "The configuration"
         return InputError(f"{where} has no option '{unknown[1]}'.{close} `--print_config` prints all there are.")
     if match := re.search(r"unrecognized arguments: (\S+)", text):
-        return InputError(f"There is no option '{match[1]}'. `cellvim train` prints how it is used.")
+        given = match[1].partition("=")[0]
+        close = suggestion(given, SHORT_OPTIONS)
+        return InputError(f"There is no option '{given}'.{close} `cellvim train` prints how it is used.")
     given = next((line.partition(":")[2].strip() for line in reversed(lines) if line.startswith("Given value:")), "")
     reason = said[-1] if said else (lines[-1] if lines else type(error).__name__)
     reason = re.sub(r"<class '([\w.]+)'>", r"\1", reason).replace("typing.", "").rstrip(".")

@@ -261,6 +261,23 @@ class TrainingData(LightningDataModule):
         counts = np.bincount(known[known >= 0], minlength=len(self.description.class_names))
         self.description.class_counts = tuple(int(n) for n in counts)
 
+    def summary(self) -> str:
+        """Return what is learned from what, in a few lines: classes, channels, crops and what is held out."""
+        found = self.description
+        lines = [f"Channels: {', '.join(found.channel_names)}; crops of {found.crop_px} x {found.crop_px} pixels."]
+        if found.class_names:
+            label = getattr(self, "label", None) or "the label"
+            counts = [f"{name} {n:,}" for name, n in zip(found.class_names[:12], found.class_counts, strict=False)]
+            more = f" and {len(found.class_names) - 12:,} more" if len(found.class_names) > 12 else ""
+            lines.append(f"Classes by {label}, with their training crops: {', '.join(counts)}{more}.")
+        parts = []
+        for part, what in (("train", "to train on"), ("val", "to validate"), ("test", "to test")):
+            table = self.table.iloc[self.rows[part]]
+            of = f" of {table['Metadata_Well'].nunique():,} wells" if "Metadata_Well" in table else ""
+            parts.append(f"{len(table):,} crops{of} {what}")
+        lines.append(f"Split by {self.split}: {', '.join(parts)}.")
+        return "\n".join(lines)
+
     def train_dataloader(self) -> DataLoader:
         """Batches of training, shuffled anew every epoch."""
         return self._loader("train", shuffle=True)

@@ -143,6 +143,8 @@ def train(arguments: Sequence[str]) -> Path | None:
         if isinstance(cli.datamodule, PlateCrops):
             cli.datamodule.run_folder = output
         cli.datamodule.setup()  # before anything is written: labels and splits are where a first try goes wrong
+        if _is_first_process():
+            print(cli.datamodule.summary(), file=sys.stderr, flush=True)
         config = cli.parser.dump(cli.config, skip_none=False)
         cli.model.settings = settings_of(yaml.safe_load(config), cli.datamodule, cli.trainer.world_size)
         if resume is not None:

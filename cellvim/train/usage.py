@@ -8,6 +8,7 @@ from cellvim.errors import InputError, listing, suggestion
 
 RECIPES = Path(__file__).parent / "recipes"
 PLATE_RECIPE = "plate"
+SHORT_OPTIONS = ("--output", "--resume", "--label", "--epochs", "--print_config", "--list", "--help_all")
 USAGE = """Usage: cellvim train RECIPE | CONFIG.yaml | PLATE.zarr [OPTIONS]
 
   cellvim train PLATE.zarr --label Metadata_pert_type      your own plate, wells held out
@@ -17,7 +18,7 @@ USAGE = """Usage: cellvim train RECIPE | CONFIG.yaml | PLATE.zarr [OPTIONS]
 Options:
   --output FOLDER    where model.safetensors, curves.png, metrics.json and checkpoints go [runs/RECIPE]
   --resume [PATH]    go on from a checkpoint: that of the output folder by default
-  --label COLUMN     of the plate map: what to tell apart (--data.label)
+  --label COLUMN     of the plate map: what to tell apart (--data.label) [Metadata_pert_type]
   --epochs N         length of the training (--trainer.max_epochs)
   --print_config     print the whole configuration, to save and change
   --list             list the recipes
@@ -40,8 +41,8 @@ def recipe_path(name: str) -> Path:
     """
     if name not in recipe_names():
         raise InputError(
-            f"There is no recipe or file '{name}'; recipes are {listing(recipe_names(), 30)}."
-            f"{suggestion(name, recipe_names())} A plate ends in .zarr, a configuration in .yaml."
+            f"There is no recipe or file '{name}'.{suggestion(name, recipe_names())} A plate ends in .zarr, a "
+            f"configuration in .yaml; recipes are {listing(recipe_names(), 30)}."
         )
     return RECIPES / f"{name}.yaml"
 

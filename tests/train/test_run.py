@@ -181,3 +181,38 @@ def test_crops_that_no_memory_holds_are_told(crop_folder, monkeypatch):
     monkeypatch.setattr(folders.os, "sysconf", {"SC_PHYS_PAGES": 2, "SC_PAGE_SIZE": 4096}.get)
     with pytest.raises(InputError, match=r"The 32 crops need .* GB of memory.*--data\.lazy true"):
         folders.read_crops(folders.find_crops(crop_folder)["path"])
+
+
+def test_the_summary_says_what_is_learned_from_what():
+    """Classes with their training crops, channels, and how many wells each part has."""
+    import pandas as pd
+
+    from cellvim.train.data import DataDescription, TrainingData
+
+    class Wells(TrainingData):
+        label = "Metadata_compound"
+
+        def read(self):
+            self.table = pd.DataFrame(
+                {
+                    "Metadata_Plate": "P",
+                    "Metadata_Well": [f"A{i:02d}" for i in range(1, 11) for _ in range(3)],
+                    "label": [name for name in ("dmso", "drug") for _ in range(3)] * 5,
+                }
+            )
+            self.description = DataDescription(("DNA", "GFP"), ("dmso", "drug"), crop_px=48)
+
+    data = Wells(batch_size=4, split="well", val=0.2, test=0.2, seed=0)
+    data.read()
+    description, data.description = data.description, None
+    data.read = lambda: setattr(data, "description", description)
+    data.setup()
+    lines = data.summary().splitlines()
+    counts = {part: len(rows) for part, rows in data.rows.items()}
+    dmso, drug = ((data.table["label"].iloc[data.rows["train"]] == name).sum() for name in ("dmso", "drug"))
+    assert lines == [
+        "Channels: DNA, GFP; crops of 48 x 48 pixels.",
+        f"Classes by Metadata_compound, with their training crops: dmso {dmso}, drug {drug}.",
+        f"Split by well: {counts['train']} crops of {counts['train'] // 3} wells to train on, {counts['val']} crops of "
+        f"{counts['val'] // 3} wells to validate, {counts['test']} crops of {counts['test'] // 3} wells to test.",
+    ]
