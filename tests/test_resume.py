@@ -549,6 +549,10 @@ class TestSeveralPlates:
         before = tree_sha256(tmp_path / "out")
         assert main(command) == 0  # those that are there are left as they are
         assert tree_sha256(tmp_path / "out") == before
+        capsys.readouterr()
+        assert main(["status", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr().out
+        assert "p1.zarr is done" in said and "p2.zarr is done" in said
         joined = open_embeddings(tmp_path / "out")
         assert joined.shape == (18, 16) and joined.obs["Metadata_Plate"].tolist() == ["p1"] * 9 + ["p2"] * 9
 

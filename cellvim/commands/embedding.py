@@ -125,7 +125,10 @@ def status(
     """Say how far `cellvim embed` is: while it runs, after it stopped, and when it is done."""
     import json
 
-    from cellvim.running.status import describe, read_status
+    from cellvim.running.status import describe, outputs_of, read_status
 
-    found = read_status(output)
-    print(json.dumps(found, indent=1) if as_json else describe(found))
+    found = [read_status(one) for one in outputs_of(output)]  # several, where each plate has its own
+    if as_json:
+        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
+    else:
+        print("\n\n".join(describe(one) for one in found))

@@ -63,6 +63,16 @@ def read_status(output: str | Path) -> dict[str, Any]:
     }
 
 
+def outputs_of(output: str | Path) -> list[str | Path]:
+    """Return the outputs in a folder that ``cellvim embed --per-plate`` fills; else the output itself."""
+    folder = Path(output)
+    if "://" in str(output) or not folder.is_dir() or storage_at(output).exists() or read_manifest(output) is not None:
+        return [output]
+    ends = (".partial", ".manifest.json")
+    names = {p.name.removesuffix(end) for p in folder.iterdir() for end in ends if p.name.endswith(end)}
+    return [folder / name for name in sorted(names)] or [output]
+
+
 def describe(status: dict[str, Any]) -> str:
     """Return what `read_status` found, as text."""
     share = 100 * status["done"] / status["fields"] if status["fields"] else 100.0
