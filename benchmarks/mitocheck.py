@@ -250,6 +250,8 @@ def run(folder: str, keep: Path, methods: list[str], seeds: list[int]) -> None:
 
 def about(folder: str) -> dict:
     """What the figures are of: data, machine and versions."""
+    from cellvim.running.manifest import processor_name
+
     data = crops(folder, part="run", seed=0)
     plates = {part: sorted(set(data.table["Metadata_Plate"].iloc[rows])) for part, rows in data.rows.items()}
     names = ("cellvim", "torch", "lightning", "scikit-learn", "scikit-image", "numpy")
@@ -260,18 +262,11 @@ def about(folder: str) -> dict:
         "test_plates": plates["test"],
         "models": MODELS, "masked": MASKED, "width": WIDTH, "patch": PATCH, "crop": CROP, "batch": BATCH,
         "budget_cpu_seconds": BUDGET_S, "epoch_seconds_on_a_quiet_machine": EPOCH_S,
-        "machine": {"processor": processor(), "cores_used": 1, "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {
+            "processor": processor_name(), "cores_used": 1, "cores": os.cpu_count(), "system": platform.system(),
+        },
         "versions": {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]},
     }  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def tune(folder: str, names: list[str], rates: list[float]) -> None:

@@ -297,6 +297,8 @@ def run(cells, keep: Path, tasks: list[str], methods: list[str], seeds: list[int
 
 def about(cells) -> dict[str, Any]:
     """What the figures are of: data, machine and versions."""
+    from cellvim.running.manifest import processor_name
+
     wells = cells_of.split_wells(cells[1])
     names = ("cellvim", "torch", "lightning", "scikit-learn", "scikit-image", "numpy")
     return {
@@ -306,18 +308,11 @@ def about(cells) -> dict[str, Any]:
         "budget_cpu_seconds": BUDGET_S, "crop_ms": CROP_MS, "learning_rates": LR, "mask": MASK,
         "masked_pool": MASKED_POOL, "masked_weight": MASKED_WEIGHT, "channel_mask_ratio": CHANNEL_MASK,
         "encoders": ENCODERS, "width": WIDTH, "patch": PATCH, "crop": cells_of.CROP, "batch": BATCH,
-        "machine": {"processor": processor(), "cores_used": 1, "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {
+            "processor": processor_name(), "cores_used": 1, "cores": os.cpu_count(), "system": platform.system(),
+        },
         "versions": {name: metadata.version(name) for name in names} | {"python": sys.version.split()[0]},
     }  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def calibrate(cells, keep: Path, steps: int = 40) -> None:

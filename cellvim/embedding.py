@@ -412,7 +412,8 @@ def embed_plates(
             Path(output).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another.") from error
-    _check_names(plates, planned.get("view") or {})
+    if len(plates) > 1:
+        _check_names(plates, planned.get("view") or {})
     for source in plates:
         plan = plan_embedding(source, **planned, cache=cache_folder(f"{output}/plates"))
         target = f"{output}/{plan.plates[0].name}.{suffix}"

@@ -14,6 +14,7 @@ import torch
 
 import cellvim
 from cellvim.ops import native
+from cellvim.running.manifest import processor_name
 
 
 def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -43,7 +44,7 @@ def machine() -> dict[str, object]:
     """Describe the processor and the versions that a result depends on."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "clock": clock().__name__,
@@ -54,9 +55,3 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [] if not info.is_file() else [s for s in info.read_text().splitlines() if s.startswith("model name")]
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()

@@ -124,7 +124,7 @@ def hardware() -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "memory_gb": round(_memory() / 1e9, 1),
         "system": platform.platform(),
@@ -149,7 +149,8 @@ def _memory() -> int:
     return 0
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the processor's name, as Linux tells it, else what Python knows."""
     info = Path("/proc/cpuinfo")
     names = [] if not info.is_file() else [s for s in info.read_text().splitlines() if s.startswith("model name")]
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
