@@ -44,7 +44,7 @@ import cases  # noqa: E402
 import cellvim  # noqa: E402
 from cellvim import ops  # noqa: E402
 from cellvim.ops import cuda, dispatch, reference  # noqa: E402
-from cellvim.ops.plan import ScanPlan  # noqa: E402
+from cellvim.ops.scan_plan import ScanPlan  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "gpu_check.json"
 FLOAT32_TOLERANCE = 1e-5

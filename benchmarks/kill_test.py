@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["torch", "anndata", "zarr", "skimage.filters", "skimage.segmentation", "skimage.measure", "scipy.ndimage"]
-PRELOADED += ["cellvim.embedding", "cellvim.encoding", "cellvim.assembly", "cellvim.cli", "cellvim.data.cell_sources"]
+PRELOADED += [
+    "cellvim.embedding",
+    "cellvim.embedding.encode",
+    "cellvim.embedding.assembly",
+    "cellvim.cli",
+    "cellvim.data.cell_sources",
+]
 
 
 def tree_sha256(path: Path) -> str:

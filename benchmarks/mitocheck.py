@@ -250,7 +250,7 @@ def run(folder: str, keep: Path, methods: list[str], seeds: list[int]) -> None:
 
 def about(folder: str) -> dict:
     """What the figures are of: data, machine and versions."""
-    from cellvim.running.manifest import processor_name
+    from cellvim.embedding.manifest import processor_name
 
     data = crops(folder, part="run", seed=0)
     plates = {part: sorted(set(data.table["Metadata_Plate"].iloc[rows])) for part, rows in data.rows.items()}

@@ -297,7 +297,7 @@ def run(cells, keep: Path, tasks: list[str], methods: list[str], seeds: list[int
 
 def about(cells) -> dict[str, Any]:
     """What the figures are of: data, machine and versions."""
-    from cellvim.running.manifest import processor_name
+    from cellvim.embedding.manifest import processor_name
 
     wells = cells_of.split_wells(cells[1])
     names = ("cellvim", "torch", "lightning", "scikit-learn", "scikit-image", "numpy")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cellvim.running.ledger import Key, Rows
+from cellvim.embedding.ledger import Key, Rows
 
 
 def rows_of(key: Key) -> Rows:

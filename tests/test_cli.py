@@ -15,7 +15,7 @@ import tifffile
 from synthetic_plate import break_chunk, draw_field, write_plate
 
 import cellvim
-from cellvim import embedding
+from cellvim.embedding import run as embedding
 from cellvim.cli import main
 
 CHANNELS = ["GFP", "DNA"]

@@ -340,7 +340,7 @@ def test_python_function_and_plan_have_the_same_options_and_defaults():
     import dataclasses
     import inspect
 
-    from cellvim.plans.options import EmbeddingOptions
+    from cellvim.embedding.options import EmbeddingOptions
 
     planned = {field.name: field.default for field in dataclasses.fields(EmbeddingOptions)}
     spelled = {p.name: p.default for p in inspect.signature(cellvim.embed).parameters.values()}

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cellvim.embedding import row_tables as tables
+from cellvim.embedding.export import PlateRows, open_embeddings, write_embeddings
+from cellvim.embedding.ledger import Rows
 from cellvim.errors import OutputError
-from cellvim.export import PlateRows, open_embeddings, write_embeddings
-from cellvim.formats import tables
-from cellvim.running.ledger import Rows
 
 
 def _fields() -> pd.DataFrame:

@@ -13,8 +13,8 @@ import pytest
 from profile_tables import make_profiles
 
 import cellvim
-from cellvim.export import PlateRows, write_embeddings
-from cellvim.running.ledger import Rows
+from cellvim.embedding.export import PlateRows, write_embeddings
+from cellvim.embedding.ledger import Rows
 
 
 @pytest.fixture(scope="module")

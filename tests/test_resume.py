@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from kill_test import kill_often, tree_sha256
 
 import cellvim
-from cellvim import embedding
+from cellvim.embedding import run as embedding
 from cellvim.cli import main
 from cellvim.embedding import plan_embedding, run_embedding
 from cellvim.errors import InputError, Interrupted, OutputError
@@ -96,7 +96,7 @@ class TestGoingOn:
     )
     def test_when_stopped_at_the_end(self, plan, whole, tmp_path, monkeypatch, moment):
         """While rows are put together; when the output has its name but no manifest; while it clears up."""
-        from cellvim import assembly
+        from cellvim.embedding import assembly
 
         def stop(*_, **__):
             raise KeyboardInterrupt
@@ -115,11 +115,11 @@ class TestGoingOn:
     @pytest.mark.parametrize("left", ["marker", "an empty folder"])
     def test_when_killed_while_it_clears_up(self, plate, weights, tmp_path, monkeypatch, left):
         """The run's own file goes before the folder does; the same command is then told that all is done."""
-        from cellvim.running.ledger import RUN
+        from cellvim.embedding.ledger import RUN
 
         output, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
         command = ["embed", str(plate), "-o", str(output), "--model", str(weights)]
-        monkeypatch.setattr("cellvim.assembly.clear", lambda ledger: None)
+        monkeypatch.setattr("cellvim.embedding.assembly.clear", lambda ledger: None)
         assert main(command) == 0
         monkeypatch.undo()
         whole = tree_sha256(output)
@@ -172,7 +172,7 @@ class TestGoingOn:
         assert tree_sha256(tmp_path / "o") == tree_sha256(whole)
 
     def test_a_full_disk_keeps_what_is_done(self, plan, whole, tmp_path, monkeypatch):
-        from cellvim.running.storage import Folder
+        from cellvim.files import Folder
 
         write, n = Folder.write, 0
 
@@ -202,8 +202,8 @@ class TestGoingOn:
         monkeypatch.undo()
         assert run_embedding(plan, tmp_path / "out.h5ad").n_resumed == N_FIELDS
         size = (tmp_path / "out.h5ad").stat().st_size
-        from cellvim.formats.anndata_file import _size_in_hdf5  # the estimate is held to what was written
-        from cellvim.formats.tables import Layout
+        from cellvim.embedding.anndata_file import _size_in_hdf5  # the estimate is held to what was written
+        from cellvim.embedding.row_tables import Layout
 
         rows = anndata.read_h5ad(tmp_path / "out.h5ad")
         layout = Layout({name: None for name in rows.obs}, {"spatial": (2, np.dtype(np.float64))}, rows.n_obs)
@@ -352,8 +352,8 @@ class TestKillsItsProcess:
 
     def test_runs_that_were_killed_and_got_nowhere_are_counted(self, plan, tmp_path):
         """Else kills by anyone, one soon after the other, would leave no run the time to start a process apart."""
-        from cellvim.running.ledger import open_ledger
-        from cellvim.running.sessions import Session, killed_again
+        from cellvim.embedding.ledger import open_ledger
+        from cellvim.embedding.sessions import Session, killed_again
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
         story = [  # how a session ended, the fields that it did, whether in a process apart; what the next one is to do
@@ -374,8 +374,8 @@ class TestKillsItsProcess:
         assert not killed_again(ledger.storage, "1/2")
 
     def test_the_first_field_is_written_down_at_once(self, plan, tmp_path):
-        from cellvim.running.ledger import open_ledger
-        from cellvim.running.sessions import Session, read_sessions
+        from cellvim.embedding.ledger import open_ledger
+        from cellvim.embedding.sessions import Session, read_sessions
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
         session = Session(ledger, shard=None, about={})
@@ -540,7 +540,7 @@ class TestSeveralPlates:
         assert both.obs.loc[both.obs["Metadata_Plate"] == "p2", "compound"].isna().all()
 
     def test_one_a_plate_joined_lazily(self, folder, weights, tmp_path, capsys):
-        from cellvim.export import open_embeddings
+        from cellvim.embedding.export import open_embeddings
 
         command = ["embed", *map(str, sorted(folder.glob("*.zarr"))), "-o", str(tmp_path / "out"), "--per-plate"]
         command += ["--model", str(weights)]
@@ -643,7 +643,7 @@ class TestWhatElseIsWritten:
         assert not (tmp_path / "out.zarr.partial").exists()
 
     def test_killed_when_the_maps_have_their_name_and_the_rows_do_not(self, plate, weights, tmp_path, monkeypatch):
-        from cellvim import assembly
+        from cellvim.embedding import assembly
 
         plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
         write = assembly.write_token_maps
@@ -663,7 +663,7 @@ class TestWhatElseIsWritten:
     def test_rows_that_are_damaged_when_maps_are_written_are_embedded_again(
         self, plate, weights, tmp_path, monkeypatch
     ):
-        from cellvim import assembly
+        from cellvim.embedding import assembly
 
         plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
         write, torn = assembly.write_token_maps, []

@@ -24,7 +24,7 @@ from cellvim.bench.timing import clock, fastest, machine
 from cellvim.models.encoder import Encoder
 from cellvim.models.registry import create_model
 from cellvim.ops import native, reference
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 MODEL = "fastchannelvim_small_patch16"
 CHANNELS, SIDE = 8, 224

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from cellvim.plans.plan import EmbeddingPlan
+    from cellvim.embedding.plan import EmbeddingPlan
 
 GOAL = 0.9  # of the model alone
 FIELDS_OF_A_PLATE = 384 * 9
@@ -63,8 +63,8 @@ def run(
         Figures, and the machine.
     """
     from cellvim.bench.timing import machine
-    from cellvim.planning import plan_embedding
-    from cellvim.plans.options import DEFAULT_MODEL
+    from cellvim.embedding.options import DEFAULT_MODEL
+    from cellvim.embedding.planning import plan_embedding
 
     with tempfile.TemporaryDirectory() as folder:
         source: str | Path
@@ -188,8 +188,9 @@ def _end_to_end(plan: EmbeddingPlan, output: Path) -> dict[str, Any]:
 @contextmanager
 def _timed(plan: EmbeddingPlan, spent: dict[str, float]) -> Iterator[None]:
     """Count the seconds that pass in the model, in writing rows down and in putting them together."""
-    from cellvim import assembly, encoding
-    from cellvim.running.ledger import Ledger
+    from cellvim.embedding import assembly
+    from cellvim.embedding import encode as encoding
+    from cellvim.embedding.ledger import Ledger
 
     places = [
         (encoding, "_run", "model"),
@@ -235,7 +236,7 @@ def _model_alone(plan: EmbeddingPlan, crops: Any, n: int) -> float:
 
 def _encoder_of(plan: EmbeddingPlan) -> Callable[[Any], list[Any]]:
     """Return what turns a batch into features, as the embedding does."""
-    from cellvim.encoding import _lower, _run, replayed
+    from cellvim.embedding.encode import _lower, _run, replayed
 
     features_of = replayed(plan.model, autocast=_lower(plan)).forward_features
     return lambda batch: _run(plan, plan.plates[0], batch, features_of)

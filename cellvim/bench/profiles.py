@@ -68,8 +68,8 @@ def run(
 
 def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
     """Write embeddings of random numbers as `cellvim embed` writes them; return the number of rows."""
-    from cellvim.export import PlateRows, write_embeddings
-    from cellvim.running.ledger import Rows
+    from cellvim.embedding.export import PlateRows, write_embeddings
+    from cellvim.embedding.ledger import Rows
 
     per_well = CELLS_PER_FIELD * FIELDS_PER_WELL
     n_wells = -(-rows // per_well)

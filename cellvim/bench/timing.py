@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import cellvim
+from cellvim.embedding.manifest import processor_name
 from cellvim.ops import native
-from cellvim.running.manifest import processor_name
 
 
 def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

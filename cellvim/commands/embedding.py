@@ -125,7 +125,7 @@ def status(
     """Say how far `cellvim embed` is: while it runs, after it stopped, and when it is done."""
     import json
 
-    from cellvim.running.status import describe, outputs_of, read_status
+    from cellvim.embedding.status import describe, outputs_of, read_status
 
     found = [read_status(one) for one in outputs_of(output)]  # several, where each plate has its own
     if as_json:

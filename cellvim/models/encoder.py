@@ -20,7 +20,7 @@ from cellvim.models.mixer import Mixer, Scale
 from cellvim.models.patch_embed import Channels, ChannelSampler, PatchEmbed, check_images, resolve_channels
 from cellvim.models.vit import EPS as VIT_EPS
 from cellvim.models.vit import AttentionBlock
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 _TOKENS_AT_ONCE = 2048  # of an inference on the CPU
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellvim.errors import ModelError
 from cellvim.models.config import EncoderConfig
-from cellvim.ops.plan import ScanPlan, sequence_plan
+from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 
 @dataclass(eq=False)

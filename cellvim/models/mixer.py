@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cellvim import ops
 from cellvim.models.config import EncoderConfig
 from cellvim.ops import reference
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 
 class Mixer(nn.Module):

@@ -9,7 +9,7 @@ from cellvim import ops
 from cellvim.models.config import EncoderConfig
 from cellvim.models.drop_path import drop_path
 from cellvim.ops import reference
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 EPS = 1e-6  # as in the published ViT and ChannelViT
 

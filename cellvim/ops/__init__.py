@@ -10,7 +10,7 @@ from cellvim.ops.dispatch import (
     use_backend,
 )
 from cellvim.ops.matmul import linear
-from cellvim.ops.plan import ScanPlan, sequence_plan
+from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 __all__ = [
     "ScanPlan",

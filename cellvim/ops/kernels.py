@@ -13,7 +13,7 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 MAX_TAPS = 4
 MAX_STATES = 64

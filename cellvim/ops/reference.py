@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 POOLS = ("none", "mean", "max", "attention")
 NORMS = ("layer", "rms", "none")

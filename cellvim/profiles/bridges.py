@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from cellvim.anndata_io import is_parquet
 from cellvim.errors import InputError, MetadataError, listing
-from cellvim.formats.parquet import is_parquet
 from cellvim.profiles.columns import matrix
 from cellvim.profiles.fitting import feature_names
 

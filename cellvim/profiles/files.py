@@ -52,7 +52,7 @@ def check_profiles_output(path: str | Path, *, overwrite: bool = False) -> None:
     OutputError
         The file exists and ``overwrite`` is off, or its folder does not exist.
     """
-    from cellvim.export import check_output
+    from cellvim.anndata_io import check_output
 
     path = Path(path)
     if suffix_of(path) == ".zarr":

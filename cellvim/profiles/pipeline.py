@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from cellvim.anndata_io import found_format
 from cellvim.errors import InputError, MetadataError, listing, suggestion
-from cellvim.formats.content import found_format
 from cellvim.profiles.aggregation import Statistic, aggregate
 from cellvim.profiles.columns import PLATE, WELL, Columns, find_columns
 from cellvim.profiles.components import pca

@@ -147,7 +147,7 @@ def suffix_found(path: Path) -> str:
         Neither is a known one.
     """
     if not path.name.lower().endswith(FORMATS):
-        from cellvim.formats.content import found_format
+        from cellvim.anndata_io import found_format
 
         found = found_format(path)
         if found is not None:

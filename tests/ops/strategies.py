@@ -5,7 +5,7 @@ from __future__ import annotations
 from cases import dense_plan, indexed_plan
 from hypothesis import strategies as st
 
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 
 @st.composite

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from strategies import plans
 
 from cellvim.ops import kernels, reference
-from cellvim.ops.plan import ScanPlan, sequence_plan
+from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
 

@@ -14,7 +14,7 @@ from cases import conv_pool_inputs, pooled_scan_inputs
 from cellvim import ops
 from cellvim.errors import BackendError
 from cellvim.ops import dispatch, native, reference
-from cellvim.ops.plan import sequence_plan
+from cellvim.ops.scan_plan import sequence_plan
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason())
 CPU = torch.device("cpu")

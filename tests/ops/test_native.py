@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from strategies import plans
 
 from cellvim.ops import native, reference
-from cellvim.ops.plan import ScanPlan, sequence_plan
+from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 

@@ -7,7 +7,7 @@ import torch
 from cases import conv_pool_inputs, dense_plan, expand_gate_inputs, indexed_plan, pooled_scan_inputs, run, tensors
 
 from cellvim.ops import native
-from cellvim.ops.plan import ScanPlan
+from cellvim.ops.scan_plan import ScanPlan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from fake_plan import rows_of
 
+from cellvim.embedding.ledger import DamagedError, Failure, Ledger, Rows, differences, open_ledger, read_run
+from cellvim.embedding.lock import locked
+from cellvim.embedding.sessions import Session, read_log, read_sessions
 from cellvim.errors import OutputError
-from cellvim.running.ledger import DamagedError, Failure, Ledger, Rows, differences, open_ledger, read_run
-from cellvim.running.lock import locked
-from cellvim.running.sessions import Session, read_log, read_sessions
-from cellvim.running.storage import Bucket, Folder, storage_at
+from cellvim.files import Bucket, Folder, storage_at
 
 IDENTITY = {"weights": "12ab", "crop": {"size_px": 32}, "plates": {"00000": {"name": "p", "fields": {"count": 3}}}}
 
@@ -200,8 +200,8 @@ class TestSessions:
     def test_a_killed_one_is_in_nobodys_way(self, ledger):
         code = (
             "import os, signal, sys\n"
-            "from cellvim.running.ledger import open_ledger\n"
-            "from cellvim.running.sessions import Session\n"
+            "from cellvim.embedding.ledger import open_ledger\n"
+            "from cellvim.embedding.sessions import Session\n"
             "import json\n"
             "ledger = open_ledger(sys.argv[1], json.loads(sys.argv[2]))\n"
             "session = Session(ledger, shard=None, about={})\n"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fake_plan import FakePlan, ends_at_once, rows_of
 
+from cellvim.embedding.ledger import open_ledger
+from cellvim.embedding.shards import parse_shard
+from cellvim.embedding.workers import work, work_in_processes
 from cellvim.errors import InputError, OutputError
-from cellvim.running.ledger import open_ledger
-from cellvim.running.shards import parse_shard
-from cellvim.running.workers import work, work_in_processes
 
 IDENTITY = {"plates": {}}
 
@@ -83,7 +83,7 @@ class TestProcesses:
             _all(FakePlan(), ledger, workers=2)
 
     def test_workers_that_cannot_start_are_said(self, ledger, monkeypatch):
-        from cellvim.running import workers
+        from cellvim.embedding import workers
 
         monkeypatch.setattr(workers, "_worker_main", ends_at_once)
         with pytest.raises(InputError, match=r"before they have done anything.*exit code 3"):

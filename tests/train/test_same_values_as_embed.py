@@ -11,10 +11,10 @@ import torch
 import cellvim
 from cellvim.data.importers import import_plate
 from cellvim.data.stream import stream_crops
+from cellvim.embedding.planning import plan_embedding
 from cellvim.errors import InputError
 from cellvim.models.registry import create_model
 from cellvim.models.weights import save_checkpoint
-from cellvim.planning import plan_embedding
 from cellvim.train import crop_store
 from cellvim.train.augment import middle_window
 from cellvim.train.plates import PlateCrops

@@ -19,10 +19,10 @@ import numpy as np
 import cellvim
 from cellvim.channels import parse_channel_names
 from cellvim.data.importers.imagexpress import find_htd, is_imagexpress, plan_imagexpress
+from cellvim.data.importers.import_plan import Choice, ImportPlan, MaximumOf, PageOf, Source
 from cellvim.data.importers.load_data import find_load_data, is_load_data, plan_load_data
 from cellvim.data.importers.ome_tiff import find_ome_tiffs, plan_ome_tiff
 from cellvim.data.importers.phenix import JUMP_CHANNELS, find_index, plan_phenix
-from cellvim.data.importers.plan import Choice, ImportPlan, MaximumOf, PageOf, Source
 from cellvim.data.importers.single_cells import CellStrip, find_cell_tables, plan_single_cells, read_strip
 from cellvim.data.importers.tiff_folder import PATTERNS, find_tiffs, plan_tiff_folder
 from cellvim.data.plate import Plate, open_plate

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellvim.data.importers.plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.import_plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
 from cellvim.data.importers.tiff_folder import find_tiffs
 from cellvim.data.wells import canonical_well
 from cellvim.errors import InputError, MetadataError, PlateError, listing

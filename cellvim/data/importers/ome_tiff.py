@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-from cellvim.data.importers.plan import Choice, ImportPlan, PageOf, PlaneFile, make_plan, site_name
+from cellvim.data.importers.import_plan import Choice, ImportPlan, PageOf, PlaneFile, make_plan, site_name
 from cellvim.data.importers.tiff_folder import find_tiffs
 from cellvim.data.wells import canonical_well, well_name
 from cellvim.errors import MetadataError, PlateError, listing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-from cellvim.data.importers.plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.import_plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
 from cellvim.data.importers.tiff_folder import plan_tiff_folder
 from cellvim.data.wells import canonical_well
 from cellvim.errors import MetadataError, PlateError, listing

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellvim.data.importers.plan import ImportPlan, site_name
+from cellvim.data.importers.import_plan import ImportPlan, site_name
 from cellvim.data.wells import canonical_well, natural_key, well_position
 from cellvim.errors import InputError, MetadataError, PlateError, listing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cellvim.data.importers.plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.import_plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
 from cellvim.data.wells import canonical_well
 from cellvim.errors import InputError, MetadataError, PlateError, listing
 

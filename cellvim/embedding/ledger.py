@@ -21,7 +21,7 @@ from uuid import uuid4
 import numpy as np
 
 from cellvim.errors import OutputError, listing
-from cellvim.running.storage import Storage, storage_at
+from cellvim.files import Storage, storage_at
 
 if TYPE_CHECKING:
     import pandas as pd

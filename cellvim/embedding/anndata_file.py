@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellvim.formats import tables
-from cellvim.formats.tables import Layout, PlateRows, blocks
+from cellvim.embedding import row_tables as tables
+from cellvim.embedding.row_tables import Layout, PlateRows, blocks
 
 if TYPE_CHECKING:
     pass
@@ -47,30 +46,6 @@ def write_h5ad(path: Path, plates: Plates, layout: Layout, n_features: int, uns:
     with h5py.File(path, "w") as file:
         _write_empty(file, layout, n_features, uns)
         _fill(file, plates, layout, n_features)
-
-
-def is_zarr(path: Path) -> bool:
-    """Return whether a path is an AnnData in Zarr."""
-    for name, attributes in ((".zattrs", lambda j: j), ("zarr.json", lambda j: j.get("attributes", {}))):
-        try:
-            if attributes(json.loads((path / name).read_text())).get("encoding-type") == "anndata":
-                return True
-        except (OSError, ValueError, AttributeError):
-            continue
-    return False
-
-
-def is_h5ad(path: Path) -> bool:
-    """Return whether a path is an AnnData in HDF5."""
-    import h5py
-
-    if not path.is_file():
-        return False
-    try:
-        with h5py.File(path, "r") as file:
-            return file.attrs.get("encoding-type") == "anndata"
-    except OSError:
-        return False
 
 
 def _size_in_hdf5(layout: Layout, n_features: int) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cellvim.embedding.row_tables import Layout, PlateRows, blocks
 from cellvim.errors import OutputError
-from cellvim.formats.tables import Layout, PlateRows, blocks
 
 
 def write_parquet(
@@ -45,15 +45,6 @@ def write_parquet(
             table = pyarrow.Table.from_pandas(pd.concat([empty, features], axis=1), preserve_index=False)
             writer = pyarrow.parquet.ParquetWriter(file, table.schema.with_metadata(metadata))
         writer.close()
-
-
-def is_parquet(path: Path) -> bool:
-    """Return whether a path is a Parquet file."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"PAR1"
-    except OSError:
-        return False
 
 
 def _frame(block: Any, layout: Layout, n_features: int) -> pd.DataFrame:

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cellvim.embedding.ledger import Ledger, check_ours, read_run
+from cellvim.embedding.manifest import manifest_name, read_manifest
+from cellvim.embedding.sessions import read_sessions
 from cellvim.errors import InputError
-from cellvim.running.ledger import Ledger, check_ours, read_run
-from cellvim.running.manifest import manifest_name, read_manifest
-from cellvim.running.sessions import read_sessions
-from cellvim.running.storage import storage_at
+from cellvim.files import storage_at
 
 _SHOWN = ("host", "pid", "command", "shard", "started", "state", "alive", "fields", "rows", "failed", "seconds")
 

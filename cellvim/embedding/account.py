@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cellvim.running.ledger import Key, Ledger
+from cellvim.embedding.ledger import Key, Ledger
 
 if TYPE_CHECKING:
-    from cellvim.running.sessions import Session
-    from cellvim.running.workers import Done
+    from cellvim.embedding.sessions import Session
+    from cellvim.embedding.workers import Done
 
 
 class FieldsLeft:

@@ -1,4 +1,4 @@
-"""Working through fields on a Ray cluster: the loop of `cellvim.running.workers`, in actors.
+"""Working through fields on a Ray cluster: the loop of `cellvim.embedding.workers`, in actors.
 
 Rows go from the actors straight into the ledger; only what became of each field comes back.
 """
@@ -13,9 +13,9 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
+from cellvim.embedding.ledger import Failure, Key, Ledger
+from cellvim.embedding.workers import MOST_DEATHS_AT_START, Done, Plan, work
 from cellvim.errors import CellvimError, InputError
-from cellvim.running.ledger import Failure, Key, Ledger
-from cellvim.running.workers import MOST_DEATHS_AT_START, Done, Plan, work
 
 FIELDS_AT_ONCE = 8  # given to an actor: enough that reading one overlaps the embedding of another
 LOCAL_STORE_BYTES = 200_000_000  # of the object store of a Ray that we start; the rows do not go through it

@@ -10,8 +10,8 @@ from cellvim.channels import match_channels
 from cellvim.errors import InputError, ModelError, listing
 
 if TYPE_CHECKING:
+    from cellvim.embedding.plan import PlatePlan
     from cellvim.models.encoder import Encoder
-    from cellvim.plans.plan import PlatePlan
 
 
 def choose_encoder(

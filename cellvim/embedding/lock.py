@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cellvim.running.sessions import Session, read_sessions
-from cellvim.running.storage import Storage
+from cellvim.embedding.sessions import Session, read_sessions
+from cellvim.files import Storage
 
 LOCK = "lock"
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cellvim.anndata_io import found_format
 from cellvim.errors import InputError, listing
-from cellvim.formats.content import found_format
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -18,14 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cellvim.errors import FieldReadError, InputError, Interrupted, OutputError, listing, suggestion
-from cellvim.planning import plan_embedding
-from cellvim.plans.encoders import usable_device
-from cellvim.plans.options import DEFAULT_MODEL, UNITS, Channels, Plates, Unit
-from cellvim.plans.plan import EmbeddingPlan
-from cellvim.provenance import untrained_remark
-from cellvim.running.account import Account, FieldsLeft
-from cellvim.running.ledger import (
+from cellvim.embedding.account import Account, FieldsLeft
+from cellvim.embedding.encoders import usable_device
+from cellvim.embedding.ledger import (
     MARKER,
     Failure,
     Key,
@@ -36,15 +31,20 @@ from cellvim.running.ledger import (
     open_ledger,
     read_run,
 )
-from cellvim.running.storage import storage_at
+from cellvim.embedding.options import DEFAULT_MODEL, UNITS, Channels, Plates, Unit
+from cellvim.embedding.plan import EmbeddingPlan
+from cellvim.embedding.planning import plan_embedding
+from cellvim.embedding.provenance import untrained_remark
+from cellvim.errors import FieldReadError, InputError, Interrupted, OutputError, listing, suggestion
+from cellvim.files import storage_at
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
     from cellvim.data.plate import Field
+    from cellvim.embedding.workers import Done
     from cellvim.models.encoder import Encoder
-    from cellvim.running.workers import Done
 
 ENGINES = ("processes", "ray")
 
@@ -161,8 +161,8 @@ def embed(
     """
     import anndata
 
-    from cellvim.assembly import check_free
-    from cellvim.export import format_of
+    from cellvim.anndata_io import format_of
+    from cellvim.embedding.assembly import check_free
 
     if output is not None:
         check_free(output, overwrite=overwrite)
@@ -294,11 +294,11 @@ def run_embedding(
     Interrupted
         Ctrl-C; what is done is kept.
     """
-    from cellvim.assembly import assemble, check_free, clear, failures_of, finished_before
-    from cellvim.export import format_of
-    from cellvim.running.manifest import hardware, read_manifest, versions
-    from cellvim.running.sessions import Session, killed_again
-    from cellvim.running.shards import parse_shard
+    from cellvim.anndata_io import format_of
+    from cellvim.embedding.assembly import assemble, check_free, clear, failures_of, finished_before
+    from cellvim.embedding.manifest import hardware, read_manifest, versions
+    from cellvim.embedding.sessions import Session, killed_again
+    from cellvim.embedding.shards import parse_shard
 
     start = time.perf_counter()
     _check_running(engine, workers, address, shard, overwrite)
@@ -384,10 +384,10 @@ def embed_plates(
     EmbeddingSummary
         One an output.
     """
-    from cellvim.assembly import check_folder, check_free, finished_before, was_being_cleared
-    from cellvim.export import format_of
-    from cellvim.formats.token_maps import check_token_maps
-    from cellvim.running.shards import parse_shard
+    from cellvim.anndata_io import format_of
+    from cellvim.embedding.assembly import check_folder, check_free, finished_before, was_being_cleared
+    from cellvim.embedding.shards import parse_shard
+    from cellvim.embedding.token_maps import check_token_maps
 
     shard, tokens = run.get("shard"), bool(planned.get("tokens"))
     _check_running(run.get("engine", ENGINES[0]), run.get("workers", 1), run.get("address"), shard, overwrite)
@@ -495,7 +495,7 @@ def _with_batch_size_of(run: dict[str, Any] | None, plan: EmbeddingPlan) -> Embe
 def _ledger(
     plan: EmbeddingPlan, output: str | Path, form: Mapping[str, Any], *, overwrite: bool, replaces: bool
 ) -> Ledger:
-    from cellvim.running.sessions import read_sessions
+    from cellvim.embedding.sessions import read_sessions
 
     if overwrite:
         for other in read_sessions(storage_at(output)):
@@ -521,10 +521,10 @@ def _engine(
 
     ``apart``: in any case another process than this one, which then outlives a field that takes too much memory.
     """
-    from cellvim.running.workers import work, work_in_processes
+    from cellvim.embedding.workers import work, work_in_processes
 
     if engine == "ray":
-        from cellvim.running.ray_engine import work_on_ray
+        from cellvim.embedding.ray_engine import work_on_ray
 
         return work_on_ray(plan, ledger, left, workers=workers, address=address)
     if workers > 1 or len(devices) > 1 or apart:
@@ -534,7 +534,7 @@ def _engine(
 
 def _is_settled(plan: EmbeddingPlan, ledger: Ledger, summary: EmbeddingSummary) -> bool:
     """Return whether every field, of all shards, is done or has failed for good; and sum up."""
-    from cellvim.assembly import failures_of
+    from cellvim.embedding.assembly import failures_of
 
     n_done = n_rows = 0
     failed = ledger.failures()

@@ -15,7 +15,7 @@ ROWS_PER_BLOCK = 8192  # and of a chunk
 
 
 class FieldRows(Protocol):
-    """Rows of one field, as `cellvim.running.ledger.Rows`."""
+    """Rows of one field, as `cellvim.embedding.ledger.Rows`."""
 
     embeddings: np.ndarray
     objects: pd.DataFrame

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellvim.errors import InputError, ModelError, OutputError
-from cellvim.plans.encoders import (
+from cellvim.embedding.encoders import (
     channel_ids,
     choose_encoder,
     class_names_of,
@@ -22,9 +21,10 @@ from cellvim.plans.encoders import (
     usable_device,
     usable_precision,
 )
-from cellvim.plans.looks import Look, all_meanings, look_at_all, unique_names, untrained_size
-from cellvim.plans.options import EmbeddingOptions, Plates
-from cellvim.plans.plan import EmbeddingPlan, PlatePlan, field_digest, fields_of
+from cellvim.embedding.looks import Look, all_meanings, look_at_all, unique_names, untrained_size
+from cellvim.embedding.options import EmbeddingOptions, Plates
+from cellvim.embedding.plan import EmbeddingPlan, PlatePlan, field_digest, fields_of
+from cellvim.errors import InputError, ModelError, OutputError
 
 if TYPE_CHECKING:
     from cellvim.data.crops import CropSpec
@@ -43,7 +43,7 @@ def plan_embedding(plate: Plates, *, cache: str | Path | None = None, **options:
     cache
         Folder in which what is estimated of the plates is kept for the next time.
     **options
-        Those of `cellvim.plans.options.EmbeddingOptions`.
+        Those of `cellvim.embedding.options.EmbeddingOptions`.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def plan_embedding(plate: Plates, *, cache: str | Path | None = None, **options:
         return plan
     if asked.batch_size is not None:
         return replace(plan, batch_size=asked.batch_size)
-    from cellvim.encoding import automatic_batch_size
+    from cellvim.embedding.encode import automatic_batch_size
 
     return replace(plan, batch_size=automatic_batch_size(plan), batch_size_is_automatic=True)
 

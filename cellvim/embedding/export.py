@@ -9,60 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellvim.errors import InputError, OutputError, listing, suggestion
-from cellvim.formats.anndata_file import write_h5ad, write_zarr
-from cellvim.formats.content import found_format
-from cellvim.formats.joining import open_embeddings
-from cellvim.formats.parquet import write_parquet
-from cellvim.formats.tables import Layout, PlateRows
+from cellvim.anndata_io import FORMATS, check_output, format_of, is_remote
+from cellvim.embedding.anndata_file import write_h5ad, write_zarr
+from cellvim.embedding.joining import open_embeddings
+from cellvim.embedding.parquet import write_parquet
+from cellvim.embedding.row_tables import Layout, PlateRows
+from cellvim.errors import OutputError
 
 __all__ = ["FORMATS", "PlateRows", "check_output", "format_of", "open_embeddings", "write_embeddings"]
 
-FORMATS = ("zarr", "h5ad", "parquet")
-_SUFFIXES = {".zarr": "zarr", ".h5ad": "h5ad", ".h5": "h5ad", ".parquet": "parquet", ".pq": "parquet"}
 _WRITERS = {"zarr": write_zarr, "h5ad": write_h5ad, "parquet": write_parquet}
-
-
-def format_of(output: str | Path, format: str | None = None) -> str:
-    """Return the format to write: the one named, else by the output's suffix, else Zarr.
-
-    Raises
-    ------
-    InputError
-        There is no such format, or it is not that of the suffix.
-    """
-    suffix = "." + str(output).rstrip("/").rpartition(".")[2].lower()
-    by_suffix = _SUFFIXES.get(suffix)
-    if format is None:
-        return by_suffix or "zarr"
-    if format not in FORMATS:
-        raise InputError(
-            f"The format '{format}' is not known; expected {listing(FORMATS)}.{suggestion(format, FORMATS)}"
-        )
-    if by_suffix not in (None, format):
-        raise InputError(f"The format is {format}, and the output is named {Path(output).name}. Leave --format out.")
-    return format
-
-
-def check_output(output: str | Path, *, overwrite: bool) -> None:
-    """Raise when ``output`` exists and may not be replaced.
-
-    Raises
-    ------
-    OutputError
-        It exists and ``overwrite`` is off, or it is something else than embeddings.
-    """
-    if is_remote(output):
-        if remote_exists(str(output)) and not overwrite:
-            raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
-        return
-    output = Path(output)
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
-    if found_format(output) is None:
-        raise OutputError(f"{output} exists and is no AnnData store, so it is not replaced. Choose another --output.")
 
 
 def write_embeddings(
@@ -142,25 +98,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def is_remote(output: str | Path) -> bool:
-    """Return whether the output is named by a URL."""
-    return "://" in str(output)
-
-
-def output_exists(output: str | Path) -> bool:
-    """Return whether something bears the output's name."""
-    return remote_exists(str(output)) if is_remote(output) else os.path.lexists(output)
-
-
-def remote_exists(url: str) -> bool:
-    """Return whether anything is there."""
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(url)
-    filesystem.invalidate_cache()
-    return bool(filesystem.exists(path))
 
 
 def upload(local: Path, url: str) -> None:

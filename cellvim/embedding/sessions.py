@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from cellvim.errors import OutputError
-from cellvim.running.storage import FRESH_S, Storage
+from cellvim.files import FRESH_S, Storage
 
 if TYPE_CHECKING:
-    from cellvim.running.ledger import Ledger
+    from cellvim.embedding.ledger import Ledger
 
 HEARTBEAT_S = 10.0
 DEATHS = 2  # of sessions, one after the other; the next one embeds fields in a process apart

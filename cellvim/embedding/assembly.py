@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cellvim.errors import OutputError
-from cellvim.export import PlateRows, check_output, is_remote, output_exists, write_embeddings
-from cellvim.formats.token_maps import check_token_maps, write_token_maps
-from cellvim.provenance import field_table, provenance
-from cellvim.running.ledger import MARKER, DamagedError, Failure, Key, Ledger, Rows, read_run
-from cellvim.running.lock import locked
-from cellvim.running.manifest import (
+from cellvim.anndata_io import check_output, is_remote, output_exists
+from cellvim.embedding.export import PlateRows, write_embeddings
+from cellvim.embedding.ledger import MARKER, DamagedError, Failure, Key, Ledger, Rows, read_run
+from cellvim.embedding.lock import locked
+from cellvim.embedding.manifest import (
     failures_name,
     log_name,
     make_manifest,
@@ -31,11 +29,14 @@ from cellvim.running.manifest import (
     read_manifest,
     write_beside,
 )
-from cellvim.running.sessions import Session, read_log, read_sessions
-from cellvim.running.storage import storage_at
+from cellvim.embedding.provenance import field_table, provenance
+from cellvim.embedding.sessions import Session, read_log, read_sessions
+from cellvim.embedding.token_maps import check_token_maps, write_token_maps
+from cellvim.errors import OutputError
+from cellvim.files import storage_at
 
 if TYPE_CHECKING:
-    from cellvim.plans.plan import EmbeddingPlan
+    from cellvim.embedding.plan import EmbeddingPlan
 
 NAMING = "naming"  # in the ledger: the output is being given its name, and what bears it is this job's
 MAPS = "naming-maps"  # the same of maps of tokens, which get theirs before

@@ -14,7 +14,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from cellvim.data.normalize import IntensityScale
-    from cellvim.plans.plan import EmbeddingPlan, PlatePlan
+    from cellvim.embedding.plan import EmbeddingPlan, PlatePlan
 
 
 def untrained_remark(plan: EmbeddingPlan) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellvim.channels import canonical_name, find_dna_channel, match_channels, parse_channel_overrides
+from cellvim.embedding.options import Channels, EmbeddingOptions, check_size
+from cellvim.embedding.plan import fields_of
 from cellvim.errors import FieldReadError, InputError, listing
-from cellvim.plans.options import Channels, EmbeddingOptions, check_size
-from cellvim.plans.plan import fields_of
 
 if TYPE_CHECKING:
     from cellvim.data.plate import Field, Plate

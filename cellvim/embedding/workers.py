@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from typing import Any, Protocol
 
+from cellvim.embedding.ledger import TRIES, Failure, Key, Ledger, Rows
 from cellvim.errors import CellvimError, InputError
-from cellvim.running.ledger import TRIES, Failure, Key, Ledger, Rows
 
 MOST_DEATHS_AT_START = 3  # workers that die before they have done anything: then it is not the fields' fault
 

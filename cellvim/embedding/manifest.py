@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cellvim.running.ledger import Failure
-from cellvim.running.storage import Bucket
+from cellvim.embedding.ledger import Failure
+from cellvim.files import Bucket
 
 _PACKAGES = (
     "cellvim",

@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cellvim.embedding.options import Unit
 from cellvim.errors import InputError, PlateError, listing
-from cellvim.plans.options import Unit
 
 if TYPE_CHECKING:
     from cellvim.data.cell_sources import CellSource
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cellvim.data.illumination import Illumination
     from cellvim.data.normalize import IntensityScale
     from cellvim.data.plate import Field, Plate
+    from cellvim.embedding.ledger import Key, Rows
     from cellvim.models.encoder import Encoder
-    from cellvim.running.ledger import Key, Rows
 
 VERSIONS = ("cellvim", "numpy", "scipy", "scikit-image", "torch")  # of what the rows are computed with
 
@@ -211,8 +211,8 @@ class EmbeddingPlan:
         return replace(self, model=copy.deepcopy(self.model).to(device), device=device)
 
     def embed(self, keys: Iterable[Key], *, threads: int = 2) -> Iterator[tuple[Key, Rows | str]]:
-        """Yield each field's rows, or why it has none, see `cellvim.encoding.embed_fields`."""
-        from cellvim.encoding import embed_fields
+        """Yield each field's rows, or why it has none, see `cellvim.embedding.encode.embed_fields`."""
+        from cellvim.embedding.encode import embed_fields
 
         return embed_fields(self, keys, threads=threads)
 

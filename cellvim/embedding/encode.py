@@ -21,13 +21,13 @@ import torch
 
 from cellvim.data.crops import resize_on_device
 from cellvim.data.stream import FieldCrops, stream_crops
+from cellvim.embedding.ledger import Key, Rows
 from cellvim.errors import CellvimError, DeviceError
 from cellvim.models.graphs import replayed
-from cellvim.running.ledger import Key, Rows
 
 if TYPE_CHECKING:
     from cellvim.data.plate import Field
-    from cellvim.plans.plan import EmbeddingPlan, PlatePlan
+    from cellvim.embedding.plan import EmbeddingPlan, PlatePlan
 
 AHEAD = 2  # fields for each thread, read before the one in use
 MOST_ON_CPU, MOST_ON_GPU = 64, 1024  # crops at once; more gains nothing
