@@ -2,7 +2,7 @@
 
 Needs PyTorch, numpy and nvcc (or ``CELLVIM_CUDA_LIBRARY``), and takes less than ten minutes. Each step is a process of
 its own that writes what it has as it goes, so that a step that dies or runs out of time loses nothing of the others:
-the library, `benchmarks.gpu_check`, ``cellvim bench gpu --quick``, and compute-sanitizer in the time that is left.
+the library, `benchmarks.gpu_check`, ``python -m benchmarks.gpu --quick``, and compute-sanitizer if time is left.
 Prints a short table and ends with 0 if all that was asked for passed.
 """
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         "bench": run_step(
             "bench",
-            ["-m", "cellvim.bench.gpu", "--quick", "-o", options.output / QUICK],
+            ["-m", "benchmarks.gpu", "--quick", "-o", options.output / QUICK],
             min(180, end - time.monotonic()),
         ),
     }

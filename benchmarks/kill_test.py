@@ -138,7 +138,7 @@ def main() -> int:
     import torch
 
     import cellvim
-    from cellvim.bench.timing import machine
+    from benchmarks.timing import machine
     from cellvim.data.bundled import bundled_dataset
     from cellvim.data.importers import import_plate
 

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from cellvim import __version__
-from cellvim.commands import bench, demo, embedding, pages, plates, profiles, training
+from cellvim.commands import demo, embedding, pages, plates, profiles, training
 from cellvim.commands.console import say
 from cellvim.errors import CellvimError
 
@@ -95,11 +95,6 @@ app.command()(training.models)
 app.command()(training.backends)
 app.command()(plates.datasets)
 app.command()(demo.demo)
-
-bench_app = typer.Typer(help="Print the figures that the docs quote.", no_args_is_help=True, rich_markup_mode=None)
-for command in (bench.flops, bench.cpu, bench.data, bench.profiles, bench.embed, bench.gpu):
-    bench_app.command()(command)
-app.add_typer(bench_app, name="bench")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import tifffile
 from synthetic_plate import break_chunk, draw_field, write_plate
 
 import cellvim
-from cellvim.embedding import run as embedding
 from cellvim.cli import main
+from cellvim.embedding import run as embedding
 
 CHANNELS = ["GFP", "DNA"]
 

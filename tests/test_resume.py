@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from kill_test import kill_often, tree_sha256
 
 import cellvim
-from cellvim.embedding import run as embedding
 from cellvim.cli import main
 from cellvim.embedding import plan_embedding, run_embedding
+from cellvim.embedding import run as embedding
 from cellvim.errors import InputError, Interrupted, OutputError
 
 CHANNELS = ["GFP", "DNA"]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_timing import PRECISIONS, Bench, fit_batch
 from cellvim import ops
-from cellvim.bench.gpu_timing import PRECISIONS, Bench, fit_batch
 from cellvim.models.config import EncoderConfig
 from cellvim.models.grid import TokenGrid
 from cellvim.models.registry import model_config

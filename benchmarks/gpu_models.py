@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cellvim.bench.gpu_ops import small_config
-from cellvim.bench.gpu_timing import PRECISIONS, Bench, fit_batch
+from benchmarks.gpu_ops import small_config
+from benchmarks.gpu_timing import PRECISIONS, Bench, fit_batch
 from cellvim.models.config import EncoderConfig
 from cellvim.models.encoder import Encoder
 from cellvim.models.flops import count_flops

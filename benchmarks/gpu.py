@@ -6,7 +6,7 @@ a forward pass adds the matrix products of every block over the matrix rate. Tim
 inference are replayed as CUDA graphs. Every row is written as soon as it is there, a row that fails says so, and the
 rest goes on.
 
-``python -m cellvim.bench.gpu`` is ``cellvim bench gpu`` for machines that have only PyTorch and numpy.
+``python -m benchmarks.gpu`` is ``python -m benchmarks.gpu`` for machines that have only PyTorch and numpy.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from cellvim.bench.gpu_models import inference, training, training_ratio
-from cellvim.bench.gpu_ops import OPS, block_parts, op_rate, plain_parts, scan_times
-from cellvim.bench.gpu_report import line, targets
-from cellvim.bench.gpu_timing import Bench, machine, measure_rates
+from benchmarks.gpu_models import inference, training, training_ratio
+from benchmarks.gpu_ops import OPS, block_parts, op_rate, plain_parts, scan_times
+from benchmarks.gpu_report import line, targets
+from benchmarks.gpu_timing import Bench, machine, measure_rates
 from cellvim.errors import BackendError, CellvimError
 from cellvim.ops import cuda, mamba_ssm
 
@@ -77,7 +77,9 @@ def run(
         The CUDA kernels do not run here, and it is no dry run.
     """
     if not dry_run and not cuda.available():
-        raise BackendError(f"cellvim bench gpu needs the CUDA kernels: {cuda.reason()}. --dry-run runs anywhere.")
+        raise BackendError(
+            f"python -m benchmarks.gpu needs the CUDA kernels: {cuda.reason()}. --dry-run runs anywhere."
+        )
     start = time.monotonic()
     seconds = QUICK_SECONDS if seconds is None and quick else seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -285,9 +287,9 @@ def _train(name: str, batch: int, precision: str, bench: Bench) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The same without typer and rich; 0 all rows measured, 3 some failed, 2 not usable here."""
-    from cellvim.bench.gpu_report import report
+    from benchmarks.gpu_report import report
 
-    parser = argparse.ArgumentParser(prog="python -m cellvim.bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer models and repetitions: under 3 minutes")
     parser.add_argument("--dry-run", action="store_true", help="every row once at the smallest shapes, on any device")
     parser.add_argument("--seconds", type=float, help="begin no row after so many")

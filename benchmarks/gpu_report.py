@@ -1,4 +1,4 @@
-"""The rows of `cellvim bench gpu` as text, and the targets held against them."""
+"""The rows of `python -m benchmarks.gpu` as text, and the targets held against them."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def run(
     dict
         Figures, and the machine.
     """
-    from cellvim.bench.timing import machine
+    from benchmarks.timing import machine
     from cellvim.embedding.options import DEFAULT_MODEL
     from cellvim.embedding.planning import plan_embedding
 
@@ -129,7 +129,7 @@ def run_memory(*, counts: tuple[int, ...] = PLATES, say: Callable[[str], None] =
     say
         Takes a line for the user.
     """
-    from cellvim.bench.timing import machine
+    from benchmarks.timing import machine
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def run_memory(*, counts: tuple[int, ...] = PLATES, say: Callable[[str], None] =
             shutil.copytree(first, Path(folder) / f"b{i:03d}" / "plate.zarr")
         for count in counts:
             paths = [str(Path(folder) / f"b{i:03d}" / "plate.zarr") for i in range(count)]
-            code = "import sys; from cellvim.bench.embed import embed_and_weigh; embed_and_weigh(sys.argv[1:])"
+            code = "import sys; from benchmarks.embed import embed_and_weigh; embed_and_weigh(sys.argv[1:])"
             output = str(Path(folder) / f"all{count}.zarr")
             said = subprocess.run(
                 [sys.executable, "-c", code, output, str(model), *paths], capture_output=True, text=True, check=True
@@ -298,7 +298,7 @@ def _drawn_plate(folder: Path, wells: int) -> tuple[Path, str]:
     """Draw a plate of JUMP's shape, and a table of where its cells are."""
     import pandas as pd
 
-    from cellvim.bench.data import JUMP_SIZE, synthetic_jump_plate
+    from benchmarks.data import JUMP_SIZE, synthetic_jump_plate
     from cellvim.data.plate import open_plate
 
     path = synthetic_jump_plate(folder / "jump_shape.zarr", wells=wells)
@@ -368,3 +368,28 @@ def _say(r: dict[str, Any], say: Callable[[str], None]) -> None:
         f"{effect['relative_to_spread_of_cells']:.1e} of what tells cells apart; smallest cosine "
         f"{effect['smallest_cosine']:.6f}, centered {effect['smallest_cosine_of_centered']:.4f}"
     )
+
+
+def main() -> None:
+    """Measure, print and write the figures."""
+    from benchmarks.timing import check_output, parser, write_results
+
+    options = parser(__doc__)
+    options.add_argument("plate", nargs="?", metavar="PLATE.zarr", help="a plate of your own (default: synthetic)")
+    options.add_argument("--model", metavar="NAME|PATH", help="as for `cellvim embed`")
+    options.add_argument("--cells", default="nuclei", metavar="SOURCE", help="as for `cellvim embed`")
+    options.add_argument("--crop-size", type=int, default=64, metavar="PX", help="side of a crop (default: 64)")
+    options.add_argument("--wells", type=int, default=2, metavar="N", help="number of wells (default: 2)")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    options.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    options.add_argument("--batch-size", type=int, metavar="N", help="crops per batch (default: by available memory)")
+    options.add_argument("--memory", action="store_true", help="measure peak memory with 1, 10 and 100 plates instead")
+    given = vars(options.parse_args())
+    output, memory, crop_px = given.pop("output"), given.pop("memory"), given.pop("crop_size")
+    check_output(output)
+    results = run_memory() if memory else run(given.pop("plate"), crop_px=crop_px, **given)
+    write_results(results, output)
+
+
+if __name__ == "__main__":
+    main()

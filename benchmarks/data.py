@@ -237,3 +237,21 @@ def synthetic_jump_plate(target: Path, *, wells: int = 4, seed: int = 0) -> Path
             shutil.copy(first / str(site) / "zarr.json", folder / str(site) / "zarr.json")
             shutil.copy(first / str(site) / "0" / "zarr.json", folder / str(site) / "0" / "zarr.json")
     return target
+
+
+def main() -> None:
+    """Measure, print and write the figures."""
+    from benchmarks.timing import check_output, parser, write_results
+
+    options = parser(__doc__)
+    options.add_argument("plate", nargs="?", metavar="PLATE.zarr", help="measure this plate as well")
+    options.add_argument("--crop-size", type=int, default=64, metavar="PX", help="side of a crop (default: 64)")
+    options.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    arguments = options.parse_args()
+    check_output(arguments.output)
+    results = run(arguments.plate, crop_px=arguments.crop_size, device=arguments.device)
+    write_results(results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.timing import check_output, parser, write_results
 from cellvim.models.flops import count_flops
 from cellvim.models.registry import model_config
 
@@ -39,3 +40,20 @@ def table(curves: dict[str, dict[int, float]]):
     for side in IMAGE_SIZES:
         rows.add_row(str(side), *(f"{curve[side]:,.2f}" for curve in curves.values()))
     return rows
+
+
+def main() -> None:
+    """Print the table."""
+    from rich.console import Console
+
+    options = parser(__doc__)
+    options.add_argument("--size", default="tiny", help="tiny, small, base, large or huge (default: tiny)")
+    arguments = options.parse_args()
+    check_output(arguments.output)
+    curves = run(arguments.size)
+    Console().print(table(curves))
+    write_results(curves, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

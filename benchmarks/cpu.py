@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing import check_output, clock, fastest, machine, parser, write_results
 from cellvim import ops
-from cellvim.bench.timing import clock, fastest, machine
 from cellvim.models.encoder import Encoder
 from cellvim.models.registry import create_model
 from cellvim.ops import native, reference
@@ -154,7 +154,7 @@ def memory() -> dict[str, dict[str, float]]:
     for batch in (1, 4):
         for label, threshold in (("arrays alone", "262144"), ("resident, default malloc", None)):
             environment = dict(os.environ) | ({"MALLOC_MMAP_THRESHOLD_": threshold} if threshold else {})
-            command = [sys.executable, "-c", f"from cellvim.bench.cpu import print_peak; print_peak({batch})"]
+            command = [sys.executable, "-c", f"from benchmarks.cpu import print_peak; print_peak({batch})"]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             results[f"batch {batch}, {label}"] = json.loads(done.stdout.splitlines()[-1])
     return results
@@ -325,3 +325,21 @@ def tables(results: dict) -> list:
         cells = [c for row in rows for c in (f"{row[family]:.0f}", f"{row[family] / row['fastchannelvim']:.2f}")]
         made[-1].add_row(family, *cells)
     return made
+
+
+def main() -> None:
+    """Measure, print the tables and write the figures."""
+    from rich.console import Console
+
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true", help="fewer repetitions: about a minute")
+    arguments = options.parse_args()
+    check_output(arguments.output)
+    results = run(quick=arguments.quick)
+    for table in tables(results):
+        Console().print(table)
+    write_results(results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -104,11 +104,13 @@ def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
 
 def _measured(store: Path, statistic: str) -> dict[str, Any]:
     """Aggregate in a process of its own, so that its peak memory is nobody else's."""
-    command = [sys.executable, "-m", "cellvim.bench.profiles", str(store), statistic]
+    code = "import sys; from benchmarks.profiles import aggregate_once; aggregate_once(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(store), statistic]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _aggregate(store: str, statistic: str) -> dict[str, Any]:
+def aggregate_once(store: str, statistic: str) -> None:
+    """Aggregate in this process and print the time, the peak memory and the number of wells as JSON."""
     import resource
 
     from cellvim.profiles import aggregate
@@ -118,8 +120,21 @@ def _aggregate(store: str, statistic: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    return {"seconds": round(seconds, 1), "peak_rss_mb": round(peak), "wells": wells.n_obs}
+    print(json.dumps({"seconds": round(seconds, 1), "peak_rss_mb": round(peak), "wells": wells.n_obs}))
+
+
+def main() -> None:
+    """Measure, print and write the figures."""
+    from benchmarks.timing import check_output, parser, write_results
+
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, default=10_000_000, help="number of cells (default: 10,000,000)")
+    options.add_argument("--width", type=int, default=192, help="number of features (default: 192)")
+    options.add_argument("--folder", type=Path, help="folder for the synthetic cells, 7.7 GB by default")
+    arguments = options.parse_args()
+    check_output(arguments.output)
+    write_results(run(arguments.rows, arguments.width, folder=arguments.folder), arguments.output)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_aggregate(*sys.argv[1:])))
+    main()

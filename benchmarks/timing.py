@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import shlex
@@ -55,3 +57,26 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the first line of a module's docstring as description, and the option ``--output``."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write the figures as JSON")
+    return made
+
+
+def check_output(output: Path | None) -> None:
+    """Exit before the measurements if the figures cannot be written after them."""
+    if output is None:
+        return
+    folder = output.absolute().parent
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        sys.exit(f"The figures cannot be written to {output}. Choose a file in an existing, writable folder.")
+
+
+def write_results(results: object, output: Path | None) -> None:
+    """Write the figures as JSON, if an output was given."""
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"Wrote {output}")

@@ -1,1 +1,0 @@
-"""Measurements behind `cellvim bench`: every number that the docs quote is printed by one of these modules."""
