@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from cellvim.data.cell_sources import Cells
+    from cellvim.data.cells import Cells
     from cellvim.data.plate import Field, Plate
 
 JUMP_CHANNELS = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")
@@ -32,7 +32,7 @@ class _Given:
     def find(self, field: Field, image: np.ndarray, channel_names: Sequence[str]) -> Cells:
         import pandas as pd
 
-        from cellvim.data.cell_sources import Cells
+        from cellvim.data.cells import Cells
 
         rng = np.random.default_rng([self.seed, *field.name.encode()])
         table = pd.DataFrame(
@@ -132,10 +132,9 @@ def measure(
     import torch
 
     from cellvim.data.chunks import ChunkedArray
-    from cellvim.data.crops import CropSpec
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.crops import CropSpec, stream_crops
+    from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate_store import open_array
-    from cellvim.data.stream import stream_crops
 
     channels = plate.channel_names
     fields = [f for f in plate.fields if f.is_readable and f.layout.holds_data() and f.channel_names == channels][:most]

@@ -264,8 +264,7 @@ def _some_crops(plan: EmbeddingPlan) -> Any:
     """Return the crops of some fields, on the device and of the model's size."""
     import torch
 
-    from cellvim.data.crops import resize_on_device
-    from cellvim.data.stream import stream_crops
+    from cellvim.data.crops import resize_on_device, stream_crops
 
     plate = plan.plates[0]
     cut = stream_crops(

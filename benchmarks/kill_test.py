@@ -27,7 +27,7 @@ PRELOADED += [
     "cellvim.embedding.encode",
     "cellvim.embedding.assembly",
     "cellvim.cli",
-    "cellvim.data.cell_sources",
+    "cellvim.data.cells",
 ]
 
 

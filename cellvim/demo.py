@@ -13,7 +13,7 @@ import pandas as pd
 
 from cellvim.data.bundled import bundled_dataset
 from cellvim.data.importers import import_plate
-from cellvim.data.normalize import IntensityScale
+from cellvim.data.intensity import IntensityScale
 from cellvim.data.plate import open_plate
 from cellvim.embedding import plan_embedding, run_embedding
 from cellvim.errors import OutputError

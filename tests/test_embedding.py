@@ -89,7 +89,7 @@ def test_positions_are_micrometres_in_x_and_y(adata, plate_path):
 def test_channels_meet_the_model_by_name(adata, plate_path, encoder):
     """The plate has (GFP, Hoechst), the model (DNA, GFP, Mito): crops are looked up and embedded by hand."""
     from cellvim.data.crops import cut_crops
-    from cellvim.data.normalize import estimate_intensity_scale
+    from cellvim.data.intensity import estimate_intensity_scale
 
     plate = cellvim.open_plate(plate_path)
     centers = adata.obsm["spatial"][:5, ::-1] / 0.5

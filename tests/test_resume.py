@@ -319,7 +319,7 @@ class TestKillsItsProcess:
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(
             "import os, signal\n"
-            "from cellvim.data.cell_sources import NucleusSegmentation\n"
+            "from cellvim.data.cells import NucleusSegmentation\n"
             "find = NucleusSegmentation.find\n"
             "def dies(self, field, image, names):\n"
             "    if field.name == 'A02/0':\n"
@@ -422,7 +422,7 @@ class TestFaults:
 
     def test_what_is_found_in_the_field_alone_does_not_stop_the_rest(self, plan, tmp_path, monkeypatch):
         """Whatever one field's cells bring: another error than of reading, or no memory for it."""
-        from cellvim.data.cell_sources import NucleusSegmentation
+        from cellvim.data.cells import NucleusSegmentation
 
         find = NucleusSegmentation.find
 
@@ -589,7 +589,7 @@ class TestWhatElseIsWritten:
         assert set(adata.obsm) == {"spatial", "X_emb_DNA", "X_emb_GFP"}
         np.testing.assert_allclose((adata.obsm["X_emb_DNA"] + adata.obsm["X_emb_GFP"]) / 2, adata.X, atol=1e-6)
         plan = plan_embedding(plate, model=weights)
-        from cellvim.data.stream import stream_crops
+        from cellvim.data.crops import stream_crops
 
         one = plan.plates[0]
         [cut] = stream_crops(one.fields[:1], one.channels, one.cutting, scale=one.scale, cells=one.cells)
@@ -714,7 +714,7 @@ class TestWhatElseIsWritten:
     def test_illumination_is_divided_out(self, weights, tmp_path):
         """By hand: the field by the light's shape, scaled, cut into four, through the model."""
         from cellvim.data.illumination import Illumination
-        from cellvim.data.normalize import IntensityScale
+        from cellvim.data.intensity import IntensityScale
 
         light = np.linspace(1.4, 0.6, 128)  # it falls off to the right
         images = {f"A{w:02d}": [(draw_field(w, 6) * light).astype(np.uint16)] for w in range(1, 10)}
@@ -737,7 +737,7 @@ class TestWhatElseIsWritten:
 
     def test_a_common_pixel_size(self, weights, tmp_path):
         """By hand: scaled, resampled to half as many pixels, cut into tiles of 32."""
-        from cellvim.data.normalize import IntensityScale
+        from cellvim.data.intensity import IntensityScale
 
         write_plate(tmp_path / "fine.zarr", {"A01": [draw_field(1, 6, size=256)]}, CHANNELS, pixel_size_um=0.5)
         write_plate(tmp_path / "coarse.zarr", {"A01": [draw_field(1, 6)]}, CHANNELS, pixel_size_um=1.0)

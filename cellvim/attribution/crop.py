@@ -58,8 +58,7 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
     FieldReadError
         The field's pixels cannot be read.
     """
-    from cellvim.data.crops import resize_on_device
-    from cellvim.data.stream import stream_crops
+    from cellvim.data.crops import resize_on_device, stream_crops
     from cellvim.data.wells import canonical_well
 
     well = canonical_well(well)

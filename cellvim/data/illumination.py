@@ -126,7 +126,7 @@ def estimate_illumination(
     from scipy import ndimage as ndi
     from skimage.transform import downscale_local_mean
 
-    from cellvim.data.normalize import _spread
+    from cellvim.data.intensity import _spread
 
     total: np.ndarray | None = None
     shape: tuple[int, int] | None = None

@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cellvim.data.crops import resize_on_device
-from cellvim.data.stream import FieldCrops, stream_crops
+from cellvim.data.crops import FieldCrops, resize_on_device, stream_crops
 from cellvim.embedding.ledger import Key, Rows
 from cellvim.errors import CellvimError, DeviceError
 from cellvim.models.graphs import replayed

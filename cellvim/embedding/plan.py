@@ -19,10 +19,10 @@ from cellvim.embedding.options import Unit
 from cellvim.errors import InputError, PlateError, listing
 
 if TYPE_CHECKING:
-    from cellvim.data.cell_sources import CellSource
+    from cellvim.data.cells import CellSource
     from cellvim.data.crops import CropSpec
     from cellvim.data.illumination import Illumination
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate import Field, Plate
     from cellvim.embedding.ledger import Key, Rows
     from cellvim.models.encoder import Encoder
@@ -108,7 +108,7 @@ class PlatePlan:
 
     def _open(self) -> tuple[Plate, list[Field], CellSource | None]:
         if self._opened is None:
-            from cellvim.data.cell_sources import open_cells
+            from cellvim.data.cells import open_cells
             from cellvim.data.plate import open_plate
 
             plate = open_plate(self.source, **self.view) if isinstance(self.source, str) else self.source

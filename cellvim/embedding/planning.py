@@ -126,8 +126,8 @@ def _plan_plate(
     asked: EmbeddingOptions,
     cache: str | Path | None,
 ) -> PlatePlan:
-    from cellvim.data.cell_sources import open_cells
-    from cellvim.data.intensity_rules import choose_intensity_scale
+    from cellvim.data.cells import open_cells
+    from cellvim.data.intensity import choose_intensity_scale
 
     plate = look.plate
     fields, lost, chosen = fields_of(plate, look.wells)
@@ -178,11 +178,11 @@ def _plan_plate(
 def _illumination(plate: Plate, channels: list[str], name: str, seed: int, cache: str | Path | None) -> Illumination:
     """Return the light's shape, read from the cache when the same was estimated before."""
     from cellvim.data.illumination import Illumination, estimate_illumination
-    from cellvim.data.normalize import _identity
+    from cellvim.data.intensity import cache_key
 
     if cache is None:
         return estimate_illumination(plate, channels, seed=seed)
-    key = _identity(plate, channels, {"illumination": True, "seed": seed})
+    key = cache_key(plate, channels, {"illumination": True, "seed": seed})
     stored = Path(cache) / f"{_file_name(name)}.{key[:12]}.illumination.npz"
     if stored.exists():
         with suppress(InputError):

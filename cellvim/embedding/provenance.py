@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
     from cellvim.embedding.plan import EmbeddingPlan, PlatePlan
 
 

@@ -115,7 +115,7 @@ def embed(
         Of neighbouring tiles, as a share of their side.
     cells
         Where cells come from: "nuclei" or "cells" to segment them, "cellpose", "labels:NAME" of the plate, the path of
-        a table of positions or of a folder of masks; see `cellvim.data.cell_sources.open_cells`.
+        a table of positions or of a folder of masks; see `cellvim.data.cells.open_cells`.
     border
         What becomes of a cell whose crop reaches beyond the field: "pad" with 0, "reflect", "shift" or "drop".
     mask_neighbours

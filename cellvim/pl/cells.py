@@ -169,7 +169,7 @@ def _cut(
 ) -> tuple[np.ndarray, list[str]]:
     """Return (n, C, S, S) from 0 to 1, and the channels' names."""
     from cellvim.data.crops import cut_crops
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate import open_plate
 
     plate = open_plate(plate) if isinstance(plate, str | Path) else plate

@@ -15,7 +15,7 @@ from cellvim.channels import COLORS, canonical_name
 from cellvim.errors import CellvimError, FieldReadError, listing
 
 if TYPE_CHECKING:
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate import Plate
 
 BUDGET_BYTES = 2_000_000  # of all pictures together, as they stand in the page
@@ -103,7 +103,7 @@ class CropRecord:
 
 def read_record(uns: Mapping[str, Any]) -> CropRecord:
     """Read ``uns["cellvim"]`` as far as it goes."""
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
 
     preprocessing = _dict(uns.get("preprocessing"))
     crop, intensity = _dict(preprocessing.get("crop")), _dict(preprocessing.get("intensity"))

@@ -16,7 +16,7 @@ from cellvim.errors import InputError, MetadataError, listing, suggestion
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
 
 UNLABELLED = -1
 

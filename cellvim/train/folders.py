@@ -303,7 +303,7 @@ def read_crop(path: str | Path) -> np.ndarray:
 
 def scale_of_crops(images: np.ndarray, channel_names: tuple[str, ...]) -> Any:
     """Return the `IntensityScale` of crops (n, C, H, W): their 0.1 and 99.9 percentiles, a channel at a time."""
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
 
     step = max(1, images[:, 0].size // 20_000_000)
     low, high = np.percentile(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cellvim.channels import canonical_name, match_channels
-from cellvim.data.intensity_rules import RULES
-from cellvim.data.stream import FieldCrops, stream_crops
+from cellvim.data.crops import FieldCrops, stream_crops
+from cellvim.data.intensity import RULES
 from cellvim.errors import CellvimWarning, InputError, MetadataError, listing, suggestion
 from cellvim.train.crop_store import CropFile, CropStore, remove_files
 from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of
@@ -22,7 +22,7 @@ from cellvim.train.splits import GROUPS, LEAKY, check_groups
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cellvim.data.normalize import IntensityScale
+    from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate import Field, Plate
 
 CELL_UM, CELL_PX, TILE_PX = 40.0, 64, 224  # as `cellvim embed` chooses for a model without training
@@ -59,7 +59,7 @@ class PlateCrops(TrainingData):
     crop_size, crop_um
         Side of a crop in pixels or in µm; by default as `cellvim embed` would cut.
     cells
-        Where cells come from, see `cellvim.data.cell_sources.open_cells`.
+        Where cells come from, see `cellvim.data.cells.open_cells`.
     wells
         Wells to use; all by default.
     leave_out_wells
@@ -248,9 +248,9 @@ class PlateCrops(TrainingData):
         import pandas as pd
 
         from cellvim.channels import find_dna_channel
-        from cellvim.data.cell_sources import open_cells
+        from cellvim.data.cells import open_cells
         from cellvim.data.crops import CropSpec
-        from cellvim.data.normalize import _identity, estimate_intensity_scale, reference_wells
+        from cellvim.data.intensity import cache_key, estimate_intensity_scale, reference_wells
 
         names = [name for name, _ in channels]
         dna, source = None, None
@@ -267,7 +267,7 @@ class PlateCrops(TrainingData):
         kind = next((f.dtype.newbyteorder("=") for f in fields if f.is_readable), np.dtype(np.float16))
         is_counted = kind in (np.uint8, np.uint16)  # other crops are scaled when they are cut
         cut = {"spec": repr(spec), "cells": source and source.name, "dna": dna, "fields": [f.name for f in fields]}
-        key = _identity(plate, names, cut | {"scale": None if is_counted else scale.to_dict()})[:16]
+        key = cache_key(plate, names, cut | {"scale": None if is_counted else scale.to_dict()})[:16]
         self._keys.append(key)
         found = store.find(key, len(fields))
         if found is None:

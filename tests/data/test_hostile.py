@@ -17,16 +17,14 @@ import pandas as pd
 import pytest
 import tifffile
 
-from cellvim.data.cell_sources import open_cells
-from cellvim.data.cells import measure_cells, segment_nuclei
+from cellvim.data.cells import measure_cells, measure_quality, open_cells
 from cellvim.data.centroids import read_centroids
-from cellvim.data.crops import CropSpec
+from cellvim.data.crops import CropSpec, stream_crops
 from cellvim.data.importers import import_plate, make_import_plan
-from cellvim.data.normalize import estimate_intensity_scale
+from cellvim.data.intensity import estimate_intensity_scale
 from cellvim.data.plate import describe, open_plate
 from cellvim.data.platemap import join_perturbations, read_platemap
-from cellvim.data.quality import measure_quality
-from cellvim.data.stream import stream_crops
+from cellvim.data.segmentation import segment_nuclei
 from cellvim.errors import CellvimError
 
 SECONDS, MEGABYTES = 5.0, 300
@@ -139,7 +137,7 @@ def shared_warm_up():
     """Import what is imported when first needed, so that no case is charged for it."""
     image = np.random.default_rng(0).random((64, 64))
     measure_quality(segment_nuclei(image, 0.6), image[None], ["DNA"])
-    from cellvim.data.cell_sources import discs
+    from cellvim.data.cells import discs
 
     discs(np.array([[5.0, 5.0]]), (20, 20), 5)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cellvim.data.illumination import Illumination, estimate_illumination
-from cellvim.data.normalize import estimate_intensity_scale
+from cellvim.data.intensity import estimate_intensity_scale
 from cellvim.data.plate import open_plate
 from cellvim.data.writer import PlateWriter
 from cellvim.errors import InputError, PlateError

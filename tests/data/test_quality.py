@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage as ndi
 
-from cellvim.data.quality import field_focus, measure_quality
+from cellvim.data.cells import measure_quality
 
 
 def field(seed=0, n=8):
@@ -50,15 +50,6 @@ def test_blur_lowers_focus_whatever_the_exposure():
         assert (measure_quality(labels, blurred, ["DNA", "ER"])["qc_focus"] < 0.6 * sharp).all()
     bright = measure_quality(labels, image * 3, ["DNA", "ER"])["qc_focus"]
     np.testing.assert_allclose(bright, sharp, rtol=1e-3)
-    slopes = [field_focus(ndi.gaussian_filter(image[0].astype(float), sigma)) for sigma in (0, 1, 2)]
-    assert slopes[0] > slopes[1] + 0.5 > slopes[2] + 1
-    assert np.isnan(field_focus(np.ones((64, 64)))) and np.isnan(field_focus(np.ones((3, 3))))
-
-
-def test_white_noise_has_a_flat_spectrum():
-    assert field_focus(np.random.default_rng(0).normal(size=(512, 512))) == pytest.approx(
-        0, abs=0.1
-    )  # few waves are long
 
 
 def test_few_objects_are_judged_by_their_size_in_um():

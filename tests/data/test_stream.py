@@ -7,13 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from cellvim.data.cell_sources import open_cells
-from cellvim.data.crops import CropSpec, cut_crops, cut_on_device, tile_centers
-from cellvim.data.normalize import IntensityScale
+from cellvim.data.cells import open_cells
+from cellvim.data.crops import CropSpec, cut_crops, cut_on_device, stream_crops, tile_centers
+from cellvim.data.intensity import IntensityScale
 from cellvim.data.plate import open_plate
-from cellvim.data.stream import CropDataset, cut_field, stream_crops
 
 SCALE = IntensityScale(("RNA", "DNA"), [10, 20], [150, 190])
 
@@ -61,19 +59,19 @@ def test_tiles_and_whole_fields(with_cells):
     np.testing.assert_array_equal(one.crops.numpy(), SCALE.apply(raw)[None])
 
 
-def test_resampling_path_agrees_with_the_stored_one_at_the_same_pixel_size(with_cells):
-    """The same cut by the path of a device: scale the field, then gather."""
+def test_resampled_crops_are_those_of_the_scaled_and_resampled_field(with_cells):
     plate, cells = with_cells
     raw = plate.fields[0].read(["RNA", "DNA"])
     found = cells.find(plate.fields[0], raw, ["RNA", "DNA"])
-    crops, table = cut_field(plate.fields[0], raw, CropSpec("cell", 12, um_per_px=0.299), scale=SCALE, cells=found)
-    assert crops.shape == (7, 2, 12, 12)
-    np.testing.assert_allclose(table["x_px"], found.centers[:, 1])
+    spec = CropSpec("cell", 12, um_per_px=0.299)
+    (one,) = stream_crops(plate.fields[:1], ["RNA", "DNA"], spec, scale=SCALE, cells=cells)
+    assert one.crops.shape == (7, 2, 12, 12)
+    np.testing.assert_allclose(one.table["x_px"], found.centers[:, 1])
     image = torch.nn.functional.interpolate(
         SCALE.apply_on_device(torch.from_numpy(raw))[None], size=(80, 104), mode="bilinear", antialias=True
     )[0]
     first = np.floor((found.centers + 0.5) * 2 - 0.5 + 0.5).astype(int) - 6
-    np.testing.assert_allclose(crops, cut_on_device(image, torch.from_numpy(first), 12), atol=1e-6)
+    np.testing.assert_allclose(one.crops, cut_on_device(image, torch.from_numpy(first), 12), atol=1e-6)
 
 
 def test_bad_field_is_told_and_the_rest_goes_on(with_cells):
@@ -108,29 +106,3 @@ def test_memory_is_that_of_a_few_fields(make_plate):
         tracemalloc.stop()
         assert n == 25 * sites
     assert peaks[1] < 1.3 * peaks[0] + 1e6, peaks
-
-
-@pytest.mark.parametrize("seed", [None, 5])
-def test_dataset_gives_every_crop_once_and_shuffles(with_cells, seed):
-    plate, cells = with_cells
-    data = CropDataset(plate.fields, ["RNA", "DNA"], CropSpec("cell", 12), scale=SCALE, cells=cells, seed=seed)
-    items = [(field, number) for _, field, number in data]
-    assert len(items) == len(set(items)) == 56
-    assert (items == sorted(items)) == (seed is None)
-    assert [(f, n) for _, f, n in data] == items
-    data.set_epoch(1)
-    assert ([(f, n) for _, f, n in data] == items) == (seed is None)
-
-
-@pytest.mark.slow
-def test_spawned_workers_give_every_crop_once(with_cells):
-    plate, cells = with_cells
-    data = CropDataset(plate.fields, ["RNA", "DNA"], CropSpec("cell", 12), scale=SCALE, cells=cells)
-    alone = {(f, n): crop for crop, f, n in data}
-    loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context="spawn")
-    seen = {}
-    for crops, fields, numbers in loader:
-        for crop, f, n in zip(crops, fields.tolist(), numbers.tolist(), strict=True):
-            assert (f, n) not in seen
-            seen[f, n] = crop
-    assert seen.keys() == alone.keys() and all(torch.equal(seen[k], alone[k]) for k in alone)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import cellvim
+from cellvim.data.crops import stream_crops
 from cellvim.data.importers import import_plate
-from cellvim.data.stream import stream_crops
 from cellvim.embedding.planning import plan_embedding
 from cellvim.errors import InputError
 from cellvim.models.registry import create_model
@@ -138,7 +138,7 @@ def test_levels_of_a_folder_of_crops_are_those_that_embed_applies(tmp_path):
     import tifffile
     from synthetic_plate import draw_field, write_plate
 
-    from cellvim.data.cell_sources import open_cells
+    from cellvim.data.cells import open_cells
     from cellvim.data.crops import CropSpec
     from cellvim.train.folders import LabelledCrops
 

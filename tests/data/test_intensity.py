@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from cellvim.data import normalize
-from cellvim.data.normalize import (
+from cellvim.data import intensity
+from cellvim.data.intensity import (
     IntensityScale,
     cached_intensity_scale,
     estimate_intensity_scale,
@@ -198,8 +198,8 @@ def test_controls_are_told_by_the_plate_map(make_plate, columns, expected):
 def test_scale_is_estimated_once_and_anew_when_anything_differs(make_plate, tmp_path, monkeypatch):
     path = make_plate()
     calls = []
-    original = normalize.estimate_intensity_scale
-    monkeypatch.setattr(normalize, "estimate_intensity_scale", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = intensity.estimate_intensity_scale
+    monkeypatch.setattr(intensity, "estimate_intensity_scale", lambda *a, **k: calls.append(1) or original(*a, **k))
     cache = tmp_path / "out" / "scale.json"
     first = cached_intensity_scale(open_plate(path), ["DNA"], cache)
     again = cached_intensity_scale(open_plate(path), ["DNA"], cache)
