@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
   const int last = min(first + a.run_steps, a.plan.stored), E = a.conv.width;
   const int e = (int)threadIdx.x * VEC, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
   const int groups = (E + VEC - 1) / VEC;
-  ListedSlots::fill(a.plan, b, first, last - first, slots);
+  ListedSlots::fill(a.plan, b, first, a.run_steps, slots);  // mix_tile reads whole groups of STEPS
   ListedTokens::fill(a.plan, b, first - REACH, a.run_steps + 2 * REACH, list);
   for (int i = (int)threadIdx.x; i < last - first; i += (int)blockDim.x) tokens[i] = token_at(a.plan, b, first + i);
   __syncthreads();

@@ -66,10 +66,11 @@ def emulated() -> build.EmulatedLibrary:
     return build.open_emulation()
 
 
-@pytest.fixture(autouse=True)
-def on_the_emulation(emulated, monkeypatch) -> None:
-    """Ops on CPU tensors run the CUDA kernels."""
+@pytest.fixture(autouse=True, params=["ff", "7f"], ids=["poison-ff", "poison-7f"])
+def on_the_emulation(request, emulated, monkeypatch) -> None:
+    """Run the CUDA kernels on CPU tensors, with shared memory filled with NaN (-1) or with large integers."""
     monkeypatch.setitem(kernels.LIBRARIES, "cpu", emulated)
+    monkeypatch.setenv("CELLVIM_EMULATION_POISON", request.param)
 
 
 def check(op: str, inputs: dict, seed: int, tolerance: float = TOLERANCE, **options) -> None:
@@ -112,6 +113,12 @@ def test_conv_pool_gives_the_convolution_where_nothing_is_pooled():
     inputs = without_scores(conv_pool_inputs(2, 2, 60, 16, 4)) | {"bias": None}
     check("conv_pool", inputs, 2, plan=DENSE["kept pooled, stored (1, 0, 2)"], pool="none")
     check("conv_pool", inputs, 2, plan=indexed_plan(3, 2, 60, 60), pool="none")
+
+
+@pytest.mark.parametrize("length", [1, 3, 21, 25, 97, 98])
+def test_expand_gate_with_lengths_that_fill_no_group_of_four_steps(length):
+    """Steps beyond the last one have no slot: Vim's 197 tokens, ChannelVim's 1,569, masked batches, odd grids."""
+    check("expand_gate", expand_gate_inputs(15, 2, length, length, 20, 4), 15, plan=sequence_plan(length))
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])

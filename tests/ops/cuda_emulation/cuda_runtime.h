@@ -56,7 +56,13 @@ extern unsigned char shared_memory[];
 namespace emulation {
 
 constexpr size_t SHARED_BYTES = 227 * 1024, STACK_BYTES = 128 * 1024;
-constexpr unsigned char POISON = 0xff;  // four of them are a NaN
+
+// The byte that shared memory is filled with before a block runs. Four times 0xff is a NaN and the integer -1, which
+// passes for "no such step"; four times 0x7f is a large integer, so an index that was never written cannot pass.
+inline unsigned char poison() {
+  const char *value = std::getenv("CELLVIM_EMULATION_POISON");
+  return value ? (unsigned char)std::strtol(value, nullptr, 16) : 0xff;
+}
 
 [[noreturn]] inline void fail(const char *message) {
   std::fprintf(stderr, "CUDA emulation: %s\n", message);
@@ -137,7 +143,8 @@ inline void run_block(int threads, size_t shared) {
     makecontext(&fiber.entry, enter, 0);
     ++warp_barriers[t / 32].members;
   }
-  std::memset(cellvim::shared_memory, POISON, SHARED_BYTES);
+  const unsigned char filling = poison();
+  std::memset(cellvim::shared_memory, filling, SHARED_BYTES);
   const bool reversed = is_reversed();
   for (bool is_over = false; !is_over;) {
     is_over = true;
@@ -147,7 +154,7 @@ inline void run_block(int threads, size_t shared) {
     }
   }
   for (size_t i = shared; i < SHARED_BYTES; ++i)
-    if (cellvim::shared_memory[i] != POISON) fail("shared memory was written beyond what was asked for");
+    if (cellvim::shared_memory[i] != filling) fail("shared memory was written beyond what was asked for");
 }
 
 }  // namespace emulation
