@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from cellvim.errors import InputError, OutputError, listing, suggestion
+from cellvim.files import exists, is_url
 
 FORMATS = ("zarr", "h5ad", "parquet")
 _SUFFIXES = {".zarr": "zarr", ".h5ad": "h5ad", ".h5": "h5ad", ".parquet": "parquet", ".pq": "parquet"}
@@ -41,36 +41,12 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
     OutputError
         It exists and ``overwrite`` is off, or it is something else than embeddings.
     """
-    if is_remote(output):
-        if remote_exists(str(output)) and not overwrite:
-            raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
-        return
-    output = Path(output)
-    if not os.path.lexists(output):
+    if not exists(output):
         return
     if not overwrite:
         raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
-    if found_format(output) is None:
+    if not is_url(output) and found_format(output) is None:
         raise OutputError(f"{output} exists and is no AnnData store, so it is not replaced. Choose another --output.")
-
-
-def is_remote(output: str | Path) -> bool:
-    """Return whether the output is named by a URL."""
-    return "://" in str(output)
-
-
-def remote_exists(url: str) -> bool:
-    """Return whether anything is there."""
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(url)
-    filesystem.invalidate_cache()
-    return bool(filesystem.exists(path))
-
-
-def output_exists(output: str | Path) -> bool:
-    """Return whether something bears the output's name."""
-    return remote_exists(str(output)) if is_remote(output) else os.path.lexists(output)
 
 
 def found_format(path: str | Path) -> str | None:

@@ -1,100 +1,343 @@
-"""Where a job keeps its files: a folder of this machine or a shared one, or an object store behind a URL.
+"""Local paths and URLs, and files that are written atomically.
 
-A file appears whole or not at all, which is all that the ledger builds on.
+A file written here either has its complete content or is not there at all, whatever interrupts the process. Functions
+take local paths and, where stated, URLs of any kind that fsspec knows (``s3://``, ``gs://``, ``file://``).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
 from cellvim.errors import OutputError
 
-FRESH_S = 60.0  # a file that was touched since belongs to someone who is alive
+
+def is_url(path: str | Path) -> bool:
+    """Return whether a path is a URL."""
+    return "://" in str(path)
 
 
-def storage_at(output: str | Path) -> Storage:
-    """Return the place of ``<output>.partial``."""
-    text = str(output).rstrip("/")
-    if "://" in text:
-        return Bucket(text + ".partial")
-    return Folder(Path(text + ".partial"))
+def open_filesystem(url: str, **options: Any) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL, and the path on it.
+
+    Raises
+    ------
+    OutputError
+        The package for this kind of URL is not installed, or the URL or its options are not valid.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise OutputError(f"{url} cannot be opened: {error}. pip install 'cellvim[cloud]'") from error
+
+
+def exists(path: str | Path) -> bool:
+    """Return whether there is a file, folder or link at a path or URL."""
+    return Storage(str(path)).exists() if is_url(path) else os.path.lexists(path)
+
+
+def read_bytes(path: str | Path) -> bytes | None:
+    """Return the content of a file at a path or URL, or None if there is no such file."""
+    folder, name = _split(path) if is_url(path) else (Path(path).parent, Path(path).name)
+    return storage_at(folder).read(name)
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Write a file at a path or URL atomically, replacing an existing file.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    if is_url(path):
+        folder, name = _split(path)
+        Storage(folder).write(name, content)
+        return
+    with atomic_path(path) as partial:
+        partial.write_bytes(content)
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file, a folder with its content, or a link, if it exists; of URLs, files only."""
+    if is_url(path):
+        folder, name = _split(path)
+        Storage(folder).remove(name)
+    elif os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``, and rename what was written there to ``target`` at the end.
+
+    The block may write a file or a folder. The temporary name has the suffix of ``target``. When the block raises, the
+    temporary file or folder is removed and an existing ``target`` is left as it was.
+
+    Raises
+    ------
+    OutputError
+        An `OSError` was raised in the block or by renaming: the target cannot be written.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}-{uuid4().hex[:8]}.partial{target.suffix}")
+    try:
+        yield partial
+        if partial.is_file():  # else a loss of power could leave the name without its content
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+        replace_path(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):
+            remove(partial)
+
+
+def replace_path(source: str | Path, target: str | Path, *, aside: str | Path | None = None) -> None:
+    """Rename a file or folder, replacing an existing ``target``.
+
+    A file replaces a file, never a folder, in one step. A folder cannot replace anything in one step: the existing
+    target is first renamed to ``aside`` (by default a hidden name beside it), and is removed at the end.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir() or not os.path.lexists(target):
+        os.replace(source, target)
+        return
+    aside = target.with_name(f".{target.name}.{uuid4().hex[:8]}.replaced") if aside is None else Path(aside)
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    with suppress(OSError):
+        remove(aside)
+
+
+def check_folder_writable(folder: str | Path, *, hint: str = "Choose another --output.") -> None:
+    """Check that a local folder can be written, or created if it does not exist.
+
+    Raises
+    ------
+    OutputError
+        It cannot.
+    """
+    existing = folder = Path(folder).absolute()
+    try:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing):
+            return
+    except OSError as error:
+        verb = "written" if existing == folder else "created"
+        raise OutputError(f"The folder {folder} cannot be {verb}: {error.strerror or error}. {hint}") from error
+
+
+def upload(local: Path, url: str) -> None:
+    """Copy a file or a Zarr store to a URL, replacing what is there.
+
+    The metadata in the root of a store are copied last: until then the store cannot be opened.
+
+    Raises
+    ------
+    OutputError
+        The target cannot be written.
+    """
+    filesystem, path = open_filesystem(url)
+    try:
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+        files = [local] if local.is_file() else [p for p in sorted(local.rglob("*")) if p.is_file()]
+        files.sort(key=lambda p: p.parent == local and local.is_dir())
+        for file in files:
+            target = path if file == local else f"{path}/{file.relative_to(local).as_posix()}"
+            _make_parent(filesystem, target)
+            filesystem.put_file(str(file), target)
+    except Exception as error:  # each file system has its own exceptions
+        raise OutputError(f"{url} cannot be written ({type(error).__name__}: {str(error)[:200]}).") from error
+
+
+def storage_at(path: str | Path) -> Storage:
+    """Return the storage below a local folder or a URL."""
+    return Storage(str(path)) if is_url(path) else LocalStorage(path)
 
 
 class Storage:
-    """Small files by relative name. See `Folder` and `Bucket`."""
+    """Small files below a URL, by relative name such as ``"sessions/1.json"``. See `LocalStorage` for local folders.
 
-    name: str
-    is_local: bool
+    Attributes
+    ----------
+    name
+        The URL, or the path as it was given.
+    path
+        The local folder; None for a URL.
+    """
 
-    def prepare(self, *folders: str) -> None:
-        """Make the place, and folders in it. Only this does: what was removed is not brought back by a late writer.
+    path: Path | None = None
 
-        Raises
-        ------
-        OutputError
-            It cannot be written.
-        """
-        raise NotImplementedError
+    def __init__(self, url: str) -> None:
+        self.name = url.rstrip("/")
+        self._opened: tuple[Any, str] | None = None
 
-    def write(self, name: str, content: bytes) -> None:
-        """Make the file appear whole, replacing it where it exists.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # connections are not shared between processes
 
-        Raises
-        ------
-        OutputError
-            It cannot be written.
-        """
-        raise NotImplementedError
+    def _locate(self, name: str = "") -> tuple[Any, str]:
+        if self._opened is None:
+            self._opened = open_filesystem(self.name)
+        filesystem, root = self._opened
+        return filesystem, f"{root.rstrip('/')}/{name}" if name else root
+
+    def make_folders(self, *folders: str) -> None:
+        """Create the folder itself and folders in it. Object stores need none, so this does nothing for URLs."""
 
     def read(self, name: str) -> bytes | None:
-        """Return the content, or None where there is no such file."""
-        raise NotImplementedError
+        """Return the content of a file, or None if there is no such file.
 
-    def names(self, folder: str) -> list[str]:
-        """Return the names in a folder, sorted; none where it does not exist. Unfinished files are left out."""
-        raise NotImplementedError
+        Raises
+        ------
+        OutputError
+            The file cannot be read.
+        """
+        filesystem, path = self._locate(name)
+        try:
+            return filesystem.cat_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # each file system has its own exceptions
+            raise OutputError(f"{self.name}/{name} cannot be read: {_reason(error)}.") from error
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        raise NotImplementedError
+    def names(self, folder: str = "") -> list[str]:
+        """Return the sorted names of the files and folders in a folder, without temporary files.
 
-    def remove_all(self, last: str) -> None:
-        """Remove the whole place, a file of the name ``last`` at the end: until then it says whose the rest is."""
-        raise NotImplementedError
+        Raises
+        ------
+        OutputError
+            The folder cannot be read.
+        """
+        filesystem, path = self._locate(folder)
+        filesystem.invalidate_cache()
+        try:
+            names = (PurePosixPath(n).name for n in filesystem.ls(path, detail=False))
+            return sorted(n for n in names if not n.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except Exception as error:  # each file system has its own exceptions
+            raise OutputError(f"{self.name}/{folder} cannot be read: {_reason(error)}.") from error
 
     def exists(self) -> bool:
-        """Return whether there is anything."""
-        raise NotImplementedError
+        """Return whether there is anything at this place."""
+        filesystem, path = self._locate()
+        filesystem.invalidate_cache()
+        return bool(filesystem.exists(path))
 
-    def age_s(self, name: str) -> float | None:
-        """Return how long ago the file was written by the storage's own clock, or None where there is none."""
-        raise NotImplementedError
+    def remove(self, name: str) -> None:
+        """Remove a file, if it exists."""
+        filesystem, path = self._locate(name)
+        with suppress(FileNotFoundError):
+            filesystem.rm_file(path)
+
+    def remove_all(self, last: str) -> None:
+        """Remove everything, and the file ``last`` after all others: it marks the rest as ours."""
+        filesystem, root = self._locate()
+        filesystem.invalidate_cache()
+        if filesystem.exists(root):
+            others = [n for n in filesystem.find(root) if n != self._locate(last)[1]]
+            filesystem.rm(others) if others else None
+        self.remove(last)
+        if filesystem.exists(root):  # the folders of a file system
+            filesystem.rm(root, recursive=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file atomically, replacing an existing one.
+
+        Raises
+        ------
+        OutputError
+            The file cannot be written.
+        """
+        self._put(name, content, "overwrite")
+
+    def _put(self, name: str, content: bytes, mode: str) -> None:
+        filesystem, path = self._locate(name)
+        try:
+            _make_parent(filesystem, path)
+            filesystem.pipe_file(path, content, mode=mode)
+        except Exception as error:  # each file system has its own exceptions
+            raise OutputError(f"{self.name} cannot be written: {_reason(error)}.") from error
 
     def create(self, name: str, content: bytes) -> bool:
-        """Make the file if it does not exist, and return whether it was made: of several callers one succeeds."""
-        raise NotImplementedError
+        """Create a file and return True, or return False if it exists already.
 
-    def take_away(self, name: str, content: bytes) -> bool:
-        """Remove a file of that content, and return whether it was this caller who did."""
-        raise NotImplementedError
+        Of several callers exactly one gets True in local folders, S3 and Google Cloud Storage (which write on the
+        condition that the object does not exist); with other stores several may.
+        """
+        filesystem, path = self._locate(name)
+        filesystem.invalidate_cache()
+        if filesystem.exists(path):
+            return False
+        try:
+            self._put(name, content, "create")
+        except OutputError:
+            filesystem.invalidate_cache()
+            if filesystem.exists(path):  # created by another caller in the meantime
+                return False
+            raise
+        return True
+
+    def remove_if_equal(self, name: str, content: bytes) -> bool:
+        """Remove a file that has this content, and return whether this call removed it (always True for URLs)."""
+        self.remove(name)
+        return True
+
+    def age_seconds(self, name: str) -> float | None:
+        """Return the time since a file was written, by the clock of the storage; None if it does not exist."""
+        from datetime import UTC, datetime
+
+        filesystem, path = self._locate(name)
+        filesystem.invalidate_cache()
+        try:
+            written = filesystem.modified(path)
+        except (FileNotFoundError, NotImplementedError):
+            return None
+        written = written if written.tzinfo else written.replace(tzinfo=UTC)
+        return max(0.0, (datetime.now(UTC) - written).total_seconds())
 
 
-class Folder(Storage):
-    """A folder, of this machine or shared."""
+class LocalStorage(Storage):
+    """Small files below a local or shared folder."""
 
-    is_local = True
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(str(folder))
+        self.path = Path(folder).absolute()  # other processes may have another working directory
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path.absolute(), str(path)  # other processes may stand elsewhere
+    def _locate(self, name: str = "") -> tuple[Any, str]:
+        from fsspec.implementations.local import LocalFileSystem
 
-    def prepare(self, *folders: str) -> None:
-        """Make the place, and folders in it."""
+        return LocalFileSystem(), str(self.path / name)
+
+    def exists(self) -> bool:
+        """Return whether there is anything at this place."""
+        return self.path.exists()
+
+    def make_folders(self, *folders: str) -> None:
+        """Create the folder itself and folders in it.
+
+        Only this method does: `write` does not bring a removed folder back.
+        """
         try:
             for folder in ("", *folders):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -102,89 +345,23 @@ class Folder(Storage):
             raise OutputError(f"{self.path} cannot be written: {error.strerror or error}.") from error
 
     def write(self, name: str, content: bytes) -> None:
-        """Make the file appear whole, replacing it where it exists."""
+        """Write a file atomically, replacing an existing one."""
         target = self.path / name
-        partial = target.with_name(f".{target.name}.{os.getpid()}.{uuid4().hex[:8]}")
-        try:
-            try:
-                partial.write_bytes(content)
-            except FileNotFoundError:  # a folder in the place, not the place itself
-                partial.parent.mkdir(exist_ok=True)
-                partial.write_bytes(content)
-            os.replace(partial, target)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}.") from error
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content, or None where there is no such file."""
-        try:
-            return (self.path / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise OutputError(f"{self.path / name} cannot be read: {error.strerror or error}.") from error
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names in a folder, sorted."""
-        try:
-            return sorted(n for n in os.listdir(self.path / folder) if not n.startswith("."))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise OutputError(f"{self.path / folder} cannot be read: {error.strerror or error}.") from error
-
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        (self.path / name).unlink(missing_ok=True)
-
-    def remove_all(self, last: str) -> None:
-        """Remove the whole place, a file of the name ``last`` at the end."""
-        for _ in range(3):  # someone may be adding to it
-            with suppress(FileNotFoundError):
-                for child in self.path.iterdir():
-                    if child.is_dir() and not child.is_symlink():
-                        shutil.rmtree(child, ignore_errors=True)
-                    elif child.name != last:
-                        child.unlink(missing_ok=True)
-            if {p.name for p in self.path.glob("*")} <= {last}:
-                shutil.rmtree(self.path, ignore_errors=True)
-            if not self.path.exists():
-                return
-            time.sleep(0.2)
-        raise OutputError(f"{self.path} cannot be removed. Remove it, and run the command again.")
-
-    def exists(self) -> bool:
-        """Return whether there is anything."""
-        return self.path.exists()
-
-    def age_s(self, name: str) -> float | None:
-        """Return how long ago the file was written."""
-        try:
-            written = (self.path / name).stat().st_mtime
-            clock = self.path / f".clock-{os.getpid()}"
-            try:  # the clock of a shared file system is not ours
-                clock.touch()
-                now = clock.stat().st_mtime
-                clock.unlink(missing_ok=True)
-            except OSError:  # we may only look
-                now = time.time()
-        except OSError:
-            return None
-        return max(0.0, now - written)
+        with suppress(OSError):  # writing then fails
+            target.parent.mkdir(exist_ok=True)  # not its parents: see `make_folders`
+        write_atomic(target, content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Make the file if it does not exist, and return whether it was made."""
+        """Create a file and return True, or return False if it exists already."""
         target = self.path / name
         partial = target.with_name(f".{target.name}.{os.getpid()}.{uuid4().hex[:8]}")
         try:
             partial.write_bytes(content)
             try:
-                os.link(partial, target)  # whole at once, for one alone
+                os.link(partial, target)  # atomic, with the complete content
             except FileExistsError:
                 return False
-            except OSError:  # a file system without links
+            except OSError:  # the file system has no hard links
                 with open(target, "xb") as file:
                     file.write(content)
         except FileExistsError:
@@ -196,133 +373,59 @@ class Folder(Storage):
                 partial.unlink()
         return True
 
-    def take_away(self, name: str, content: bytes) -> bool:
-        """Remove a file of that content, and return whether it was this caller who did."""
+    def remove_if_equal(self, name: str, content: bytes) -> bool:
+        """Remove a file that has this content, and return whether this call removed it."""
         aside = self.path / f".{name}.{uuid4().hex}"
-        try:
+        with suppress(OSError):
             os.rename(self.path / name, aside)
-            if aside.read_bytes() == content:
-                aside.unlink()
-                return True
-            os.link(aside, self.path / name)  # of another in the meantime: put back
+            equal = aside.read_bytes() == content
+            if not equal:  # replaced by another process in the meantime: put it back
+                os.link(aside, self.path / name)
             aside.unlink()
-        except OSError:
-            return False
+            return equal
         return False
 
-
-class Bucket(Storage):
-    """A prefix of an object store, or of anything else that fsspec reaches by a URL."""
-
-    is_local = False
-
-    def __init__(self, url: str) -> None:
-        self.url = self.name = url.rstrip("/")
-        self._opened: tuple[Any, str] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "name": self.name, "_opened": None}
-
-    @property
-    def _place(self) -> tuple[Any, str]:
-        if self._opened is None:
-            try:
-                import fsspec
-
-                self._opened = fsspec.core.url_to_fs(self.url)
-            except (ImportError, ValueError) as error:
-                raise OutputError(f"{self.url} cannot be reached: {error}. pip install 'cellvim[cloud]'") from error
-        return self._opened
-
-    def _path(self, name: str) -> str:
-        return f"{self._place[1].rstrip('/')}/{name}" if name else self._place[1]
-
-    def prepare(self, *folders: str) -> None:
-        """Do nothing: an object store has no folders."""
-
-    def write(self, name: str, content: bytes, *, mode: str = "overwrite") -> None:
-        """Make the object appear whole, replacing it where it exists."""
-        filesystem, path = self._place[0], self._path(name)
-        try:
-            if self.url.startswith(("file:", "memory:")):
-                filesystem.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
-            filesystem.pipe_file(path, content, mode=mode)
-        except Exception as error:  # each filesystem has its own kinds
-            raise OutputError(f"{self.url} cannot be written ({type(error).__name__}: {str(error)[:200]}).") from error
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content, or None where there is no such object."""
-        try:
-            return self._place[0].cat_file(self._path(name))
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # each filesystem has its own kinds
-            raise OutputError(
-                f"{self.url}/{name} cannot be read ({type(error).__name__}: {str(error)[:200]})."
-            ) from error
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names under a prefix, sorted."""
-        filesystem = self._place[0]
-        filesystem.invalidate_cache()
-        try:
-            found = filesystem.ls(self._path(folder), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(PurePosixPath(n).name for n in found)
-
-    def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
-        try:
-            self._place[0].rm_file(self._path(name))
-        except FileNotFoundError:
-            return
-
     def remove_all(self, last: str) -> None:
-        """Remove everything under the prefix, an object of the name ``last`` at the end."""
-        filesystem, place = self._place
-        filesystem.invalidate_cache()
-        found = [n for n in filesystem.find(place) if n != self._path(last)] if filesystem.exists(place) else []
-        if found:
-            filesystem.rm(found)
-        self.remove(last)
-        if filesystem.exists(place):  # folders of a file system
-            filesystem.rm(place, recursive=True)
+        """Remove everything, and the file ``last`` after all others: it marks the rest as ours."""
+        for _ in range(3):  # another process may be adding files
+            with suppress(OSError):
+                for child in self.path.iterdir():
+                    if child.name != last:
+                        remove(child)
+            if {p.name for p in self.path.glob("*")} <= {last}:
+                shutil.rmtree(self.path, ignore_errors=True)
+            if not self.path.exists():
+                return
+            time.sleep(0.2)
+        raise OutputError(f"{self.path} cannot be removed. Remove it and run the command again.")
 
-    def exists(self) -> bool:
-        """Return whether there is anything."""
-        self._place[0].invalidate_cache()
-        return bool(self._place[0].exists(self._place[1]))
-
-    def age_s(self, name: str) -> float | None:
-        """Return how long ago the object was written."""
-        from datetime import UTC, datetime
-
-        filesystem = self._place[0]
-        filesystem.invalidate_cache()
+    def age_seconds(self, name: str) -> float | None:
+        """Return the time since a file was written, by the clock of the file system; None if it does not exist."""
+        clock = self.path / f".clock-{os.getpid()}"
         try:
-            written = filesystem.modified(self._path(name))
-        except (FileNotFoundError, NotImplementedError):
+            written = (self.path / name).stat().st_mtime
+        except OSError:
             return None
-        written = written if written.tzinfo else written.replace(tzinfo=UTC)
-        return max(0.0, (datetime.now(UTC) - written).total_seconds())
+        try:  # the clock of a shared file system may differ from that of this machine
+            clock.touch()
+            now = clock.stat().st_mtime
+            clock.unlink(missing_ok=True)
+        except OSError:  # the folder is read-only
+            now = time.time()
+        return max(0.0, now - written)
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Make the object if it does not exist: S3 and GCS let one alone succeed, other stores may let several."""
-        filesystem = self._place[0]
-        filesystem.invalidate_cache()
-        if filesystem.exists(self._path(name)):
-            return False
-        try:
-            self.write(name, content, mode="create")
-        except OutputError:
-            filesystem.invalidate_cache()
-            if filesystem.exists(self._path(name)):  # another was faster
-                return False
-            raise
-        return True
 
-    def take_away(self, name: str, content: bytes) -> bool:
-        """Remove an object; another caller may believe the same."""
-        self.remove(name)
-        return True
+def _split(url: str | Path) -> tuple[str, str]:
+    folder, _, name = str(url).rstrip("/").rpartition("/")
+    return folder, name
+
+
+def _make_parent(filesystem: Any, path: str) -> None:
+    """Create the parent folder on file systems that have folders."""
+    protocols = filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,)
+    if {"file", "memory"} & set(protocols):
+        filesystem.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"

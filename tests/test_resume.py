@@ -172,9 +172,9 @@ class TestGoingOn:
         assert tree_sha256(tmp_path / "o") == tree_sha256(whole)
 
     def test_a_full_disk_keeps_what_is_done(self, plan, whole, tmp_path, monkeypatch):
-        from cellvim.files import Folder
+        from cellvim.files import LocalStorage
 
-        write, n = Folder.write, 0
+        write, n = LocalStorage.write, 0
 
         def full(self, name, content):
             nonlocal n
@@ -183,7 +183,7 @@ class TestGoingOn:
                 raise OutputError(f"{self.name} cannot be written: {os.strerror(errno.ENOSPC)}.")
             write(self, name, content)
 
-        monkeypatch.setattr(Folder, "write", full)
+        monkeypatch.setattr(LocalStorage, "write", full)
         with pytest.raises(OutputError, match="No space left"):
             run_embedding(plan, tmp_path / "out.zarr")
         monkeypatch.undo()
@@ -508,7 +508,7 @@ class TestRefusedAtOnce:
         output = tmp_path / "file" / "new" / "out.zarr"
         assert main(["embed", str(plate), "-o", str(output), "--model", str(weights), *options]) == 2
         err = capsys.readouterr().err
-        assert "The output's folder" in err and "intensities" not in err and err.count("\n") == 1
+        assert "The folder" in err and "intensities" not in err and err.count("\n") == 1
 
     def test_an_output_in_a_folder_that_does_not_exist_yet_makes_it(self, plate, weights, tmp_path):
         assert main(["embed", str(plate), "-o", str(tmp_path / "new" / "out.zarr"), "--model", str(weights)]) == 0

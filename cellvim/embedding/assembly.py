@@ -7,9 +7,6 @@ part again, to the same bytes.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cellvim.anndata_io import check_output, is_remote, output_exists
+from cellvim.anndata_io import check_output
 from cellvim.embedding.export import PlateRows, write_embeddings
-from cellvim.embedding.ledger import MARKER, DamagedError, Failure, Key, Ledger, Rows, read_run
+from cellvim.embedding.ledger import MARKER, DamagedError, Failure, Key, Ledger, Rows, ledger_storage, read_run
 from cellvim.embedding.lock import locked
 from cellvim.embedding.manifest import (
     failures_name,
@@ -27,13 +24,11 @@ from cellvim.embedding.manifest import (
     make_manifest,
     manifest_name,
     read_manifest,
-    write_beside,
 )
 from cellvim.embedding.provenance import field_table, provenance
 from cellvim.embedding.sessions import Session, read_log, read_sessions
 from cellvim.embedding.token_maps import check_token_maps, write_token_maps
-from cellvim.errors import OutputError
-from cellvim.files import storage_at
+from cellvim.files import check_folder_writable, exists, is_url, remove, write_atomic
 
 if TYPE_CHECKING:
     from cellvim.embedding.plan import EmbeddingPlan
@@ -62,9 +57,9 @@ def check_free(output: str | Path, *, overwrite: bool, maps_of: Sequence[str] = 
         It exists and ``overwrite`` is off, or it is something else than embeddings; or so do maps of tokens. Or its
         folder cannot be written.
     """
-    if not is_remote(output):
-        check_folder(Path(output).absolute().parent)
-    storage = storage_at(output)
+    if not is_url(output):
+        check_folder_writable(Path(output).absolute().parent)
+    storage = ledger_storage(output)
     before = None if overwrite else read_run(storage)
     replaces = overwrite or bool(before and (before.get("replaces") or storage.read(NAMING) is not None))
     check_output(output, overwrite=replaces)
@@ -73,36 +68,15 @@ def check_free(output: str | Path, *, overwrite: bool, maps_of: Sequence[str] = 
     return replaces
 
 
-def check_folder(folder: str | Path) -> None:
-    """Check that a folder can be written, or made where it does not exist yet.
-
-    Raises
-    ------
-    OutputError
-        It cannot.
-    """
-    there = folder = Path(folder).absolute()
-    try:
-        while not os.path.lexists(there):
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
-            return
-    except OSError as error:
-        what = "written" if there == folder else "made"
-        raise OutputError(
-            f"The output's folder {folder} cannot be {what}: {error.strerror or error}. Choose another --output."
-        ) from error
-
-
 def finished_before(output: str | Path, digest: str, *, shard: bool) -> dict[str, Any] | None:
     """Return the manifest of an output that this very job has made already; None where it has not.
 
     A run that was killed while it cleared up, or another shard that did the last part, leaves such an output.
     """
     manifest = read_manifest(output)
-    if manifest is None or manifest.get("digest") != digest or not output_exists(output):
+    if manifest is None or manifest.get("digest") != digest or not exists(output):
         return None
-    storage = storage_at(output)
+    storage = ledger_storage(output)
     if not storage.exists():
         return manifest if shard else None
     run = read_run(storage)
@@ -114,9 +88,9 @@ def was_being_cleared(output: str | Path) -> bool:
 
     Whether that output is of the job at hand is then known once there is a plan (`finished_before`).
     """
-    storage = storage_at(output)
+    storage = ledger_storage(output)
     is_left = storage.exists() and read_run(storage) is None
-    return is_left and output_exists(output) and read_manifest(output) is not None
+    return is_left and exists(output) and read_manifest(output) is not None
 
 
 def assemble(
@@ -180,9 +154,9 @@ def _write(plan, ledger, session, output, failures, format, spatialdata, damaged
     run = read_run(storage) or {}
     uns = provenance(plan, [(f.plate, f.field, f.reason) for f in failures], spatialdata=spatialdata)
     workplace = None
-    if storage.is_local:
+    if storage.path is not None:
         for left in storage.path.glob("whole-*"):  # of a session that was killed
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
         workplace = storage.path / f"whole-{session.id}"
         workplace.mkdir()
 
@@ -246,7 +220,7 @@ def _write_beside(plan, ledger, session, output, failures, format, rows: int, lo
     )
     manifest = {"run": (read_run(storage) or {}).get("run"), **manifest}
     table = pd.DataFrame([asdict(f) for f in failures]).to_csv(index=False) if failures else None
-    write_beside(output, failures_name(output), table)
+    remove(failures_name(output)) if table is None else write_atomic(failures_name(output), table)
     if log:
-        write_beside(output, log_name(output), "".join(f"{line}\n" for line in read_log(storage)))
-    write_beside(output, manifest_name(output), json.dumps(manifest, indent=1, default=str) + "\n")
+        write_atomic(log_name(output), "".join(f"{line}\n" for line in read_log(storage)))
+    write_atomic(manifest_name(output), json.dumps(manifest, indent=1, default=str) + "\n")

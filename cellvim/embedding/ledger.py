@@ -143,13 +143,13 @@ class Ledger:
         if self.storage.exists():
             check_ours(self.storage)
             self._check_same(form)
-        self.storage.prepare()
+        self.storage.make_folders()
         self.storage.write(MARKER, b"")  # before anything else: a folder without it is not ours
-        self.storage.prepare(self._rows, self._failed, "sessions", "log")
+        self.storage.make_folders(self._rows, self._failed, "sessions", "log")
         if read_run(self.storage) is None:
             unread = self.storage.read(RUN)
             if unread is not None:  # of a version that is not ours
-                self.storage.take_away(RUN, unread)
+                self.storage.remove_if_equal(RUN, unread)
             run = {
                 "run": uuid4().hex,
                 "replaces": replaces,
@@ -237,6 +237,11 @@ class Ledger:
         return f"{self._rows}/{key[0]:05d}/{key[1]:06d}-{n_rows}.rows"
 
 
+def ledger_storage(output: str | Path) -> Storage:
+    """Return the storage of an output's ledger, ``<output>.partial``."""
+    return storage_at(f"{str(output).rstrip('/')}.partial")
+
+
 def open_ledger(
     output: str | Path,
     identity: Mapping[str, Any],
@@ -265,7 +270,7 @@ def open_ledger(
     OutputError
         Beside the output lies something that is not ours, or the ledger of another job.
     """
-    storage = storage_at(output)
+    storage = ledger_storage(output)
     if overwrite and storage.exists():
         check_ours(storage)
         storage.remove_all(MARKER)

@@ -34,5 +34,5 @@ def _take(storage: Storage, session: Session) -> bool:
         alive = [s for s in read_sessions(storage) if s["alive"] and s["id"] == holder]
         if alive:
             return False
-        storage.take_away(LOCK, holder.encode())  # of one that was killed; only one of several succeeds in this
+        storage.remove_if_equal(LOCK, holder.encode())  # of one that was killed; only one of several succeeds in this
     return False

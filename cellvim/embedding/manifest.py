@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cellvim.embedding.ledger import Failure
-from cellvim.files import Bucket
+from cellvim.errors import OutputError
+from cellvim.files import read_bytes
 
 _PACKAGES = (
     "cellvim",
@@ -87,35 +88,12 @@ def make_manifest(
     }
 
 
-def write_beside(output: str | Path, name: str, content: str | None) -> None:
-    """Write a file beside the output, whole or not at all; with None remove it."""
-    if "://" in str(output):
-        folder, _, last = name.rpartition("/")
-        bucket = Bucket(folder)
-        bucket.remove(last) if content is None else bucket.write(last, content.encode())
-        return
-    target = Path(name)
-    if content is None:
-        target.unlink(missing_ok=True)
-        return
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, target)
-
-
 def read_manifest(output: str | Path) -> dict[str, Any] | None:
-    """Return the manifest beside an output, or None where there is none."""
-    name = manifest_name(output)
-    content: bytes | None = None
-    if "://" in name:
-        folder, _, last = name.rpartition("/")
-        content = Bucket(folder).read(last)
-    else:
-        with suppress(OSError):
-            content = Path(name).read_bytes()
+    """Return the manifest of an output, or None if there is none."""
     try:
+        content = read_bytes(manifest_name(output))
         return None if content is None else json.loads(content)
-    except ValueError:
+    except (OutputError, ValueError):
         return None
 
 

@@ -28,6 +28,7 @@ from cellvim.embedding.ledger import (
     Rows,
     check_ours,
     identity_digest,
+    ledger_storage,
     open_ledger,
     read_run,
 )
@@ -36,7 +37,7 @@ from cellvim.embedding.plan import EmbeddingPlan
 from cellvim.embedding.planning import plan_embedding
 from cellvim.embedding.provenance import untrained_remark
 from cellvim.errors import FieldReadError, InputError, Interrupted, OutputError, listing, suggestion
-from cellvim.files import storage_at
+from cellvim.files import check_folder_writable, is_url
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -304,7 +305,7 @@ def run_embedding(
     _check_running(engine, workers, address, shard, overwrite)
     format = format_of(output, format)
     part = None if shard is None else parse_shard(shard)
-    plan = plan if overwrite else _with_batch_size_of(read_run(storage_at(output)), plan)
+    plan = plan if overwrite else _with_batch_size_of(read_run(ledger_storage(output)), plan)
     made = None if overwrite else finished_before(output, identity_digest(plan.identity), shard=part is not None)
     if made is not None and made.get("format", format) == format:
         return _summary_of(plan, output, made)
@@ -385,7 +386,7 @@ def embed_plates(
         One an output.
     """
     from cellvim.anndata_io import format_of
-    from cellvim.embedding.assembly import check_folder, check_free, finished_before, was_being_cleared
+    from cellvim.embedding.assembly import check_free, finished_before, was_being_cleared
     from cellvim.embedding.shards import parse_shard
     from cellvim.embedding.token_maps import check_token_maps
 
@@ -406,8 +407,8 @@ def embed_plates(
         return
     if tokens:
         check_token_maps(output, (), overwrite=overwrite)
-    if "://" not in output:
-        check_folder(output)
+    if not is_url(output):
+        check_folder_writable(output)
         try:
             Path(output).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -465,7 +466,7 @@ def embed_field(plan: EmbeddingPlan, field: Field) -> tuple[np.ndarray, pd.DataF
 
 def cache_folder(output: str | Path) -> Path | None:
     """Return where what is estimated of the plates is kept: a folder beside the output; None beside a URL."""
-    return None if "://" in str(output) else Path(f"{str(output).rstrip('/')}.intensities")
+    return None if is_url(output) else Path(f"{str(output).rstrip('/')}.intensities")
 
 
 def _check_running(engine: str, workers: int, address: str | None, shard: str | None, overwrite: bool) -> None:
@@ -498,7 +499,7 @@ def _ledger(
     from cellvim.embedding.sessions import read_sessions
 
     if overwrite:
-        for other in read_sessions(storage_at(output)):
+        for other in read_sessions(ledger_storage(output)):
             if other["alive"]:
                 raise OutputError(
                     f"Another cellvim embed is at work on this output (process {other['pid']} on {other['host']}), so "
@@ -557,7 +558,7 @@ def _named(plan: EmbeddingPlan, failure: Failure) -> tuple[str, str]:
 
 def _summary_of(plan: EmbeddingPlan, output: str | Path, manifest: dict[str, Any]) -> EmbeddingSummary:
     """Return the summary of a run that was through already, and clear up behind it."""
-    storage = storage_at(output)
+    storage = ledger_storage(output)
     if storage.exists():
         check_ours(storage)
         storage.remove_all(MARKER)

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from cellvim.errors import OutputError
-from cellvim.files import FRESH_S, Storage
+from cellvim.files import Storage
 
 if TYPE_CHECKING:
     from cellvim.embedding.ledger import Ledger
 
 HEARTBEAT_S = 10.0
+FRESH_S = 60.0  # a file that was written since belongs to a session that is alive
 DEATHS = 2  # of sessions, one after the other; the next one embeds fields in a process apart
 
 
@@ -125,7 +126,7 @@ class Session:
         if not lines:
             return
         text = "".join(f"{line}\n" for line in lines)
-        if not self.storage.is_local:  # which cannot be added to
+        if self.storage.path is None:  # which cannot be added to
             self.storage.write(f"log/{self.id}.jsonl", text.encode())
             return
         with open(self.storage.path / "log" / f"{self.id}.jsonl", "a", encoding="utf-8") as file:
@@ -143,7 +144,7 @@ def read_sessions(storage: Storage) -> list[dict[str, Any]]:
             record = json.loads(content or b"")
         except ValueError:
             continue
-        age = storage.age_s(f"sessions/{name}")
+        age = storage.age_seconds(f"sessions/{name}")
         here = record["host"] == socket.gethostname()
         fresh = age is not None and age < FRESH_S
         lives = not here or _birth(record["pid"]) == record["born"] is not None

@@ -6,11 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cellvim.embedding.ledger import Ledger, check_ours, read_run
+from cellvim.embedding.ledger import Ledger, check_ours, ledger_storage, read_run
 from cellvim.embedding.manifest import manifest_name, read_manifest
 from cellvim.embedding.sessions import read_sessions
 from cellvim.errors import InputError
-from cellvim.files import storage_at
 
 _SHOWN = ("host", "pid", "command", "shard", "started", "state", "alive", "fields", "rows", "failed", "seconds")
 
@@ -30,7 +29,7 @@ def read_status(output: str | Path) -> dict[str, Any]:
     InputError
         There is neither such a run nor its result.
     """
-    storage = storage_at(output)
+    storage = ledger_storage(output)
     run = None
     if storage.exists():
         check_ours(storage)
@@ -66,7 +65,12 @@ def read_status(output: str | Path) -> dict[str, Any]:
 def outputs_of(output: str | Path) -> list[str | Path]:
     """Return the outputs in a folder that ``cellvim embed --per-plate`` fills; else the output itself."""
     folder = Path(output)
-    if "://" in str(output) or not folder.is_dir() or storage_at(output).exists() or read_manifest(output) is not None:
+    if (
+        "://" in str(output)
+        or not folder.is_dir()
+        or ledger_storage(output).exists()
+        or read_manifest(output) is not None
+    ):
         return [output]
     ends = (".partial", ".manifest.json")
     names = {p.name.removesuffix(end) for p in folder.iterdir() for end in ends if p.name.endswith(end)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cellvim.errors import InputError, OutputError
+from cellvim.files import is_url
 
 _KIND = "token maps"  # in the metadata: what does not say so is not ours to replace
 
@@ -30,7 +31,7 @@ def check_token_maps(output: str | Path, plates: Sequence[str], *, overwrite: bo
     OutputError
         One exists and ``overwrite`` is off, or it is something else than maps of tokens.
     """
-    if "://" in str(output):
+    if is_url(output):
         raise InputError("Maps of tokens are written to folders, not to a URL. Choose another --output.")
     for plate in plates:
         path = token_maps_name(output, plate, len(plates))
