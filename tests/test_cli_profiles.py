@@ -59,7 +59,7 @@ def test_what_is_odd_is_a_line_each(run):
     ("arguments", "message"),
     [
         (("profile", "none.zarr", "-o", "x.h5ad"), "none.zarr does not exist"),
-        (("profile", "p.h5ad", "-o", "x.xls"), "none of the formats"),
+        (("profile", "p.h5ad", "-o", "x.xls"), "is not supported"),
         (("profile", "p.h5ad", "-o", "no/x.h5ad"), "does not exist"),
         (("profile", "p.h5ad", "-o", "x.h5ad", "--aggregate", "mode"), "mean, median, robust"),
         (("profile", "p.h5ad", "-o", "x.h5ad", "--normalize", "robust"), "Did you mean robustmad?"),

@@ -111,7 +111,7 @@ def test_imports_go_one_way(path):
             "zarr",
             (
                 *("cellvim.data.plate", "cellvim.data.writer", "cellvim.data.importers"),
-                *("cellvim.embedding", "cellvim.profiles.store"),
+                *("cellvim.embedding", "cellvim.anndata_io"),
             ),
         ),
         ("lightning", ("cellvim.train",)),

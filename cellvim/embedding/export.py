@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellvim.anndata_io import FORMATS, check_output, format_of
+from cellvim.anndata_io import FORMATS, check_output, format_of, open_embeddings
 from cellvim.embedding.anndata_file import write_h5ad, write_zarr
-from cellvim.embedding.joining import open_embeddings
 from cellvim.embedding.parquet import write_parquet
 from cellvim.embedding.row_tables import Layout, PlateRows
 from cellvim.errors import OutputError

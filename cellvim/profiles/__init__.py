@@ -3,11 +3,13 @@
 `profile` does all of it; each step is a function of its own, which changes an AnnData in place as scanpy's do.
 """
 
+from cellvim.anndata_io import from_pycytominer
+from cellvim.anndata_io import read_anndata as read_profiles
 from cellvim.profiles.aggregation import aggregate
-from cellvim.profiles.bridges import from_pycytominer, to_pycytominer
+from cellvim.profiles.bridges import to_pycytominer
 from cellvim.profiles.columns import Columns, find_columns
 from cellvim.profiles.components import pca
-from cellvim.profiles.files import read_profiles, write_profiles
+from cellvim.profiles.files import write_profiles
 from cellvim.profiles.harmonization import harmony
 from cellvim.profiles.pipeline import profile
 from cellvim.profiles.scaling import robust_mad, standardize

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
+from cellvim.anndata_io import StoredAnnData, open_anndata
 from cellvim.errors import CellvimWarning, InputError, MetadataError, listing
 from cellvim.profiles.columns import OBJECT_COUNT, PLATE, WELL, keys, require
-from cellvim.profiles.store import RowStore, open_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,7 +92,7 @@ def aggregate(
         raise InputError(f"Cells can be aggregated by {listing(STATISTICS)}, not by '{statistic}'.")
     if min_cells < 1:
         raise InputError(f"A well needs at least 1 cell; --min-cells is {min_cells}.")
-    with open_rows(source) as store:
+    with open_anndata(source) as store:
         groups = _groups(store, list(by))
         results = _summarise(store, groups, statistic, progress)
         obs, dropped_columns = _obs(store, groups)
@@ -111,7 +111,7 @@ class _Groups:
         return len(self.counts)
 
 
-def _groups(store: RowStore, by: list[str]) -> _Groups:
+def _groups(store: StoredAnnData, by: list[str]) -> _Groups:
     if store.n_rows == 0:
         raise InputError(f"{store.name} has no rows, so there is nothing to aggregate.")
     columns = {}
@@ -137,7 +137,7 @@ def _groups(store: RowStore, by: list[str]) -> _Groups:
 
 
 def _summarise(
-    store: RowStore, groups: _Groups, statistic: Statistic, progress: Progress | None
+    store: StoredAnnData, groups: _Groups, statistic: Statistic, progress: Progress | None
 ) -> dict[str, tuple[np.ndarray, int]]:
     """Return each matrix's profiles (groups, D) and how many of its values are not finite."""
     total = store.n_rows * len(store.matrices)
@@ -155,14 +155,14 @@ def _summarise(
     return results
 
 
-def _chunks(store: RowStore, matrix: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(store: StoredAnnData, matrix: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     rows = max(1, CHUNK_BYTES // (8 * max(1, store.matrices[matrix])))
     for begin in range(start, stop, rows):
         yield begin, store.rows(begin, min(begin + rows, stop), matrix)
 
 
 def _means(
-    store: RowStore, groups: _Groups, matrix: str, _statistic: Statistic, advance: Callable[[int], None]
+    store: StoredAnnData, groups: _Groups, matrix: str, _statistic: Statistic, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, int]:
     sums = np.zeros((len(groups), store.matrices[matrix]))
     missing = np.zeros(sums.shape, np.int64)
@@ -188,7 +188,7 @@ def _means(
 
 
 def _order_statistics(
-    store: RowStore, groups: _Groups, matrix: str, statistic: Statistic, advance: Callable[[int], None]
+    store: StoredAnnData, groups: _Groups, matrix: str, statistic: Statistic, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, int]:
     result = np.empty((len(groups), store.matrices[matrix]))
     n_missing = 0
@@ -261,7 +261,7 @@ def _trimmed_mean(values: np.ndarray) -> np.ndarray:
     return values[cut : len(values) - cut].mean(axis=0)
 
 
-def _obs(store: RowStore, groups: _Groups) -> tuple[pd.DataFrame, list[str]]:
+def _obs(store: StoredAnnData, groups: _Groups) -> tuple[pd.DataFrame, list[str]]:
     """Return one row a group, and the names of the columns that differ within a group and are no numbers."""
     columns: dict[str, object] = dict(groups.keys.items())
     columns[OBJECT_COUNT] = groups.counts.astype(np.int64)
@@ -312,7 +312,7 @@ def _constant(column: pd.Series, groups: _Groups) -> pd.Series | None:
 
 
 def _profiles(
-    store: RowStore,
+    store: StoredAnnData,
     groups: _Groups,
     results: dict[str, tuple[np.ndarray, int]],
     obs: pd.DataFrame,

@@ -1,4 +1,4 @@
-"""Profiles to and from files. What bears the output's name is whole: it is written beside it and then renamed."""
+"""Write profiles to files, atomically: under a temporary name, which is then changed."""
 
 from __future__ import annotations
 
@@ -8,40 +8,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellvim.errors import InputError, OutputError
-from cellvim.profiles.store import TABLES, open_rows, suffix_found, suffix_of
+from cellvim.anndata_io import check_output, suffix_of
+from cellvim.errors import OutputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-
-def read_profiles(path: str | Path) -> AnnData:
-    """Read profiles into memory.
-
-    Parameters
-    ----------
-    path
-        An AnnData (``.zarr``, ``.h5ad``), or a table (``.parquet``, ``.csv``, ``.tsv``; see `from_pycytominer`).
-
-    Raises
-    ------
-    InputError
-        It does not exist or cannot be read.
-    """
-    import anndata
-
-    path = Path(path)
-    with open_rows(path):  # says in one line what is wrong with the file
-        pass
-    suffix = suffix_found(path)
-    if suffix in TABLES:
-        from cellvim.profiles.bridges import read_table
-
-        return read_table(path)
-    try:
-        return anndata.read_zarr(path) if suffix == ".zarr" else anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError, anndata.io.AnnDataReadError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def check_profiles_output(path: str | Path, *, overwrite: bool = False) -> None:
@@ -52,8 +23,6 @@ def check_profiles_output(path: str | Path, *, overwrite: bool = False) -> None:
     OutputError
         The file exists and ``overwrite`` is off, or its folder does not exist.
     """
-    from cellvim.anndata_io import check_output
-
     path = Path(path)
     if suffix_of(path) == ".zarr":
         check_output(path, overwrite=overwrite)

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cellvim.anndata_io import found_format
+from cellvim.anndata_io import read_anndata, stored_files
 from cellvim.errors import InputError, MetadataError, listing, suggestion
 from cellvim.profiles.aggregation import Statistic, aggregate
 from cellvim.profiles.columns import PLATE, WELL, Columns, find_columns
 from cellvim.profiles.components import pca
-from cellvim.profiles.files import check_profiles_output, read_profiles, write_profiles
+from cellvim.profiles.files import check_profiles_output, write_profiles
 from cellvim.profiles.harmonization import harmony
 from cellvim.profiles.scaling import robust_mad, standardize
 from cellvim.profiles.selection import select_features
 from cellvim.profiles.sphering import spherize
-from cellvim.profiles.store import FORMATS
 from cellvim.profiles.typical_variation import tvn
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def profile(
     if output is not None:
         check_profiles_output(output, overwrite=overwrite)
     sources = [source] if isinstance(source, str | Path) or hasattr(source, "obs") else list(source)
-    sources = [file for one in sources for file in _files(one)]
+    sources = [file for one in sources for file in (stored_files(one) if isinstance(one, str | Path) else [one])]
     if not sources:
         raise InputError("There is nothing to make profiles of: no embeddings were given.")
     parts = [_wells(one, aggregate_by, statistic, min_cells, progress) for one in sources]
@@ -127,18 +126,6 @@ def _step(text: str) -> tuple[str, str | None]:
     return method, use or None
 
 
-def _files(source: str | Path | AnnData) -> list[str | Path | AnnData]:
-    """Return the files in a folder such as ``cellvim embed --per-plate`` makes; anything else as it is."""
-    if not isinstance(source, str | Path) or not Path(source).is_dir() or Path(source).suffix in FORMATS:
-        return [source]
-    if found_format(source):
-        return [source]
-    files = sorted(path for path in Path(source).iterdir() if path.suffix in (".zarr", ".h5ad", ".parquet"))
-    if not files:
-        raise InputError(f"The folder {source} holds no embeddings, such as plate.zarr, plate.h5ad or plate.parquet.")
-    return files
-
-
 def _name(source: str | Path | AnnData) -> str:
     return str(source) if isinstance(source, str | Path) else "an AnnData"
 
@@ -146,7 +133,7 @@ def _name(source: str | Path | AnnData) -> str:
 def _wells(source, by, statistic: Statistic | None, min_cells: int, progress) -> AnnData:
     if statistic is not None:
         return aggregate(source, by=by, statistic=statistic, min_cells=min_cells, progress=progress)
-    adata = read_profiles(source) if isinstance(source, str | Path) else source.copy()
+    adata = read_anndata(source) if isinstance(source, str | Path) else source.copy()
     if adata.n_obs == 0:
         raise InputError(f"{_name(source)} has no rows, so there are no profiles in it.")
     return adata

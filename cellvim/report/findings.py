@@ -120,9 +120,9 @@ def find(
     CellvimError
         Something that was given cannot be read, or lacks a column that was named.
     """
+    from cellvim.anndata_io import read_anndata
     from cellvim.evaluate.evaluation import Evaluation, evaluate_profiles
     from cellvim.evaluate.features import latest_representation
-    from cellvim.profiles.files import read_profiles
 
     notes: list[str] = []
     missing: dict[str, str] = {}
@@ -130,7 +130,7 @@ def find(
         warnings.simplefilter("ignore")  # the libraries'
         warnings.simplefilter("always", CellvimWarning)
         if profiles is not None:
-            made = read_profiles(profiles) if isinstance(profiles, str | Path) else profiles
+            made = read_anndata(profiles) if isinstance(profiles, str | Path) else profiles
         else:
             made = _make(embeddings, by, notes, missing, columns.get("negative") or "negcon", columns.get("pert_type"))
         if made is None:

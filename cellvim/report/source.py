@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from cellvim.anndata_io import StoredAnnData, open_anndata
 from cellvim.profiles.columns import Columns, find_columns, is_value, text
-from cellvim.profiles.store import RowStore, open_rows
 from cellvim.report.record import with_first_plate
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-RUN_ROWS = 4096  # rows read at once; a row in between costs less than another read
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ class Source:
     """
 
     name: str
-    store: RowStore
+    store: StoredAnnData
     obs: pd.DataFrame
     columns: Columns
     uns: dict[str, Any]
@@ -52,13 +50,7 @@ class Source:
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         """Return rows of X, (m, D) float32, in ascending order of ``index``."""
-        out = np.empty((len(index), self.store.matrices["X"]), np.float32)
-        for start in range(0, self.n_rows, RUN_ROWS):
-            first, last = np.searchsorted(index, [start, start + RUN_ROWS])
-            if first < last:
-                block = self.store.rows(int(index[first]), int(index[last - 1]) + 1)
-                out[first:last] = block[index[first:last] - index[first]]
-        return out
+        return self.store.take(index)
 
     def matrix(self, name: str) -> np.ndarray | None:
         """Return a whole entry of obsm, or None where there is none of two or more columns."""
@@ -104,8 +96,8 @@ def open_source(source: str | Path | AnnData, **columns: str | None) -> Iterator
     CellvimError
         It cannot be read, or a column that was named is not there.
     """
-    with open_rows(source) as store:
-        obs = _obs(store)
+    with open_anndata(source) as store:
+        obs = store.obs()
         yield Source(
             name=Path(source).name if isinstance(source, str | Path) else "the AnnData",
             store=store,
@@ -113,8 +105,3 @@ def open_source(source: str | Path | AnnData, **columns: str | None) -> Iterator
             columns=find_columns(obs, **columns),
             uns=with_first_plate(store.uns()),
         )
-
-
-def _obs(store: RowStore) -> pd.DataFrame:
-    columns = {name: store.column(name).reset_index(drop=True) for name in store.obs_columns}
-    return pd.DataFrame(columns, index=pd.RangeIndex(store.n_rows))

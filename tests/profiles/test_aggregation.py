@@ -147,10 +147,10 @@ def test_what_cannot_be_aggregated_is_said(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         aggregate(tmp_path / "nothing.zarr")
     (tmp_path / "text.h5ad").write_text("no HDF5")
-    with pytest.raises(InputError, match=r"text.h5ad is no AnnData"):
+    with pytest.raises(InputError, match=r"text.h5ad is not an AnnData"):
         aggregate(tmp_path / "text.h5ad")
     (tmp_path / "empty.zarr").mkdir()
-    with pytest.raises(InputError, match=r"empty.zarr is no AnnData"):
+    with pytest.raises(InputError, match=r"empty.zarr is not an AnnData"):
         aggregate(tmp_path / "empty.zarr")
 
 

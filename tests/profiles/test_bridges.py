@@ -8,8 +8,9 @@ import pytest
 from profile_tables import make_cells, make_profiles
 
 import cellvim
+from cellvim.anndata_io import open_anndata
 from cellvim.errors import InputError, MetadataError
-from cellvim.profiles.bridges import read_table
+from cellvim.profiles import aggregate, read_profiles
 
 
 def test_there_and_back_again():
@@ -45,9 +46,9 @@ def test_features_are_found_by_name_and_numbers_that_number_things_are_none():
     ("table", "options", "message"),
     [
         (pd.DataFrame({"a": ["x"]}), {}, "no features"),
-        (pd.DataFrame({"a": ["x"]}), {"features": ["a"]}, "have to be numbers.*: a"),
-        (pd.DataFrame({"a": [1.0]}), {"features": ["b"]}, "no column b; it has a"),
-        (pd.DataFrame([[1.0, 2.0]], columns=["a", "a"]), {}, "there twice: a"),
+        (pd.DataFrame({"a": ["x"]}), {"features": ["a"]}, "must be numeric.*: a"),
+        (pd.DataFrame({"a": [1.0]}), {"features": ["b"]}, "not have the columns b; it has a"),
+        (pd.DataFrame([[1.0, 2.0]], columns=["a", "a"]), {}, "Duplicate columns: a"),
     ],
 )
 def test_tables_that_cannot_be_profiles(table, options, message):
@@ -65,10 +66,26 @@ def test_two_columns_of_one_name_are_refused():
 def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "broken.parquet").write_text("no parquet")
     with pytest.raises(InputError, match=r"broken.parquet cannot be read as a table"):
-        read_table(tmp_path / "broken.parquet")
+        read_profiles(tmp_path / "broken.parquet")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(InputError, match=r"empty.csv cannot be read as a table"):
-        read_table(tmp_path / "empty.csv")
+        read_profiles(tmp_path / "empty.csv")
+
+
+def test_parquet_is_read_by_row_groups(tmp_path):
+    """Wells that span row groups, renamed columns and text: the same as reading the file into memory."""
+    cells = make_cells()
+    del cells.obsm["spatial"]
+    path = tmp_path / "cells.parquet"
+    cellvim.to_pycytominer(cells).to_parquet(path, index=False, row_group_size=7)
+    expected = read_profiles(path)
+    with open_anndata(path) as stored:
+        pd.testing.assert_frame_equal(stored.obs(), expected.obs.reset_index(drop=True))
+        np.testing.assert_array_equal(stored.rows(5, 30), cells.X[5:30])
+        np.testing.assert_array_equal(stored.rows(30, 31), cells.X[30:31])
+        np.testing.assert_array_equal(stored.take(np.array([0, 6, 7, 169])), cells.X[[0, 6, 7, 169]])
+    for statistic in ("mean", "median"):
+        np.testing.assert_array_equal(aggregate(path, statistic=statistic).X, aggregate(cells, statistic=statistic).X)
 
 
 def test_fields_become_regions_of_spatialdata():

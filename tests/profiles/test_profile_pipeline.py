@@ -51,7 +51,7 @@ def test_plates_of_several_files_become_one_table(tmp_path):
     assert joined.uns["cellvim"]["profile"]["aggregate"]["rows"] == cells.n_obs
     np.testing.assert_array_equal(profile(tmp_path).layers["robustmad"], joined.layers["robustmad"])  # a folder of them
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(InputError, match="holds no embeddings"):
+    with pytest.raises(InputError, match="contains no embeddings"):
         profile(tmp_path / "nothing")
 
 
@@ -103,7 +103,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert read_profiles(path).n_obs
     with pytest.raises(OutputError, match=r"folder .*nowhere"):
         profile(make_profiles(), tmp_path / "nowhere" / "p.h5ad", statistic=None)
-    with pytest.raises(InputError, match="none of the formats"):
+    with pytest.raises(InputError, match="is not supported"):
         profile(make_profiles(), tmp_path / "p.xlsx", statistic=None)
 
 
@@ -140,5 +140,5 @@ def test_a_name_without_a_suffix_is_read_by_what_is_in_it(tmp_path, suffix):
 
 def test_a_file_that_is_nothing_of_the_kind_is_refused(tmp_path):
     (tmp_path / "results").write_text("no embeddings")
-    with pytest.raises(InputError, match="none of the formats"):
+    with pytest.raises(InputError, match="is not supported"):
         read_profiles(tmp_path / "results")
