@@ -195,7 +195,7 @@ def measure(method: str, folder: str, seed: int, keep: Path) -> dict:
         share = 2 if masked == HALVED else 1
         model = module(name, seed)
         if masked:
-            from cellvim.models.weights import save_checkpoint
+            from cellvim.models.checkpoints import save_checkpoint
 
             before = masked_module(seed)
             fit(before, data, MASKED["epochs"] // share)

@@ -149,7 +149,7 @@ def train(method: str, cells, task: str, seed: int, keep: Path, *, judge: str = 
 
 def pretrain(cells, task: str, seed: int, seconds: float, keep: Path, judge: str) -> tuple[str, int]:
     """Masked pre-training on all cells of the training wells; returns its checkpoint and steps."""
-    from cellvim.models.weights import save_checkpoint
+    from cellvim.models.checkpoints import save_checkpoint
 
     steps = steps_of("masked", seconds)
     path = keep / f"masked_{task}_{judge}_{steps}_{seed}.safetensors"

@@ -23,11 +23,11 @@ _HOMES = {  # public name -> the module that defines it
     "export_onnx": "cellvim.models.onnx",
     "from_pycytominer": "cellvim.profiles",
     "list_models": "cellvim.models.registry",
-    "load_checkpoint": "cellvim.models.weights",
-    "load_reference": "cellvim.models.weights",
+    "load_checkpoint": "cellvim.models.registry",
+    "load_reference": "cellvim.models.checkpoints",
     "open_plate": "cellvim.data.plate",
     "profile": "cellvim.profiles",
-    "save_checkpoint": "cellvim.models.weights",
+    "save_checkpoint": "cellvim.models.checkpoints",
     "to_pycytominer": "cellvim.profiles",
     "to_spatialdata_table": "cellvim.profiles",
 }
@@ -59,12 +59,12 @@ if TYPE_CHECKING:
     from cellvim.embedding import embed
     from cellvim.errors import CellvimError
     from cellvim.evaluate import evaluate_profiles
+    from cellvim.models.checkpoints import load_reference, save_checkpoint
     from cellvim.models.config import EncoderConfig
     from cellvim.models.encoder import Encoder
     from cellvim.models.mae import MaskedAutoencoder
     from cellvim.models.onnx import export_onnx
-    from cellvim.models.registry import create_model, list_models
-    from cellvim.models.weights import load_checkpoint, load_reference, save_checkpoint
+    from cellvim.models.registry import create_model, list_models, load_checkpoint
     from cellvim.profiles import from_pycytominer, profile, to_pycytominer, to_spatialdata_table
 
 

@@ -131,7 +131,7 @@ def test_evaluation_sees_tables_and_never_torch():
             assert not {"models", "ops", "data"} & {_part(name) for name in _imports(path)}, _name(path)
 
 
-BRIDGES = {"cellvim.models.hub": "huggingface_hub", "cellvim.models.timm_registration": "timm"}  # optional
+BRIDGES = {"cellvim.models.checkpoints": "huggingface_hub", "cellvim.models.timm_registration": "timm"}  # optional
 
 
 def test_kernels_and_models_need_torch_and_numpy_alone():
@@ -157,13 +157,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas
 import torch.nn as nn
-from ..models import vit
+from ..models import blocks
 def f():
     from cellvim import report
     import lightning
 """
     found = _imports_of(source, PACKAGE / "data" / "made_up.py")
-    assert {"torch.nn", "cellvim.models", "cellvim.models.vit", "cellvim.report", "lightning"} <= found
+    assert {"torch.nn", "cellvim.models", "cellvim.models.blocks", "cellvim.report", "lightning"} <= found
     assert "pandas" not in found
     assert "lightning" not in _imports_of(source, PACKAGE / "data" / "made_up.py", top_level_only=True)
 

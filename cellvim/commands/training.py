@@ -40,9 +40,9 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
+    from cellvim.models.checkpoints import model_card, shipped_models
     from cellvim.models.flops import count_flops, count_parameters
     from cellvim.models.registry import DESCRIPTIONS, FAMILIES, list_models, model_config
-    from cellvim.models.shipped import model_card, shipped_models
 
     if family in shipped_models():
         print(model_card(family))

@@ -22,7 +22,6 @@ import torch
 from cellvim.data.crops import FieldCrops, resize_on_device, stream_crops
 from cellvim.embedding.ledger import Key, Rows
 from cellvim.errors import CellvimError, DeviceError
-from cellvim.models.graphs import replayed
 
 if TYPE_CHECKING:
     from cellvim.data.plate import Field
@@ -58,7 +57,12 @@ def _embed_plate(
     """One stream of fields; begun again behind a field that breaks it."""
     in_hand: deque[Key] = deque()  # taken from the keys, and without a result yet
     encode = _encode_packed if plan.batch_size > 1 and plan.device != "cpu" else _encode_by_field
-    features_of = replayed(plan.model, autocast=_lower(plan)).forward_features  # batches have few shapes, and repeat
+    model = plan.model
+    if plan.device.startswith("cuda"):
+        from cellvim.models.graphs import replayed
+
+        model = replayed(model, autocast=_lower(plan))  # batches have few shapes
+    features_of = model.forward_features
     left: Iterator[Key] | None = keys
     while left is not None:
         taken, left = left, None

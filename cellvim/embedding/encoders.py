@@ -22,15 +22,15 @@ def choose_encoder(
         return model, "the given model"
     path = Path(model)
     if path.exists() or path.suffix in (".safetensors", ".pth", ".ckpt"):
-        from cellvim.models.weights import load_checkpoint
+        from cellvim.models.registry import load_checkpoint
 
         return load_checkpoint(path), path.name
     import torch
 
-    from cellvim.models.shipped import shipped_models
+    from cellvim.models.checkpoints import shipped_models
 
     if str(model) in shipped_models():
-        from cellvim.models.weights import load_checkpoint
+        from cellvim.models.registry import load_checkpoint
 
         return load_checkpoint(shipped_models()[str(model)]), str(model)
 

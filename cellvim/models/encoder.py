@@ -1,4 +1,4 @@
-"""Encoder: patch embedding, blocks and read-out of every model of the family."""
+"""Encoder: patch embedding, blocks and readout of every model of the family."""
 
 from __future__ import annotations
 
@@ -12,50 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from cellvim import ops
 from cellvim.errors import InputError, ModelError, listing
+from cellvim.models.blocks import ATTENTION_EPS, AttentionBlock, Block, Norm
+from cellvim.models.checkpoints import Pretrained
 from cellvim.models.config import EncoderConfig
-from cellvim.models.drop_path import drop_path
-from cellvim.models.grid import TokenGrid
-from cellvim.models.hub import HubModel
-from cellvim.models.mixer import Mixer, Scale
+from cellvim.models.grid import TokenGrid, kept_ids, kept_mask
 from cellvim.models.patch_embed import Channels, ChannelSampler, PatchEmbed, check_images, resolve_channels
-from cellvim.models.vit import EPS as VIT_EPS
-from cellvim.models.vit import AttentionBlock
-from cellvim.ops.scan_plan import ScanPlan
 
-_TOKENS_AT_ONCE = 2048  # of an inference on the CPU
+_CPU_TOKENS = 2048  # tokens per pass of an inference on the CPU
 
 
-class Block(nn.Module):
-    """Add the last mixer's output to the residual stream, normalise, mix (paper Fig. 2)."""
+class Encoder(nn.Module, Pretrained):
+    """Map images to features: FastVim, FastChannelVim, FastMaskVim, Vim, ChannelVim, ViT or ChannelViT.
 
-    def __init__(self, config: EncoderConfig, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.norm = Norm(config.embed_dim, config.input_norm)
-        self.mixer = Mixer(config)
-        self.drop_rate = drop_rate
-
-    def forward(self, hidden: Tensor, residual: Tensor | None, plan: ScanPlan) -> tuple[Tensor, Tensor]:
-        """Take the last block's output and the residual, both (B, L, D); return this block's."""
-        normed, residual = self.norm(hidden, residual)
-        return drop_path(self.mixer(normed, plan), self.drop_rate, self.training), residual
-
-
-class Norm(Scale):
-    """Residual addition and RMSNorm or LayerNorm in one op."""
-
-    def __init__(self, width: int, kind: str, eps: float = 1e-5) -> None:
-        super().__init__(width, bias=kind == "layer")
-        self.kind, self.eps = kind, eps
-
-    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (normed sum, sum), each (B, L, D)."""
-        return ops.add_norm(hidden, residual, self.weight, self.bias, self.eps, self.kind)
-
-
-class Encoder(nn.Module, HubModel):
-    """Turns images into features: FastVim, FastChannelVim, FastMaskVim, Vim, ChannelVim, ViT or ChannelViT.
-
-    Which one is decided by the `EncoderConfig` alone; `cellvim.create_model` has the named ones.
+    The architecture is determined by the `EncoderConfig`; `cellvim.create_model` makes the named ones.
 
     Examples
     --------
@@ -73,17 +42,17 @@ class Encoder(nn.Module, HubModel):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         if not isinstance(config, EncoderConfig):
-            raise ModelError(f"Encoder was given a {type(config).__name__}; expected an EncoderConfig.")
+            raise ModelError(f"Encoder got a {type(config).__name__}; expected an EncoderConfig.")
         self.config = config
-        self.is_trained = False  # set by `load_checkpoint` and training; untrained weights are said to be so
-        self.gradient_checkpointing = False  # in training keep only each block's input, and compute the rest twice
+        self.is_trained = False  # set by `load_checkpoint` and training
+        self.gradient_checkpointing = False  # recompute each block in the backward pass to save memory
         D = config.embed_dim
         self.patch_embed = PatchEmbed(config)
-        self._built_grid = self._patch_grid(config.image_height, config.image_width)
+        self.built_grid = self._patch_grid(config.image_height, config.image_width)
         if config.class_token != "none":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         if config.position_embedding:
-            rows, columns = self._built_grid
+            rows, columns = self.built_grid
             self.pos_embed = nn.Parameter(torch.zeros(1, rows * columns + self._class_has_position, D))
         block = AttentionBlock if config.mixer == "attention" else Block
         rates = [config.drop_path_rate * i / max(1, config.depth - 1) for i in range(config.depth)]
@@ -92,25 +61,25 @@ class Encoder(nn.Module, HubModel):
             for i in range(len(config.out_indices)):
                 setattr(self, f"outnorm_{i}", nn.LayerNorm(D))
         else:
-            self.norm_f = Norm(D, "layer", VIT_EPS) if config.mixer == "attention" else Norm(D, config.input_norm)
+            self.norm_f = Norm(D, "layer", ATTENTION_EPS) if config.mixer == "attention" else Norm(D, config.input_norm)
         self.head = nn.Linear(D, config.num_classes) if config.num_classes else nn.Identity()
         self.channel_sampler = ChannelSampler()
-        self.register_load_state_dict_post_hook(_without_channel_draws)
+        self.register_load_state_dict_post_hook(_ignore_missing_sampler_state)
         self.reset_parameters()
 
     def forward(self, images: Tensor, channels: Channels = None, keep: Tensor | None = None) -> Tensor:
-        """Classify images, or return their features if the model has no head.
+        """Return the logits of images, or their features if the model has no head.
 
         Parameters
         ----------
         images
-            (B, C, H, W), normalised per channel. Any H and W: whole patches are made by zero-padding, and the position
-            embedding is resized when the grid differs from the one that was built for.
+            (B, C, H, W), normalised per channel. H and W are arbitrary: images are zero-padded to a multiple of the
+            patch size, and the position embedding is resized to the grid.
         channels
-            Ids or names of the images' channels, (C,), or one such list a sample; None for all of the model's.
+            Ids or names of the images' channels, (C,), or one such list per sample. None for all channels of the model.
         keep
-            (B, L) bool over the tokens in the model's scan order: those that exist; or their ids, (B, K) int64 padded
-            with −1; None for all. No channels are drawn in training when it is given.
+            Tokens that exist, in the model's scan order: a mask (B, L) bool, or ids (B, K) int64 padded with −1. None
+            for all. With ``keep``, channels are not sampled in training.
 
         Returns
         -------
@@ -119,7 +88,7 @@ class Encoder(nn.Module, HubModel):
         Raises
         ------
         ChannelError
-            A channel is unknown, or their number does not fit the images.
+            A channel is unknown, or the number of channels does not match the images.
         """
         return self.forward_head(*self._tokens(images, channels, keep))
 
@@ -130,23 +99,23 @@ class Encoder(nn.Module, HubModel):
     def forward_tokens(self, images: Tensor, channels: Channels = None, keep: Tensor | None = None) -> Tensor:
         """Return all tokens after the final norm, (B, L, D), in the model's scan order.
 
-        With a class token L counts it. With ``keep``, a sample's tokens stand first and the rest are zero.
+        L includes a class token. With ``keep``, a sample's tokens come first and the rest are zero.
         """
         return self._tokens(images, channels, keep)[0]
 
     def forward_token_maps(self, images: Tensor, channels: Channels = None) -> Tensor:
         """Return the tokens after the final norm as maps, (B, D, C, rows, columns), channels in the images' order.
 
-        C is 1 with joint tokens; a class token is left out.
+        C is 1 with joint tokens. A class token is omitted.
         """
         tokens, grid = self._tokens(images, channels, None)
         maps = self._map(tokens, -1, grid)
         return maps if self.config.tokens == "per_channel" else maps[:, :, None]
 
     def forward_head(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
-        """Read the tokens out and classify them, (B, L, D) -> (B, num_classes); the feature without a head."""
+        """Return the logits of tokens, (B, L, D) -> (B, num_classes), or their feature if the model has no head."""
         if self.config.readout == "max" and self.config.num_classes and grid.class_position is None:
-            return _max_over(self.classify(tokens), _present(grid))
+            return _max_over(self.classify(tokens), grid.stored_mask)
         return self.classify(self._read(tokens, grid))
 
     def forward_intermediates(
@@ -157,22 +126,22 @@ class Encoder(nn.Module, HubModel):
         residual: bool = True,
         keep: Tensor | None = None,
     ) -> list[Tensor]:
-        """Return maps of chosen blocks, for segmentation and detection heads.
+        """Return the feature maps of selected blocks, for segmentation and detection heads.
 
         Parameters
         ----------
         images, channels, keep
-            As in `forward`; maps are zero where a sample has no token.
+            As in `forward`. Maps are zero where a sample has no token.
         indices
-            Blocks, 0 … depth − 1; None for ``config.out_indices``, or all blocks without them.
+            Blocks, 0 … depth − 1. None for ``config.out_indices``, or for all blocks if that is empty.
         residual
-            Include the residual stream in a block's map. The published detection code leaves it out, so that a map
-            holds only what its block adds; ``False`` reproduces that.
+            Include the residual stream in the maps. ``False`` reproduces the published detection code, whose maps
+            contain only the output of the block.
 
         Returns
         -------
-        list of (B, D, rows, columns), or (B, D, C, rows, columns) with per-channel tokens. With ``config.out_indices``
-        each map is layer-normed by the ``outnorm`` of its index.
+        list of (B, D, rows, columns), or of (B, D, C, rows, columns) with per-channel tokens. With
+        ``config.out_indices`` each map is normalised by the ``outnorm`` of its index.
 
         References
         ----------
@@ -182,7 +151,7 @@ class Encoder(nn.Module, HubModel):
             indices = self.config.out_indices or range(self.config.depth)
         indices = list(indices) if isinstance(indices, Iterable) else indices
         if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
-            raise InputError(f"indices is {indices!r}; expected a list of block numbers.")
+            raise InputError(f"indices is {indices!r}; expected a list of block indices.")
         unknown = [i for i in indices if not 0 <= i < self.config.depth]
         if unknown:
             raise InputError(f"Blocks {listing(unknown)} are not among 0 to {self.config.depth - 1}.")
@@ -197,9 +166,9 @@ class Encoder(nn.Module, HubModel):
         return [maps[i] for i in indices]
 
     def embed(self, images: Tensor, channels: Channels = None, keep: Tensor | None = None) -> tuple[Tensor, TokenGrid]:
-        """Make the tokens that the first block reads, and the grid that says where each lies.
+        """Return the input tokens of the first block and their grid.
 
-        In training with ``config.channel_sampling``, channels are drawn here.
+        In training, channels are sampled here if ``config.channel_sampling`` is not "none".
 
         Returns
         -------
@@ -210,14 +179,12 @@ class Encoder(nn.Module, HubModel):
 
     def _embed_chosen(self, images: Tensor, channels: Tensor | None, keep: Tensor | None) -> tuple[Tensor, TokenGrid]:
         grid = self._grid(images, channels, keep)
-        tokens = self.patch_embed(images, channels, grid.exist)  # a grid, see PatchEmbed
+        tokens = self.patch_embed(images, channels, grid.mask)  # a grid, see PatchEmbed
         if self.config.position_embedding:
             tokens = tokens + self._position(grid.rows, grid.columns)
-        tokens = tokens.flatten(1, -2)  # (B, L, D)
-        if grid.kept is not None:
-            tokens = tokens.gather(1, grid.kept.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[-1]))
-            if grid.is_ragged:
-                tokens = tokens * (grid.kept >= 0)[..., None]
+        tokens = grid.gather(tokens.flatten(1, -2))  # (B, L, D)
+        if grid.is_ragged:
+            tokens = tokens * (grid.kept >= 0)[..., None]
         if grid.class_position is not None:
             tokens = self._insert_class_token(tokens, grid.class_position)
         return tokens, grid
@@ -225,8 +192,8 @@ class Encoder(nn.Module, HubModel):
     def run_blocks(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
         """Pass embedded tokens through the blocks and the final norm, (B, L, D) -> (B, L, D)."""
         if hidden.device.type == "cpu" and grid.kept is None and _is_plain_inference(hidden):
-            # A few images at once stay in the processor's cache and need little memory; rows are independent.
-            parts = hidden.split(max(1, _TOKENS_AT_ONCE // hidden.shape[1]))
+            # Small parts fit the processor's cache and need little memory; samples are independent.
+            parts = hidden.split(max(1, _CPU_TOKENS // hidden.shape[1]))
             if len(parts) > 1:
                 return torch.cat([self._run_without_gradients(part, grid) for part in parts])
             del parts
@@ -239,13 +206,13 @@ class Encoder(nn.Module, HubModel):
             else:
                 hidden, residual = block(hidden, residual, grid.plan(i))
         tokens, _ = self.norm_f(hidden, residual)
-        return tokens * _present(grid)[..., None] if grid.is_ragged else tokens
+        return tokens * grid.stored_mask[..., None] if grid.is_ragged else tokens
 
     def _run_without_gradients(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
-        """The blocks one after the other, each array let go as soon as it has been read."""
+        """Run the blocks and release each array as soon as it has been read."""
         residual = None
         for i, block in enumerate(self.layers):
-            if isinstance(block, Block):  # what Block.forward does, but that its caller holds no array meanwhile
+            if isinstance(block, Block):  # as in Block.forward, whose caller would keep the arrays alive
                 normed, residual = block.norm(hidden, residual)
                 del hidden
                 hidden = block.mixer(normed, grid.plan(i))
@@ -259,7 +226,7 @@ class Encoder(nn.Module, HubModel):
             raise ModelError("This model has out_indices and no final norm; call forward_intermediates.")
         embedded = list(self.embed(images, channels, keep))
         grid = embedded.pop()
-        return self.run_blocks(embedded.pop(), grid), grid  # popped: the tokens are let go after the first block
+        return self.run_blocks(embedded.pop(), grid), grid  # popped, so that the tokens are freed after the first block
 
     def _read(self, tokens: Tensor, grid: TokenGrid) -> Tensor:
         """(B, L, D) -> (B, D), or all tokens for ``readout="tokens"``."""
@@ -268,27 +235,29 @@ class Encoder(nn.Module, HubModel):
         if grid.class_position is not None:
             return tokens[:, grid.class_position]
         if self.config.readout == "max":
-            return _max_over(tokens, _present(grid))
+            return _max_over(tokens, grid.stored_mask)
         if not grid.is_ragged:
             return tokens.mean(1) if self.config.readout == "mean" else tokens[:, -1]
-        count = _present(grid).sum(1)  # (B,)
+        count = grid.stored_mask.sum(1)  # (B,)
         if self.config.readout == "mean":
             return tokens.sum(1) / count[:, None]  # absent tokens are zero
         return tokens[torch.arange(len(tokens), device=tokens.device), count - 1]
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return the head's logits of features (…, D); the features themselves without a head."""
+        """Return the logits of features (…, D), or the features themselves if the model has no head."""
         return ops.linear(features, self.head.weight, self.head.bias) if self.config.num_classes else features
 
     def _choose_channels(self, images: Tensor, channels: Channels, draw: bool) -> tuple[Tensor, Tensor | None]:
-        """Check the images; put joint channels into the model's order; draw per-channel ones in training."""
+        """Check images, reorder the channels of joint tokens, and in training sample those of per-channel tokens."""
         config = self.config
         check_images(images, self.patch_embed.proj.weight.dtype)
         channels = resolve_channels(channels, images, config)
         if config.tokens == "joint":
             if channels is not None:
                 if channels.ndim != 1 or channels.shape[0] != config.in_channels:
-                    raise ModelError("A model of joint tokens needs all its channels, the same for every sample.")
+                    raise ModelError(
+                        "A model with joint tokens needs all its channels, and the same ones for every sample."
+                    )
                 images = images[:, channels.argsort()]
             return images, None
         if not draw or not self.training or config.channel_sampling == "none":
@@ -296,7 +265,7 @@ class Encoder(nn.Module, HubModel):
         if channels is None:
             channels = torch.arange(images.shape[1], device=images.device)
         if channels.ndim == 2 and bool((channels < 0).any()):
-            return images, channels  # samples that lack channels are sampled enough
+            return images, channels  # batches with missing channels are not sampled further
         samples = len(images) if config.sample_channels_per_image else None
         drawn = self.channel_sampler.draw(
             images.shape[1], ordered=config.channel_sampling == "sorted", samples=samples
@@ -307,7 +276,7 @@ class Encoder(nn.Module, HubModel):
         return images[rows, drawn], channels.expand(len(images), -1).gather(1, drawn)
 
     def _grid(self, images: Tensor, channels: Tensor | None, keep: Tensor | None) -> TokenGrid:
-        """The `TokenGrid` of these images: full, or of the tokens that exist."""
+        """Return the `TokenGrid` of the images."""
         rows, columns = self._patch_grid(*images.shape[-2:])
         count = images.shape[1] if self.config.tokens == "per_channel" else 1
         channel_count = None
@@ -316,14 +285,14 @@ class Encoder(nn.Module, HubModel):
             exist = (channels >= 0)[:, None, :].expand(-1, rows * columns, -1)  # (B, H·W, C)
             exist = exist if self.config.scan_order == "channel_first" else exist.transpose(1, 2)
             exist = exist.flatten(1)
-            keep = exist if keep is None else _as_mask(keep, exist.shape) & exist
+            keep = exist if keep is None else kept_mask(keep, exist.shape) & exist
         if images.shape[0] == 0:
-            keep = None  # no sample, no missing token
+            keep = None  # an empty batch has no missing tokens
         kept = None if keep is None else kept_ids(keep, images.shape[0], rows * columns * count)
         length = rows * columns * count if kept is None else kept.shape[1]
         positions = {"none": None, "first": 0, "middle": length // 2}
         if kept is not None and bool((kept[:, -1:] < 0).any()):
-            positions["middle"] = 0  # samples differ in where their middle is
+            positions["middle"] = 0  # the middle differs between samples
         return TokenGrid(
             self.config,
             rows,
@@ -337,37 +306,29 @@ class Encoder(nn.Module, HubModel):
         )
 
     def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches in the order of the scan path."""
+        """Return the numbers of rows and columns of patches, swapped for ``scan_path="colwise"``."""
         rows, columns = self.config.grid_size(height, width)
         return (columns, rows) if self.config.scan_path == "colwise" else (rows, columns)
 
     @property
     def _class_has_position(self) -> bool:
-        """As published: Vim's class token has a position, ChannelVim's has none."""
+        """Whether the class token has a position embedding: in Vim it does, in ChannelVim it does not."""
         return self.config.class_token != "none" and self.config.tokens == "joint"
 
     def _class_index(self, length: int) -> int:
-        """Row of the class token in the position table of ``length`` patches."""
+        """Return the row of the class token in the position table of ``length`` patches."""
         return 0 if self.config.class_token == "first" else length // 2
 
     def _position(self, rows: int, columns: int) -> Tensor:
-        """The patches' position embedding as a grid, resized bicubically if it was built for another one."""
+        """Return the position embedding of the patches as a grid, resized if the grid differs from the built one."""
         position = self.pos_embed
         if self._class_has_position:
             index = self._class_index(position.shape[1] - 1)
             position = torch.cat([position[:, :index], position[:, index + 1 :]], dim=1)
-        grid = self._resize_position(position.unflatten(1, self._built_grid), rows, columns)  # (1, rows, columns, D)
+        grid = resize_positions(position.unflatten(1, self.built_grid), rows, columns)  # (1, rows, columns, D)
         if self.config.tokens == "joint":
             return grid
         return grid[:, :, :, None] if self.config.scan_order == "channel_first" else grid[:, None]
-
-    @staticmethod
-    def _resize_position(grid: Tensor, rows: int, columns: int) -> Tensor:
-        """Resize a (1, rows, columns, D) table bicubically, unless it fits."""
-        if grid.shape[1:3] == (rows, columns):
-            return grid
-        grid = F.interpolate(grid.permute(0, 3, 1, 2), (rows, columns), mode="bicubic", align_corners=False)
-        return grid.permute(0, 2, 3, 1)
 
     def _insert_class_token(self, tokens: Tensor, place: int) -> Tensor:
         class_token = self.cls_token
@@ -378,42 +339,40 @@ class Encoder(nn.Module, HubModel):
         return torch.cat([tokens[:, :place], class_token, tokens[:, place:]], dim=1)
 
     def _map(self, tokens: Tensor, block: int, grid: TokenGrid) -> Tensor:
-        """(B, L, D) of a block as maps, see `forward_intermediates`."""
+        """Return the tokens of a block as maps, see `forward_intermediates`."""
         if grid.class_position is not None:
             place = grid.class_position
             tokens = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], dim=1)
         if block in self.config.out_indices:
             tokens = getattr(self, f"outnorm_{self.config.out_indices.index(block)}")(tokens)
-        if grid.kept is not None:
-            ids = torch.where(grid.kept < 0, grid.count, grid.kept)[..., None].expand_as(tokens)
-            full = tokens.new_zeros(tokens.shape[0], grid.count + 1, tokens.shape[2])  # a spare one for absent tokens
-            tokens = full.scatter(1, ids, tokens)[:, : grid.count]
         shape = [grid.sizes[a] for a in grid.axes]
-        tokens = tokens.unflatten(1, shape).permute(
-            0, 4, *(1 + grid.axes.index(a) for a in ("channel", "row", "column"))
+        tokens = (
+            grid.scatter(tokens)
+            .unflatten(1, shape)
+            .permute(0, 4, *(1 + grid.axes.index(a) for a in ("channel", "row", "column")))
         )
         if self.config.scan_path == "colwise":
             tokens = tokens.transpose(3, 4)
         return tokens if self.config.tokens == "per_channel" else tokens[:, :, 0]
 
     def checkpoint_options(self) -> dict[str, Any]:
-        """Return what `save_checkpoint` keeps beside the configuration; nothing for an encoder."""
+        """Return the arguments that a checkpoint stores beside the configuration; none for an encoder."""
         return {}
 
     def get_extra_state(self) -> Tensor:
-        """The channel draws' generator, so that checkpoints resume them."""
+        """Return the state of the channel sampler, so that a resumed training continues its draws."""
         return self.channel_sampler.state
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The inverse of `get_extra_state`."""
+        """Restore the state returned by `get_extra_state`."""
         try:
             self.channel_sampler.state = state
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise ModelError(f"_extra_state is no state of the channel draws ({error}).") from error
+            raise ModelError(f"_extra_state is not a state of the channel sampler ({error}).") from error
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise what is not a block's, as the published models (golden statistics)."""
+        """Initialise the parameters outside the blocks as in the published models."""
         config = self.config
         if config.tokens == "joint":
             _lecun_normal(self.patch_embed.proj.weight)
@@ -429,70 +388,31 @@ class Encoder(nn.Module, HubModel):
             nn.init.zeros_(self.head.bias)
 
 
-def kept_ids(keep: Tensor, batch: int, count: int) -> Tensor:
-    """Turn a mask of kept tokens (B, L) bool, or ids (B, K) padded with −1, into ascending ids padded with −1.
-
-    Raises
-    ------
-    InputError
-        The mask does not fit the images, or leaves a sample without a token.
-    """
-    keep = _as_mask(keep, (batch, count))
-    longest = int(keep.sum(1).max()) if batch else 0
-    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-    ids = torch.where(keep.gather(1, order), order, -1)
-    if batch and (ids.shape[1] == 0 or bool((ids[:, 0] < 0).any())):
-        raise InputError("keep leaves a sample without any token; expected at least one.")
-    return ids
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Resize a (1, rows, columns, D) table bicubically, unless it has that size."""
+    if table.shape[1:3] == (rows, columns):
+        return table
+    table = F.interpolate(table.permute(0, 3, 1, 2), (rows, columns), mode="bicubic", align_corners=False)
+    return table.permute(0, 2, 3, 1)
 
 
-def _as_mask(keep: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A mask (B, L) bool of kept tokens, given as such or as ids (B, K) padded with −1."""
-    batch, count = shape
-    if not isinstance(keep, Tensor):
-        raise InputError(f"keep is a {type(keep).__name__}; expected a torch.Tensor of shape {tuple(shape)}.")
-    if keep.ndim != 2 or keep.shape[0] != batch:
-        raise InputError(f"keep has shape {tuple(keep.shape)}; expected a row for each of the {batch} samples.")
-    if keep.dtype == torch.bool:
-        if keep.shape[1] != count:
-            raise InputError(f"keep has shape {tuple(keep.shape)}; expected ({batch}, {count}), one value a token.")
-        return keep
-    if keep.is_floating_point():
-        raise InputError(f"keep is {keep.dtype}; expected bool, or ids as whole numbers.")
-    ids = torch.where(keep < 0, count, keep).long()
-    mask = torch.zeros(batch, count + 1, dtype=torch.int64, device=keep.device)
-    if bool((keep >= count).any()) or bool((mask.scatter_add(1, ids, torch.ones_like(ids))[:, :count] > 1).any()):
-        raise InputError(f"keep has ids beyond {count - 1}, or a token twice for one sample.")
-    return mask.scatter(1, ids, 1)[:, :count].bool()
-
-
-def _without_channel_draws(_, incompatible_keys) -> None:
-    """A state dict of another code has no state of our channel draws, and needs none."""
+def _ignore_missing_sampler_state(_, incompatible_keys) -> None:
+    """Do not require the channel sampler's state, which state dicts of other code do not have."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith("_extra_state")]
 
 
 def _is_plain_inference(x: Tensor) -> bool:
-    """Whether nothing watches the computation: no gradients, no graph being made."""
+    """Whether neither gradients are recorded nor a graph is traced."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.requires_grad)
 
 
-def _present(grid: TokenGrid) -> Tensor | None:
-    """(B, L) bool of the stored tokens that exist, the class token included; None when all do."""
-    if not grid.is_ragged:
-        return None
-    present = grid.kept >= 0
-    if grid.class_position is None:
-        return present
-    return torch.cat([present.new_ones(len(present), 1), present], dim=1)  # ragged batches have it first
-
-
 def _max_over(x: Tensor, present: Tensor | None) -> Tensor:
-    """Maximum over the tokens that exist, (B, L, K) -> (B, K)."""
+    """Return the maximum over the tokens that exist, (B, L, K) -> (B, K)."""
     return (x if present is None else x.masked_fill(~present[..., None], float("-inf"))).amax(1)
 
 
 def _lecun_normal(weight: Tensor) -> None:
-    """Truncated normal of variance 1 / fan-in, as timm initialises patch embeddings."""
-    std = (1 / weight[0].numel()) ** 0.5 / 0.87962566103423978  # what truncation at ±2 σ takes away
+    """Fill with a truncated normal of variance 1 / fan-in, as timm does for patch embeddings."""
+    std = (1 / weight[0].numel()) ** 0.5 / 0.87962566103423978  # standard deviation after truncation at ±2 σ
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

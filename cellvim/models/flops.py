@@ -1,8 +1,8 @@
-"""Size of a model: parameters, and operations of a forward pass as the paper counts them.
+"""Numbers of parameters, and of operations of a forward pass as counted in the paper.
 
-Operations: a multiply-add of a matrix product or convolution counts once, as in the ViT and Vim literature; the
-selective scan counts 9 operations per step, inner dimension and state, as the Mamba literature does. Sums of those give
-the paper's 1.17 / 4.43 / 17.23 G for FastVim T / S / B at 224², within 3 %.
+A multiply-add of a matrix product or convolution counts as one operation, as in the ViT and Vim papers. The selective
+scan counts 9 operations per step, inner dimension and state, as in the Mamba literature. This reproduces the paper's
+1.17 / 4.43 / 17.23 G for FastVim T / S / B at 224² within 3 %.
 
 References
 ----------
@@ -11,20 +11,19 @@ Kapse et al., Fast Vision Mamba (2025), Table 1 and Fig. 4.
 
 from __future__ import annotations
 
+import torch
+
 from cellvim.errors import InputError
 from cellvim.models.config import EncoderConfig
+from cellvim.models.encoder import Encoder
 from cellvim.models.grid import TokenGrid
 
-_SCAN = 9  # exp, products and sums of one state in one step, as counted for Mamba
+_SCAN = 9  # exponential, products and sums of one state in one step
 
 
 def count_parameters(config: EncoderConfig) -> int:
-    """Count a model's parameters without making it: blocks are alike, so two small ones tell."""
-    from torch import device
-
-    from cellvim.models.encoder import Encoder
-
-    with device("meta"):
+    """Return the number of parameters of a model, from two shallow models without memory."""
+    with torch.device("meta"):
         one, two = (
             sum(p.numel() for p in Encoder(config.replace(depth=depth, out_indices=())).parameters())
             for depth in (1, 2)
@@ -38,29 +37,34 @@ def count_flops(
     width: int | None = None,
     channels: int | None = None,
 ) -> dict[str, float]:
-    """Count the operations of one image's forward pass, by part.
+    """Return the number of operations of one image's forward pass, by part.
 
     Parameters
     ----------
     config
-        The model.
+        Configuration of the model.
     height, width
-        In pixels; None for the size the model is built for.
+        Image size in pixels; None for the model's.
     channels
-        How many channels the image has, for per-channel tokens; None for all.
+        Number of channels of the image, for per-channel tokens; None for all.
 
     Returns
     -------
     dict
         Operations of ``patch_embed``, ``projections`` (in and out, or query to MLP), ``conv``, ``delta`` (Δ, B and C),
         ``scan`` or ``attention``, ``elementwise`` (norms, skip, gate, pooling), ``head``, and their ``total``.
+
+    Raises
+    ------
+    InputError
+        A size is smaller than 1 pixel, or the model does not have that many channels.
     """
     height = config.image_height if height is None else height
     width = config.image_width if width is None else width
     if min(height, width) < 1 or not (channels is None or 1 <= channels <= config.in_channels):
         raise InputError(
-            f"Cannot count for {height} x {width} pixels and {channels} channels; expected at least 1 pixel a side and "
-            f"1 to {config.in_channels} channels."
+            f"Cannot count the operations of {height} x {width} pixels and {channels} channels; expected at least "
+            f"1 x 1 pixel and 1 to {config.in_channels} channels."
         )
     rows, columns = config.grid_size(height, width)
     per_channel = config.tokens == "per_channel"

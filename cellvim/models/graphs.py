@@ -1,7 +1,7 @@
-"""Encoders replayed as CUDA graphs: one launch an inference, so that small batches do not wait for Python.
+"""CUDA graphs of encoders: one launch per inference, so that small batches are not limited by Python.
 
-A forward pass enqueues a few hundred kernels. Where the batch is small, the GPU is done with each before the next has
-been asked for. A graph records them once per input shape and replays all of them at once.
+A forward pass enqueues a few hundred kernels, and with small batches the GPU finishes each before the next is enqueued.
+A graph records the kernels once per input shape and replays all of them in one launch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from cellvim.errors import BackendError, ModelError
 from cellvim.models.encoder import Encoder
 from cellvim.models.patch_embed import Channels, resolve_channels
 
-_WARM_UPS = 3  # before capture: libraries allocate and choose their kernels
+_WARM_UPS = 3  # passes before the capture, in which libraries allocate memory and choose their kernels
 
 
 def replayed(model: Encoder, autocast: torch.dtype | None = None) -> Encoder | GraphedEncoder:
-    """Return the model as a `GraphedEncoder` where the CUDA kernels run it; itself elsewhere."""
+    """Return a `GraphedEncoder` of the model if it runs on the CUDA kernels, otherwise the model itself."""
     device = _device_of(model)
     if device.type != "cuda" or ops.selected_backend(device) != "cuda":
         return model
@@ -30,16 +30,17 @@ def replayed(model: Encoder, autocast: torch.dtype | None = None) -> Encoder | G
 
 
 class GraphedEncoder:
-    """An `Encoder` at inference whose kernels are captured once per shape and replayed.
+    """An `Encoder` whose inference is captured once per input shape and replayed.
 
     Parameters
     ----------
     model
-        On a CUDA GPU, in ``eval()``. Its weights may change in place; replacing them needs a new `GraphedEncoder`.
+        Encoder on a CUDA GPU, in evaluation mode. Its weights may change in place; replacing them needs a new
+        `GraphedEncoder`.
     autocast
         Type of the matrix products and tokens; None for the model's own.
     most_graphs
-        How many shapes are kept; the one that was used longest ago goes first. Each holds its activations' memory.
+        Number of graphs to keep, each with the memory of its activations. The least recently used is dropped first.
 
     Raises
     ------
@@ -56,7 +57,7 @@ class GraphedEncoder:
     def __init__(self, model: Encoder, autocast: torch.dtype | None = torch.bfloat16, most_graphs: int = 8) -> None:
         device = _device_of(model)
         if device.type != "cuda":
-            raise BackendError(f"The model is on {device.type}; CUDA graphs need it on a CUDA GPU. Call model.cuda().")
+            raise BackendError(f"The model is on {device.type}, but CUDA graphs need a CUDA GPU. Call model.cuda().")
         self.model = model
         self.autocast = autocast
         self.most_graphs = most_graphs
@@ -75,10 +76,10 @@ class GraphedEncoder:
         if self.model.training:
             raise ModelError("The model is in training mode; CUDA graphs are for inference. Call model.eval().")
         device = _device_of(self.model)
-        # Lists are checked on the CPU, where a look at the numbers stops nothing; of the images only the shape matters.
+        # Lists are checked on the CPU, which does not synchronise with the GPU; only the shape of the images matters.
         stand_in = images if isinstance(channels, Tensor) else torch.empty(0).expand(*images.shape[:2], 0)
         ids = resolve_channels(channels, stand_in, self.model.config)
-        if ids is not None and ids.ndim == 2:  # samples with channels of their own: their indices are data
+        if ids is not None and ids.ndim == 2:  # channels per sample: their indices are data
             return self._forward(method, images.to(device), ids.to(device))
         key = method.__name__, tuple(images.shape), images.dtype, None if ids is None else len(ids)
         if key not in self._graphs:
@@ -88,7 +89,7 @@ class GraphedEncoder:
         self._graphs.move_to_end(key)
         return self._graphs[key].replay(images, ids)
 
-    # Not as inference tensors, which later calls outside of torch.inference_mode() could not write to.
+    # Inference tensors could not be written to by later calls outside of torch.inference_mode().
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, method: Callable, images: Tensor, channels: Tensor | None) -> _Graph:
@@ -102,20 +103,22 @@ class GraphedEncoder:
                     self._forward(method, images, channels)
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Other threads, which read and copy images, may go on meanwhile.
+            # "thread_local": other threads may read and copy images meanwhile.
             try:
                 with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
                     output = self._forward(method, images, channels)
             except RuntimeError as error:
-                if isinstance(error.__context__, torch.OutOfMemoryError):  # it broke the capture, whose end failed, too
+                if isinstance(
+                    error.__context__, torch.OutOfMemoryError
+                ):  # it broke the capture, whose end failed as well
                     raise error.__context__ from None
                 raise
         return _Graph(graph, images, channels, output)
 
     @torch.no_grad()
     def _forward(self, method: Callable, images: Tensor, channels: Tensor | None) -> Tensor:
-        # Without the cache: weights that were cast outside the graph would not be there when it is replayed. Whatever
-        # autocast the caller has set stays outside, too.
+        # Without the cache of autocast: weights cast outside the graph would be missing when it is replayed. The
+        # caller's own autocast is overridden.
         lower = self.autocast or torch.bfloat16
         with torch.autocast("cuda", lower, enabled=self.autocast is not None, cache_enabled=False):
             return method(images, channels)
@@ -127,7 +130,7 @@ def _device_of(model: Encoder) -> torch.device:
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured forward pass, and the memory that it reads and writes."""
+    """A captured forward pass with its input and output memory."""
 
     graph: torch.cuda.CUDAGraph
     images: Tensor

@@ -1,7 +1,7 @@
-"""TokenGrid: where each token lies, and in which order each block visits and pools the tokens.
+"""TokenGrid: the position of each token, and the order in which each block visits and pools the tokens.
 
-Blocks and mixers know no rows, columns, channels or masks: they get a `ScanPlan` from here and mix tokens blindly. Only
-what makes tokens of pixels, or pixels of tokens (patch embedding, decoder, dense maps), knows the grid besides.
+Blocks know nothing of rows, columns, channels or masks; they mix tokens as described by a `ScanPlan` from this module.
+Only code that converts pixels to tokens or tokens to pixels (patch embedding, decoder, dense maps) also uses the grid.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from math import prod
 import torch
 from torch import Tensor
 
-from cellvim.errors import ModelError
+from cellvim.errors import InputError, ModelError
 from cellvim.models.config import EncoderConfig
 from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 
 @dataclass(eq=False)
 class TokenGrid:
-    """The tokens of a batch: a full grid, or any subset of it per sample, with or without a class token.
+    """The tokens of a batch: a full grid or any subset of it per sample, with or without a class token.
 
     Parameters
     ----------
     config
-        The model's choices.
+        The model's configuration.
     rows, columns, channels
-        Size of the grid, after a transposition by ``scan_path``; one channel for joint tokens.
+        Size of the grid, after the transposition for ``scan_path="colwise"``; one channel for joint tokens.
     kept
-        None for the full grid. Else (B, K) int64: ids of each sample's tokens in the full grid's scan order, ascending,
-        padded with −1 at the end.
+        None for the full grid. Otherwise (B, K) int64: ascending ids of each sample's tokens in the scan order of the
+        full grid, padded with −1 at the end.
     channel_count
-        With ``kept``: (B,) int64, how many of the channels each sample has at all (channels that a sample lacks take
-        no scan step; masked tokens of channels it has do). None for all.
+        With ``kept``: (B,) int64, the number of channels that each sample has. Channels that a sample lacks take no
+        scan steps; masked tokens of its own channels do. None for all channels.
     class_position
-        Where in the stored sequence the class token stands; None for no class token. (Where it stands in a block's
-        order is the same for a full grid; in a ragged batch it is stored first and visited at its place.)
+        Index of the class token in the stored sequence; None without a class token. For a full grid its index in a
+        block's order is the same. In a ragged batch it is stored first and visited at its own position.
     device
-        Where the plans' indices lie.
+        Device of the plans' indices.
     dtype
-        Of the plans' weights: float32, or float64 for a model in float64.
+        Type of the plans' weights: float32, or float64 for a model in float64.
 
     Attributes
     ----------
@@ -63,8 +63,8 @@ class TokenGrid:
         self.is_ragged = self.kept is not None and bool((self.kept[:, -1:] < 0).any())
         if self.is_ragged and self.config.mask_reverse == "reference":
             raise ModelError(
-                "mask_reverse='reference' needs the same number of tokens in every sample of a batch, as the published "
-                "models had; this batch differs. Use mask_reverse='mirrored' or batches of equal counts."
+                "mask_reverse='reference' needs the same number of tokens in every sample of a batch, as in the "
+                "published models. Use mask_reverse='mirrored' or batches of equal counts."
             )
 
     @property
@@ -85,15 +85,40 @@ class TokenGrid:
         return self.rows * self.columns * self.channels
 
     @property
-    def exist(self) -> Tensor | None:
-        """(B, L) bool: which tokens of the full grid there are; None for all."""
+    def mask(self) -> Tensor | None:
+        """(B, L) bool: the tokens of the full grid that exist; None for all."""
         if self.kept is None:
             return None
         mask = torch.zeros(self.kept.shape[0], self.count + 1, dtype=torch.bool, device=self.kept.device)
         return mask.scatter(1, torch.where(self.kept < 0, self.count, self.kept), True)[:, : self.count]
 
+    @property
+    def stored_mask(self) -> Tensor | None:
+        """(B, K) bool: the stored tokens that exist, including the class token; None for all."""
+        if not self.is_ragged:
+            return None
+        present = self.kept >= 0
+        if self.class_position is None:
+            return present
+        return torch.cat([present.new_ones(len(present), 1), present], dim=1)  # ragged batches store it first
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """Select the kept tokens, (B, L, D) of the full grid -> (B, K, D)."""
+        if self.kept is None:
+            return tokens
+        return tokens.gather(1, self.kept.clamp_min(0)[..., None].expand(-1, -1, tokens.shape[-1]))
+
+    def scatter(self, tokens: Tensor, background: Tensor | None = None) -> Tensor:
+        """Put kept tokens into the full grid, (B, K, D) -> (B, L, D); the others are ``background`` (D,) or zero."""
+        if self.kept is None:
+            return tokens
+        shape = (tokens.shape[0], self.count + 1, tokens.shape[2])  # an extra token for absent ones, which is cut off
+        full = tokens.new_zeros(shape) if background is None else background.to(tokens.dtype).expand(shape)
+        ids = torch.where(self.kept < 0, self.count, self.kept)
+        return full.scatter(1, ids[..., None].expand_as(tokens), tokens)[:, : self.count]
+
     def plan(self, block: int) -> ScanPlan:
-        """Return how block number ``block`` visits and pools the tokens."""
+        """Return the `ScanPlan` of block number ``block``."""
         order, pooled = self._order_and_pooled(block)
         key = (order, pooled)
         if key not in self._plans:
@@ -101,11 +126,11 @@ class TokenGrid:
         return self._plans[key]
 
     def pooled_axes(self, block: int) -> frozenset[str]:
-        """Return which of the axes block number ``block`` pools away."""
+        """Return the axes that block number ``block`` pools."""
         return self._order_and_pooled(block)[1]
 
     def _order_and_pooled(self, block: int) -> tuple[tuple[str, ...], frozenset[str]]:
-        """The block's axes, slowest first, and those pooled away (paper §3.1 and §3.4)."""
+        """Return the block's axes, slowest first, and the pooled ones (paper §3.1 and §3.4)."""
         two_axes = self.config.pool_axes == 2
         turn = block % (3 if two_axes else 2)
         swap = turn == 1 and self.config.alternate
@@ -131,11 +156,11 @@ class TokenGrid:
                 stored_axes=tuple(order.index(a) for a in self.axes),
             )
         if self.kept is None and not pooled and order == self.axes:
-            return sequence_plan(self.count + 1)  # Vim's class token is one more step of the sequence
+            return sequence_plan(self.count + 1)  # the class token is one more step of the sequence
         return self._indexed_plan(order, pooled)
 
     def _indexed_plan(self, order: tuple[str, ...], pooled: frozenset[str]) -> ScanPlan:
-        """The plan of an irregular set of tokens: sort them into the block's order and label their scan steps."""
+        """Return the plan of an irregular set of tokens: their order in the block and the scan step of each."""
         ids = torch.arange(self.count, device=self.device)[None] if self.kept is None else self.kept
         present = ids >= 0
         coordinates = self._coordinates(ids)
@@ -180,7 +205,7 @@ class TokenGrid:
         )
 
     def _coordinates(self, ids: Tensor) -> dict[str, Tensor]:
-        """Row, column and channel of each token id, (B, K) each."""
+        """Return the row, column and channel of each token id, (B, K) each."""
         coordinates, rest = {}, ids.clamp_min(0)
         for axis in reversed(self.axes):
             coordinates[axis] = rest % self.sizes[axis]
@@ -195,7 +220,7 @@ class TokenGrid:
         pooled: frozenset[str],
         lengths: dict[str, Tensor],
     ) -> Tensor:
-        """(B, P): one over the full number of tokens of a slot, or over those kept (paper Table 12)."""
+        """Return one over the number of all tokens of a slot, or of the kept ones (paper Table 12), (B, P)."""
         if self.config.masked_pool == "mean":
             kept = torch.zeros(steps.shape[0], slots, device=steps.device, dtype=self.dtype).scatter_add(
                 1, steps, present.to(self.dtype)
@@ -207,24 +232,24 @@ class TokenGrid:
         return (self.config.pool_scale / full).expand(-1, slots)
 
     def _add_class_token(self, stored: Tensor, slot: Tensor, weight: Tensor, steps: Tensor, pooled: bool) -> tuple:
-        """Insert the class token into the block's order, and as a step of its own into the scan.
+        """Insert the class token into the block's order and, as a separate step, into the scan.
 
-        A "first" one comes first in both; a "middle" one after half of a sample's tokens and after half of its steps.
+        "first": at the start of both. "middle": after half of a sample's tokens and half of its steps.
 
         Parameters
         ----------
         stored, slot, weight
             As in `ScanPlan`, without the class token.
         steps
-            (B or 1, 1) int64, how many steps each sample's scan has.
+            (B or 1, 1) int64: number of scan steps of each sample.
         pooled
-            Whether tokens share steps; else a token's step is its place.
+            Whether tokens share steps; otherwise a token's step is its position.
         """
         first = self.config.class_token == "first"
         tokens = (stored >= 0).sum(1, keepdim=True)  # (B, 1)
         place = torch.zeros_like(tokens) if first else tokens // 2
         step = (torch.zeros_like(steps) if first else steps // 2) if pooled else place
-        stored = torch.where(stored >= self.class_position, stored + 1, stored)  # stored after it: moved by one
+        stored = torch.where(stored >= self.class_position, stored + 1, stored)  # tokens stored after it move by one
         stored = _insert(stored, place, torch.full_like(place, self.class_position))
         batch = max(slot.shape[1], step.shape[0])
         slot = torch.where(slot >= step, slot + 1, slot).expand(2, batch, -1)
@@ -232,12 +257,49 @@ class TokenGrid:
         return stored, slot, _insert(weight, step, weight.new_ones(1, 1))
 
 
+def kept_ids(keep: Tensor, batch: int, count: int) -> Tensor:
+    """Convert a mask of kept tokens (B, L) bool, or ids (B, K) padded with −1, to ascending ids padded with −1.
+
+    Raises
+    ------
+    InputError
+        The mask does not fit the images, or a sample has no token.
+    """
+    keep = kept_mask(keep, (batch, count))
+    longest = int(keep.sum(1).max()) if batch else 0
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    ids = torch.where(keep.gather(1, order), order, -1)
+    if batch and (ids.shape[1] == 0 or bool((ids[:, 0] < 0).any())):
+        raise InputError("keep selects no token of a sample; expected at least one.")
+    return ids
+
+
+def kept_mask(keep: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a mask (B, L) bool of kept tokens, given as a mask or as ids (B, K) padded with −1."""
+    batch, count = shape
+    if not isinstance(keep, Tensor):
+        raise InputError(f"keep is a {type(keep).__name__}; expected a torch.Tensor of shape {tuple(shape)}.")
+    if keep.ndim != 2 or keep.shape[0] != batch:
+        raise InputError(f"keep has shape {tuple(keep.shape)}; expected one row for each of the {batch} samples.")
+    if keep.dtype == torch.bool:
+        if keep.shape[1] != count:
+            raise InputError(f"keep has shape {tuple(keep.shape)}; expected ({batch}, {count}), one value per token.")
+        return keep
+    if keep.is_floating_point():
+        raise InputError(f"keep is {keep.dtype}; expected bool, or ids as integers.")
+    ids = torch.where(keep < 0, count, keep).long()
+    mask = torch.zeros(batch, count + 1, dtype=torch.int64, device=keep.device)
+    if bool((keep >= count).any()) or bool((mask.scatter_add(1, ids, torch.ones_like(ids))[:, :count] > 1).any()):
+        raise InputError(f"keep has ids above {count - 1}, or repeats a token of a sample.")
+    return mask.scatter(1, ids, 1)[:, :count].bool()
+
+
 def _insert(row: Tensor, place: Tensor, value: Tensor) -> Tensor:
-    """Insert ``value`` (B, 1) into each row of (B, K) before its ``place`` (B, 1)."""
+    """Insert ``value`` (B, 1) into each row of (B, K) at index ``place`` (B, 1)."""
     batch = max(row.shape[0], place.shape[0])
     row, place, value = row.expand(batch, -1), place.expand(batch, 1), value.expand(batch, 1)
     old = torch.arange(row.shape[1], device=row.device)
-    new = old + (old >= place)  # where each value goes
+    new = old + (old >= place)
     longer = row.new_zeros(batch, row.shape[1] + 1)
     return longer.scatter(1, new, row).scatter(1, place, value)
 

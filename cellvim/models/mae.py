@@ -1,4 +1,4 @@
-"""MaskedAutoencoder: pre-training by predicting masked patches, on the same encoder (FastMaskVim)."""
+"""MaskedAutoencoder: pre-training by predicting masked patches with the same encoder (FastMaskVim)."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch import Tensor, nn
 
 from cellvim import ops
 from cellvim.errors import InputError, ModelError
+from cellvim.models.blocks import Block, Norm
+from cellvim.models.checkpoints import load_strictly
 from cellvim.models.config import EncoderConfig
-from cellvim.models.encoder import Block, Encoder, Norm, kept_ids
-from cellvim.models.grid import TokenGrid
+from cellvim.models.encoder import Encoder, resize_positions
+from cellvim.models.grid import TokenGrid, kept_ids
 from cellvim.models.patch_embed import Channels
-from cellvim.models.weights import load_strictly
 
 
 @dataclass
 class MaskedOutput:
-    """What a `MaskedAutoencoder` returns.
+    """Output of a `MaskedAutoencoder`.
 
     Parameters
     ----------
     loss
-        Mean squared error over masked patches, a scalar.
+        Mean squared error over the masked patches, a scalar.
     prediction
-        (B, L, p·p·C) for joint tokens, (B, L, p·p) per channel; L in the model's scan order.
+        (B, L, p·p·C) for joint tokens, (B, L, p·p) for per-channel tokens, in the model's scan order.
     mask
-        (B, L) float: 1 where a patch was masked.
+        (B, L) float: 1 for masked patches.
     latent
-        (B, K, D), the kept tokens after the encoder's final norm; K counts a class token.
+        (B, K, D), the visible tokens after the encoder's final norm; K includes a class token.
     logits
-        (B, num_classes) when the model is supervised as well, else None.
+        (B, num_classes) for a supervised model, otherwise None.
     """
 
     loss: Tensor
@@ -43,29 +44,29 @@ class MaskedOutput:
 
 
 class MaskedAutoencoder(Encoder):
-    """An `Encoder` that sees a part of the tokens, and a decoder of plain Vim blocks that predicts the rest.
+    """An `Encoder` of the visible tokens, and a decoder of plain Vim blocks that predicts the masked ones.
 
     Parameters
     ----------
     config
-        The encoder's choices. With ``tokens="per_channel"`` this is FastChannelMaskVim.
+        Configuration of the encoder. With ``tokens="per_channel"`` the model is FastChannelMaskVim.
     decoder_dim, decoder_depth
         Width and number of the decoder's blocks.
     decoder_pool
-        Pool of the decoder's scan: "none" as published, or "mean" to make long sequences cheap.
+        Pooling in the decoder's scan: "none" as published, or "mean", which is faster for long sequences.
     mask_ratio
-        Share of tokens that is masked.
+        Fraction of tokens to mask.
     channel_mask_ratio
-        Share of channels that is masked whole, for per-channel tokens; at least one channel stays. It holds on average:
-        of 2 channels, 0.25 masks one in every other batch.
+        Average fraction of channels to mask entirely, for per-channel tokens: with 2 channels, 0.25 masks one in every
+        other batch. At least one channel remains visible.
     norm_pixels
         Normalise each target patch to mean 0 and (unbiased) variance 1.
     supervised
-        Keep the classification head of ``config`` and return logits of the visible tokens: joint training.
+        Keep the classification head of ``config`` and also return logits of the visible tokens, for joint training.
 
     Notes
     -----
-    Position tables are fixed sines and cosines. Gradients do not flow into the target.
+    The position tables are fixed sines and cosines. No gradient is computed with respect to the target.
 
     References
     ----------
@@ -86,21 +87,23 @@ class MaskedAutoencoder(Encoder):
         supervised: bool = False,
     ) -> None:
         if not isinstance(config, EncoderConfig):
-            raise ModelError(f"MaskedAutoencoder was given a {type(config).__name__}; expected an EncoderConfig.")
+            raise ModelError(f"MaskedAutoencoder got a {type(config).__name__}; expected an EncoderConfig.")
         for name, ratio in (("mask_ratio", mask_ratio), ("channel_mask_ratio", channel_mask_ratio)):
             if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
                 raise ModelError(f"{name} is {ratio!r}; expected at least 0 and below 1.")
         for name, number in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
             if not isinstance(number, int) or number < 1:
-                raise ModelError(f"{name} is {number!r}; expected a whole number of at least 1.")
+                raise ModelError(f"{name} is {number!r}; expected an integer of at least 1.")
         if norm_pixels and config.patch_size == 1 and (config.tokens == "per_channel" or config.in_channels == 1):
-            raise ModelError("norm_pixels=True needs patches of more than one value; this model's have one.")
+            raise ModelError(
+                "norm_pixels=True needs patches of more than one value; the patches of this model have one."
+            )
         if channel_mask_ratio and config.tokens == "joint":
-            raise ModelError("channel_mask_ratio needs tokens='per_channel': joint tokens hold all channels.")
+            raise ModelError("channel_mask_ratio needs tokens='per_channel'; a joint token contains all channels.")
         if config.out_indices:
-            raise ModelError("A masked autoencoder has no out_indices.")
+            raise ModelError("A masked autoencoder does not support out_indices.")
         if not config.position_embedding:
-            raise ModelError("A masked autoencoder needs position_embedding=True to know what it is to predict.")
+            raise ModelError("A masked autoencoder needs position_embedding=True to predict patches by position.")
         if supervised and not config.num_classes:
             raise ModelError("supervised=True needs num_classes of at least 1.")
         super().__init__(config if supervised else config.replace(num_classes=0))
@@ -120,7 +123,7 @@ class MaskedAutoencoder(Encoder):
         pixels = config.patch_size**2 * (config.in_channels if config.tokens == "joint" else 1)
         self.decoder_pred = nn.Linear(decoder_dim, pixels)
 
-        rows, columns = self._built_grid
+        rows, columns = self.built_grid
         has_class = config.class_token != "none"
         self.pos_embed = _fixed(config.embed_dim, rows, columns, self._class_has_position)
         self.decoder_pos_embed = _fixed(decoder_dim, rows, columns, has_class and self._class_has_position)
@@ -133,24 +136,24 @@ class MaskedAutoencoder(Encoder):
         channels: Channels = None,
         keep: Tensor | None = None,
     ) -> MaskedOutput:
-        """Mask, encode, decode, and compare with the masked pixels.
+        """Mask tokens, encode the others, and return the prediction of the masked patches and its loss.
 
         Parameters
         ----------
         images
             (B, C, H, W), normalised per channel.
         noise
-            (B, L), one finite number a token in scan order; those with the lowest stay. None to draw it; channels are
-            drawn in training (``config.channel_sampling``) only then.
+            (B, L), one finite number per token in scan order: tokens with the lowest remain visible. None to draw it
+            at random; only then are channels sampled in training (``config.channel_sampling``).
         channels
             Ids or names of the images' channels, the same number for every sample.
         keep
-            (B, L) bool, the tokens that exist, for irregular grids; the others are neither seen nor predicted.
+            (B, L) bool: tokens that exist, for irregular grids. The others are neither encoded nor predicted.
 
         Raises
         ------
         InputError
-            ``noise`` or ``keep`` does not fit the tokens.
+            ``noise`` or ``keep`` does not match the tokens.
         """
         images, channels = self._choose_channels(images, channels, draw=noise is None and keep is None)
         if channels is not None and channels.ndim == 2 and bool((channels < 0).any()):
@@ -166,17 +169,17 @@ class MaskedAutoencoder(Encoder):
 
         tokens, visible_grid = self._embed_chosen(images, channels, visible)
         latent = self.run_blocks(tokens, visible_grid)  # (B, K, D)
-        prediction = self._decode(latent, visible_grid.kept, grid, channels)  # (B, L, pixels)
+        prediction = self._decode(latent, visible_grid, grid, channels)  # (B, L, pixels)
         logits = self.forward_head(latent, visible_grid) if self.config.num_classes else None
-        error = (prediction - self.targets(images, grid.exist)).square().mean(-1)  # (B, L)
+        error = (prediction - self.targets(images, grid.mask)).square().mean(-1)  # (B, L)
         mask = hidden_mask.to(error.dtype)
         loss = (error * mask).sum() / mask.sum().clamp_min(1)
         return MaskedOutput(loss, prediction, mask, latent, logits)
 
     def _mask(self, noise: Tensor | None, images: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-        """Choose the visible tokens: their ids (B, K), −1 where a sample has fewer; and (B, L) bool of those masked."""
+        """Return the ids (B, K) of the visible tokens, padded with −1, and a mask (B, L) bool of the masked ones."""
         shape = (images.shape[0], grid.count)
-        gone = torch.zeros(shape, dtype=torch.bool, device=images.device)  # neither to be seen
+        gone = torch.zeros(shape, dtype=torch.bool, device=images.device)  # of masked channels
         most = grid.count
         if noise is None:
             noise = torch.rand(shape, device=images.device)
@@ -188,8 +191,8 @@ class MaskedAutoencoder(Encoder):
             found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
             raise InputError(f"noise is {found}; expected a tensor of shape {shape}.")
         elif not torch.compiler.is_compiling() and not bool(noise.isfinite().all()):
-            raise InputError("noise holds NaN or infinite values; expected one finite number a token.")
-        exist = grid.exist
+            raise InputError("noise contains NaN or infinite values; expected one finite number per token.")
+        exist = grid.mask
         if exist is None:
             count = min(max(1, int(grid.count * (1 - self.mask_ratio))), most)
             order = noise.masked_fill(gone, torch.inf).argsort(dim=1, stable=True)
@@ -198,11 +201,11 @@ class MaskedAutoencoder(Encoder):
         rank = noise.masked_fill(gone | ~exist, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
         counts = (exist.sum(1, keepdim=True) * (1 - self.mask_ratio)).long().clamp_min(1)  # (B, 1)
         seen = (rank < counts) & exist & ~gone
-        seen |= ~seen.any(1, keepdim=True) & (rank == 0)  # a sample sees at least one token
+        seen |= ~seen.any(1, keepdim=True) & (rank == 0)  # at least one token of each sample
         return kept_ids(seen, *shape), exist & ~seen
 
     def _count_masked_channels(self, channels: int) -> int:
-        """How many channels of this batch are masked whole: the ratio's share, a part of one rounded at random."""
+        """Return the number of channels to mask in this batch; a fraction of a channel is rounded at random."""
         share = round(self.channel_mask_ratio * channels, 6)
         count = int(share)
         if share > count:
@@ -210,14 +213,14 @@ class MaskedAutoencoder(Encoder):
         return min(count, channels - 1)
 
     def _masked_channels(self, batch: int, count: int, grid: TokenGrid) -> Tensor:
-        """(B, L) bool: the tokens of ``count`` channels drawn for each sample."""
+        """Draw ``count`` channels for each sample and return a mask (B, L) bool of their tokens."""
         rank = torch.rand(batch, grid.channels, device=grid.device).argsort(dim=1).argsort(dim=1)  # (B, C)
         gone = (rank < count)[:, None, :].expand(-1, grid.rows * grid.columns, -1)
         return (gone if self.config.scan_order == "channel_first" else gone.transpose(1, 2)).flatten(1)
 
     @torch.no_grad()
     def targets(self, images: Tensor, exist: Tensor | None = None) -> Tensor:
-        """Return what is to be predicted, (B, L, p·p·C) or (B, L, p·p), in scan order; 0 where nothing exists."""
+        """Return the targets, (B, L, p·p·C) or (B, L, p·p), in scan order; zero for tokens that do not exist."""
         patches = self.patch_embed.patches(images)  # (B, C, rows, columns, p, p)
         if self.config.tokens == "joint":
             patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)
@@ -234,13 +237,13 @@ class MaskedAutoencoder(Encoder):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def to_encoder(self, **changes: Any) -> Encoder:
-        """Return an `Encoder` with these weights, for fine-tuning or embedding; its position embedding learns.
+        """Return an `Encoder` with these weights and a trainable position embedding, for fine-tuning or embedding.
 
         Parameters
         ----------
         **changes
-            Values of `EncoderConfig`, such as ``num_classes`` and ``pool_scale=1 - mask_ratio`` (paper §3.3). With
-            another ``image_size`` the position table is resized.
+            Values of `EncoderConfig`, such as ``num_classes`` and ``pool_scale=1 - mask_ratio`` (paper §3.3). The
+            position table is resized if ``image_size`` changes.
 
         Raises
         ------
@@ -251,7 +254,7 @@ class MaskedAutoencoder(Encoder):
         own = encoder.state_dict()
         weights = {k: v for k, v in self.state_dict().items() if k in own and not k.startswith("head.")}
         if encoder.config.class_token != self.config.class_token:
-            raise ModelError("to_encoder cannot change class_token: it has no weights for another one.")
+            raise ModelError("to_encoder cannot change class_token, for which this model has no weights.")
         if "pos_embed" in weights:
             weights["pos_embed"] = self._position_table_for(encoder)
         weights |= {k: v for k, v in own.items() if k.startswith("head.") or k not in self.state_dict()}
@@ -260,7 +263,7 @@ class MaskedAutoencoder(Encoder):
         return encoder
 
     def checkpoint_options(self) -> dict[str, Any]:
-        """Return what `save_checkpoint` keeps beside the configuration, to make the decoder anew."""
+        """Return the arguments that a checkpoint stores beside the configuration."""
         return {
             "decoder_dim": self.decoder_config.embed_dim,
             "decoder_depth": len(self.decoder_blocks),
@@ -272,29 +275,26 @@ class MaskedAutoencoder(Encoder):
         }
 
     def _position_table_for(self, encoder: Encoder) -> Tensor:
-        """The position table, (1, ·, D), resized to the encoder's grid, the class token's row where it keeps it."""
+        """Return the position table (1, ·, D) resized to the encoder's grid, with the class token in its row."""
         has_class = int(self._class_has_position)
-        patches = self.pos_embed[:, has_class:].unflatten(1, self._built_grid)
-        table = self._resize_position(patches, *encoder._built_grid).flatten(1, 2)
+        patches = self.pos_embed[:, has_class:].unflatten(1, self.built_grid)
+        table = resize_positions(patches, *encoder.built_grid).flatten(1, 2)
         index = encoder._class_index(table.shape[1])
         return torch.cat([table[:, :index], self.pos_embed[:, :has_class], table[:, index:]], dim=1)
 
     def _class_index(self, length: int) -> int:
-        return 0  # as published, wherever the class token stands in the sequence
+        return 0  # as published, whatever the position of the class token in the sequence
 
-    def _decode(self, latent: Tensor, keep: Tensor, grid: TokenGrid, channels: Tensor | None) -> Tensor:
-        """Put mask tokens where patches are missing and predict every patch, (B, K, D) -> (B, L, pixels)."""
+    def _decode(self, latent: Tensor, visible: TokenGrid, grid: TokenGrid, channels: Tensor | None) -> Tensor:
+        """Insert mask tokens for the missing patches and predict every patch, (B, K, D) -> (B, L, pixels)."""
         tokens = ops.linear(latent, self.decoder_embed.weight, self.decoder_embed.bias)
         class_token = None
         if self.config.class_token != "none":
-            place = 0 if self.config.class_token == "first" else keep.shape[1] // 2
+            place = 0 if self.config.class_token == "first" else visible.kept.shape[1] // 2
             class_token = tokens[:, place : place + 1]
             tokens = torch.cat([tokens[:, :place], tokens[:, place + 1 :]], dim=1)
-        full = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], grid.count + 1, -1)  # a spare one at the end
-        place = torch.where(keep < 0, grid.count, keep)
-        full = full.scatter(1, place[..., None].expand_as(tokens), tokens)[:, : grid.count]
-        full = full + self._decoder_positions(grid, channels)
-        if class_token is not None:  # as published, it stands last here
+        full = visible.scatter(tokens, self.mask_token) + self._decoder_positions(grid, channels)
+        if class_token is not None:  # at the end, as published
             if self._class_has_position:
                 class_token = class_token + self.decoder_pos_embed[:, :1]
             full = torch.cat([full, class_token], dim=1)
@@ -302,21 +302,17 @@ class MaskedAutoencoder(Encoder):
             self.decoder_config, grid.rows, grid.columns, grid.channels, kept=grid.kept,
             class_position=None if class_token is None else grid.count, device=latent.device, dtype=grid.dtype,
         )  # fmt: skip
-        if grid.kept is not None:
-            full = full.gather(1, grid.kept.clamp_min(0)[..., None].expand(-1, -1, full.shape[-1]))
-        hidden, residual = full, None
+        hidden, residual = grid.gather(full), None
         for i, block in enumerate(self.decoder_blocks):
             hidden, residual = block(hidden, residual, decoder_grid.plan(i))
         hidden, _ = self.decoder_norm(hidden, residual)
-        if grid.kept is not None:
-            place = torch.where(grid.kept < 0, grid.count, grid.kept)[..., None].expand_as(hidden)
-            hidden = hidden.new_zeros(hidden.shape[0], grid.count + 1, hidden.shape[2]).scatter(1, place, hidden)
-        return ops.linear(hidden[:, : grid.count], self.decoder_pred.weight, self.decoder_pred.bias)
+        hidden = grid.scatter(hidden[:, : grid.count if grid.kept is None else grid.kept.shape[1]])
+        return ops.linear(hidden, self.decoder_pred.weight, self.decoder_pred.bias)
 
     def _decoder_positions(self, grid: TokenGrid, channels: Tensor | None) -> Tensor:
-        """(1 or B, L, decoder_dim): position, and for per-channel tokens the channel, of every patch."""
-        positions = self.decoder_pos_embed[:, int(self._class_has_position) :].unflatten(1, self._built_grid)
-        positions = self._resize_position(positions, grid.rows, grid.columns)  # (1, rows, columns, D)
+        """Return the position and channel embedding of every patch, (1 or B, L, decoder_dim)."""
+        positions = self.decoder_pos_embed[:, int(self._class_has_position) :].unflatten(1, self.built_grid)
+        positions = resize_positions(positions, grid.rows, grid.columns)  # (1, rows, columns, D)
         if self.config.tokens == "joint":
             return positions.flatten(1, 2)
         if channels is None:
@@ -328,7 +324,7 @@ class MaskedAutoencoder(Encoder):
 
     @torch.no_grad()
     def _reset_masked_parameters(self) -> None:
-        """Initialise as the published MAE (golden statistics)."""
+        """Initialise as in the published MAE."""
         weight = self.patch_embed.proj.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         bound = weight[0].numel() ** -0.5
@@ -342,7 +338,7 @@ class MaskedAutoencoder(Encoder):
 
 
 def _fixed(width: int, rows: int, columns: int, has_class: bool) -> nn.Parameter:
-    """A position table that does not learn: (1, rows·columns, width), after a row of zeros for a class token."""
+    """Return a fixed position table (1, rows·columns, width), preceded by a row of zeros for a class token."""
     table = sincos_positions(width, rows, columns)
     if has_class:
         table = torch.cat([torch.zeros(1, width), table])
@@ -350,14 +346,14 @@ def _fixed(width: int, rows: int, columns: int, has_class: bool) -> nn.Parameter
 
 
 def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
-    """Return sines and cosines of column, then row, of each patch, (rows · columns, width).
+    """Return the sines and cosines of the column, then the row, of each patch, (rows · columns, width).
 
     References
     ----------
     He et al., Masked Autoencoders (2022), appendix A; Vaswani et al. (2017), §3.5.
     """
     if width % 4:
-        raise ModelError(f"A fixed position embedding needs a width that is a multiple of 4; it is {width}.")
+        raise ModelError(f"A fixed position embedding needs a width that is a multiple of 4, not {width}.")
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(
         torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"

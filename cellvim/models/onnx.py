@@ -1,4 +1,4 @@
-"""Write an encoder as an ONNX graph of any batch size and, with per-channel tokens, any set of channels."""
+"""Export of encoders to ONNX graphs with a variable batch size and, for per-channel tokens, variable channels."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cellvim.models.encoder import Encoder
 
 
 def export_onnx(model: Encoder, path: str | Path) -> Path:
-    """Write ``model`` to an ONNX file.
+    """Write the model to an ONNX file.
 
-    The graph's inputs are ``images`` (batch, channels, height, width) float32 and, for per-channel tokens,
-    ``channels`` (channels,) int64, their ids; its output is ``features`` (or logits, if the model has a head). Height
-    and width are those that the model is built for. The scan is written without a loop, so that its length may vary.
+    The inputs of the graph are ``images`` (batch, channels, height, width) float32 and, for per-channel tokens, the
+    channel ids ``channels`` (channels,) int64. Its output is ``features``: the logits if the model has a head.
+    Height and width are fixed to the model's. The scan is exported without a loop, so that its length may vary.
 
     Parameters
     ----------
     model
-        In evaluation mode.
+        Encoder in evaluation mode.
     path
-        The file, ending in ``.onnx``.
+        Output file, ending in ``.onnx``.
 
     Returns
     -------
@@ -32,23 +32,26 @@ def export_onnx(model: Encoder, path: str | Path) -> Path:
     Raises
     ------
     InputError
-        The path does not end in ``.onnx``, the model is training, or the packages of the extra ``cellvim[onnx]`` are
-        missing.
+        The path does not end in ``.onnx``, the model is in training mode, or the extra ``cellvim[onnx]`` is not
+        installed.
     """
     path = Path(path)
     if path.suffix != ".onnx":
         raise InputError(f"The ONNX file {path} must end in .onnx.")
     if model.training:
         raise InputError("The model is in training mode; call model.eval() before export_onnx.")
-    if find_spec("onnxscript") is None:  # torch.onnx needs it, and says so badly
-        raise InputError("ONNX export needs the packages of the extra: pip install 'cellvim[onnx]'.")
+    if find_spec("onnxscript") is None:  # torch.onnx needs it, but its own message is unclear
+        raise InputError("ONNX export needs an extra: pip install 'cellvim[onnx]'.")
 
     config = model.config
     batch = torch.export.Dim("batch", min=1, max=4096)
     images = torch.zeros(2, config.in_channels, config.image_height, config.image_width)
     if config.tokens == "per_channel" and config.in_channels > 2:
         count = torch.export.Dim("channels", min=1, max=config.in_channels)
-        inputs = (images[:, 1:].contiguous(), torch.arange(1, config.in_channels))  # not 0 … C − 1: ids are an input
+        inputs = (
+            images[:, 1:].contiguous(),
+            torch.arange(1, config.in_channels),
+        )  # ids other than 0 … C − 1 remain an input
         shapes = {"images": {0: batch, 1: count}, "channels": {0: count}}
     elif config.tokens == "per_channel":
         inputs, shapes = (images, torch.arange(config.in_channels)), {"images": {0: batch}, "channels": None}

@@ -1,4 +1,4 @@
-"""Images to tokens: one a patch, or one a patch and channel; and the sampling of channels in training."""
+"""Patch embedding (one token per patch, or per patch and channel), channel sampling, and checks of the inputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Channels = Sequence[int | str] | Sequence[Sequence[int | str]] | Tensor | None
 
 
 class PatchEmbed(nn.Module):
-    """Project every patch to a token, with its channel's embedding when tokens are per channel.
+    """Project every patch to a token, and add the channel embedding to per-channel tokens.
 
     Per-channel tokens share one p×p projection (paper §3.4). The projection is a matrix product over unfolded patches,
-    so tokens come out in the model's order without another copy.
+    which yields the tokens in the model's order without another copy.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -34,17 +34,17 @@ class PatchEmbed(nn.Module):
         else:
             self.proj = nn.Conv2d(config.in_channels, config.embed_dim, p, stride)
 
-    def forward(self, images: Tensor, channels: Tensor | None = None, exist: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, channels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the tokens as a grid.
 
         Parameters
         ----------
         images
-            (B, C, H, W); sides that are no whole number of patches are zero-padded at the bottom and right.
+            (B, C, H, W), zero-padded at the bottom and right to a multiple of the patch size.
         channels
             (C,) or (B, C) int64 ids of the channels, for per-channel tokens; None for 0 … C − 1.
-        exist
-            (B, L) bool in the model's order: patches to read. The pixels of others are not looked at, even if NaN.
+        mask
+            (B, L) bool in the model's order: patches to read. The pixels of the others are ignored, even if NaN.
 
         Returns
         -------
@@ -58,13 +58,13 @@ class PatchEmbed(nn.Module):
             patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(4)
         else:
             patches = patches.flatten(4)
-        if exist is not None:
-            patches = patches.masked_fill(~exist.view(patches.shape[:-1])[..., None], 0.0)
+        if mask is not None:
+            patches = patches.masked_fill(~mask.view(patches.shape[:-1])[..., None], 0.0)
         tokens = ops.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
         return tokens if self.config.tokens == "joint" else tokens + self._channel_embedding(images, channels)
 
     def _channel_embedding(self, images: Tensor, channels: Tensor | None) -> Tensor:
-        """The channels' embeddings, to be added to the token grid."""
+        """Return the channel embeddings, broadcastable to the token grid."""
         if channels is None:
             channels = torch.arange(images.shape[1], device=images.device)
         if channels.ndim == 1:
@@ -74,7 +74,7 @@ class PatchEmbed(nn.Module):
         return embedding if self.config.scan_order == "channel_first" else embedding.permute(0, 3, 1, 2, 4)
 
     def patches(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, rows, columns, p, p), a view but for the padding."""
+        """Return the patches of images, (B, C, H, W) -> (B, C, rows, columns, p, p); a view without padding."""
         p, stride = self.config.patch_size, self.config.stride
         height, width = images.shape[-2:]
         rows, columns = self.config.grid_size(height, width)
@@ -87,28 +87,29 @@ class PatchEmbed(nn.Module):
 
 
 class ChannelSampler:
-    """Hierarchical channel sampling: draw how many channels, then which, from a generator of its own.
+    """Hierarchical channel sampling: draw the number of channels, then the channels, from a separate generator.
 
-    The generator's state travels with checkpoints, so that a resumed training draws as an uninterrupted one.
+    The generator's state is stored in checkpoints, so that a resumed training draws the same channels as an
+    uninterrupted one.
 
     References
     ----------
-    Bao et al., Channel Vision Transformers (2024), §3.3; design as in FastChannelVim, §3.4: nothing is rescaled.
+    Bao et al., Channel Vision Transformers (2024), §3.3; without rescaling, as in FastChannelVim, §3.4.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def seed(self, seed: int) -> None:
-        """Start the draws anew."""
+        """Reseed the generator."""
         self._generator.manual_seed(seed)
 
     def draw(self, count: int, *, ordered: bool, samples: int | None = None) -> Tensor:
-        """Draw n uniform in 1 … ``count``, then n of ``count`` positions without replacement.
+        """Draw n uniformly from 1 … ``count``, then n of the ``count`` positions without replacement.
 
         Returns
         -------
-        (n,) int64, or (samples, n), with the same n for all; ascending if ``ordered``.
+        (n,) int64, or (samples, n) with the same n for all samples; ascending if ``ordered``.
         """
         n = int(torch.randint(1, count + 1, (), generator=self._generator))
         rows = [torch.randperm(count, generator=self._generator)[:n] for _ in range(samples or 1)]
@@ -135,40 +136,40 @@ class ChannelSampler:
 
 
 def resolve_channels(channels: Channels, images: Tensor, config: EncoderConfig) -> Tensor | None:
-    """Turn the caller's channels, ids or names, one set or one a sample, into ids.
+    """Convert channels given as ids or names, for the batch or per sample, to ids.
 
     Parameters
     ----------
     channels
-        None when the images have the model's channels in its order; ids or names of the images' channels; or one such
-        list for each sample, shorter ones for samples whose last image channels are empty.
+        None if the images have the model's channels in its order; ids or names of the images' channels; or one such
+        list per sample, which is shorter if the last channels of the sample's image are empty.
     images
         (B, C, H, W).
 
     Returns
     -------
-    None, (C,) int64, or (B, C) int64 with −1 where a sample has no channel.
+    None, (C,) int64, or (B, C) int64 with −1 for missing channels.
 
     Raises
     ------
     ChannelError
-        A channel is unknown, given twice for a sample, or the number does not fit the images.
+        A channel is unknown or repeated, or the number of channels does not match the images.
     """
     batch, count = images.shape[:2]
     if channels is None:
         if count != config.in_channels:
             raise ChannelError(
                 f"The images have {count} channels, the model {config.in_channels}{_names(config)}. "
-                "Say which they are with channels=[...]."
+                "Select the model's channels with channels=[...]."
             )
         return None
     if isinstance(channels, (str, set, frozenset)) or not isinstance(channels, (Tensor, Iterable)):
-        raise ChannelError(f"channels is {channels!r}; expected a list of ids or names, or one such list a sample.")
+        raise ChannelError(f"channels is {channels!r}; expected a list of ids or names, or one such list per sample.")
     if not isinstance(channels, Tensor):
         channels = list(channels)
     if isinstance(channels, Tensor):
         if channels.is_floating_point() or channels.dtype == torch.bool:
-            raise ChannelError(f"channels is a {channels.dtype} tensor; expected ids as whole numbers.")
+            raise ChannelError(f"channels is a {channels.dtype} tensor; expected integer ids.")
         ids = channels.to(torch.int64)
     elif len(channels) and all(isinstance(c, (list, tuple)) for c in channels):
         rows = [_ids(row, config) for row in channels]
@@ -190,10 +191,10 @@ def _ids(channels: Sequence[int | str], config: EncoderConfig) -> list[int]:
         return match_channels(channels, config.channel_names, where="the model")
     try:
         if any(isinstance(c, bool) for c in channels):
-            raise TypeError("a mask, not ids")
+            raise TypeError("a mask is not a list of ids")
         return [index(c) for c in channels]
     except TypeError:
-        raise ChannelError(f"Channels are {list(channels)}; expected all names or all whole numbers.") from None
+        raise ChannelError(f"Channels are {list(channels)}; expected only names or only integers.") from None
 
 
 def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> None:
@@ -203,7 +204,7 @@ def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> No
             f"expected ({count},) or ({batch}, {count})."
         )
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
-        return  # in a graph values are data; on an accelerator a look at them would stop it
+        return  # reading the values would break a traced graph, or synchronise with the accelerator
     if ids.numel() and int(ids.max()) >= config.in_channels:
         raise ChannelError(f"Channel {int(ids.max())} is not one of the model's 0 to {config.in_channels - 1}.")
     lowest = -1 if ids.ndim == 2 else 0
@@ -212,13 +213,13 @@ def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> No
     rows = ids if ids.ndim == 2 else ids[None]
     order = rows.sort(dim=1).values
     if bool(((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any()):
-        raise ChannelError("A channel is given twice for one image; each can be given once.")
+        raise ChannelError("A channel is repeated for one image.")
     if bool(((rows[:, 1:] >= 0) & (rows[:, :-1] < 0)).any()) or bool((rows[:, :1] < 0).any()):
-        raise ChannelError("A sample's absent channels (−1) must come last, after at least one present channel.")
+        raise ChannelError("The missing channels (−1) of a sample must come last, after at least one existing channel.")
 
 
 def check_images(images: Tensor, dtype: torch.dtype) -> None:
-    """Raise an `InputError` unless ``images`` is a batch (B, C, H, W) of the model's type with at least one pixel."""
+    """Raise an `InputError` unless ``images`` is a batch (B, C, H, W) of type ``dtype`` with at least one pixel."""
     if not isinstance(images, Tensor):
         raise InputError(
             f"Images are a {type(images).__name__}; expected a torch.Tensor (batch, channels, height, width)."

@@ -1,4 +1,4 @@
-"""Names of models: ``family_size_patchN`` -> configuration.
+"""Models by name or file: `create_model` and `load_checkpoint`, and the configurations of the named architectures.
 
 References
 ----------
@@ -8,13 +8,13 @@ Sizes: Kapse et al., Fast Vision Mamba (2025), Table 25; ViT: Dosovitskiy et al.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from cellvim.errors import ModelError, suggestion
+from cellvim.errors import ModelError, listing, suggestion
+from cellvim.models.checkpoints import read_checkpoint, shipped_models
 from cellvim.models.config import EncoderConfig
-
-if TYPE_CHECKING:
-    from cellvim.models.encoder import Encoder
+from cellvim.models.encoder import Encoder
 
 _MAMBA_SIZES = {  # depth, D
     "tiny": (24, 192),
@@ -46,7 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 DESCRIPTIONS = {
     "fastvim": "pooled scan, one token per patch",
-    "vim": "Vision Mamba, every token scanned (baseline)",
+    "vim": "Vision Mamba, scans every token (baseline)",
     "fastmaskvim": "FastVim for missing tokens: masked pre-training, irregular grids",
     "vit": "vision transformer (baseline)",
     "fastchannelvim": "pooled scan, one token per patch and channel",
@@ -58,12 +58,12 @@ _NAME = re.compile(r"(?P<family>[a-z]+)_(?P<size>[a-z]+)_patch(?P<patch>\d+)")
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` knows; any other patch size works too."""
+    """Return the names of the architectures that `create_model` makes; other patch sizes work as well."""
     return [f"{family}_{size}_patch{patch}" for family in FAMILIES for size in _MAMBA_SIZES for patch in (16, 8)]
 
 
 def model_config(name: str, **changes: Any) -> EncoderConfig:
-    """Return the configuration of a named model, with some values changed.
+    """Return the configuration of a named architecture, with some values changed.
 
     Raises
     ------
@@ -72,9 +72,11 @@ def model_config(name: str, **changes: Any) -> EncoderConfig:
     """
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if not match or match["family"] not in FAMILIES or match["size"] not in _MAMBA_SIZES:
+        known = [*list_models(), *shipped_models()]
         raise ModelError(
-            f"There is no model {name!r}; names are FAMILY_SIZE_patchN with a family of {', '.join(FAMILIES)} and a "
-            f"size of {', '.join(_MAMBA_SIZES)}.{suggestion(str(name), list_models())} `cellvim models` lists them."
+            f"Model {name!r} is unknown. Names are FAMILY_SIZE_patchN, with the families {', '.join(FAMILIES)} and the "
+            f"sizes {', '.join(_MAMBA_SIZES)}, or a trained model: {listing(shipped_models())}."
+            f"{suggestion(str(name), known)} `cellvim models` lists them."
         )
     family = FAMILIES[match["family"]]
     config = EncoderConfig(patch_size=int(match["patch"])).replace(**family)
@@ -90,28 +92,63 @@ def model_config(name: str, **changes: Any) -> EncoderConfig:
 
 
 def create_model(name: str, **changes: Any) -> Encoder:
-    """Create a model with random weights.
+    """Create a model with random weights, or load a trained model that comes with CellVim.
 
     Parameters
     ----------
     name
-        Such as ``fastchannelvim_small_patch16``; see `list_models`.
+        Architecture such as ``fastchannelvim_small_patch16`` (see `list_models`), or the name of a trained model
+        (``cellvim models`` lists both).
     **changes
-        Values of `EncoderConfig` that differ from the named model's.
+        Values of `EncoderConfig` that differ from those of the architecture. The values of a trained model are fixed.
 
     Returns
     -------
-    `Encoder`, in training mode as torch modules are; call ``.eval()`` before embedding.
+    Encoder
+        With random weights and in training mode, as usual for PyTorch modules: call ``.eval()`` before embedding.
+        A trained model has its weights and is in evaluation mode.
 
     Raises
     ------
     ModelError
-        The name or a value is unknown, or values do not fit together.
+        The name or a value is unknown, values contradict each other, or a value contradicts a trained model's.
 
     Examples
     --------
     >>> model = create_model("fastchannelvim_tiny_patch16", image_size=64, channel_names=("DNA", "GFP"), num_classes=0)
+    >>> create_model("fastvim_mitocheck").is_trained
+    True
     """
-    from cellvim.models.encoder import Encoder
+    trained = shipped_models().get(str(name))
+    if trained is None:
+        return Encoder(model_config(name, **changes))
+    model = load_checkpoint(trained)
+    wanted = model.config.replace(**changes)
+    for change in changes:
+        fixed = getattr(model.config, change)
+        if getattr(wanted, change) != fixed:
+            raise ModelError(
+                f"{change}={changes[change]!r} contradicts the trained model {name!r}, which has {change}={fixed!r}. "
+                f"Omit {change}, or choose an architecture with random weights."
+            )
+    return model
 
-    return Encoder(model_config(name, **changes))
+
+def load_checkpoint(path: str | Path) -> Encoder:
+    """Load a model saved by `save_checkpoint`, or ``model.safetensors`` in a folder, in evaluation mode.
+
+    Returns
+    -------
+    `Encoder` or `MaskedAutoencoder`, whichever was saved.
+
+    Raises
+    ------
+    ModelError
+        The file does not exist, or is not a CellVim checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.model == "MaskedAutoencoder":
+        from cellvim.models.mae import MaskedAutoencoder
+
+        return checkpoint.build(MaskedAutoencoder)
+    return checkpoint.build(Encoder)

@@ -1,4 +1,4 @@
-"""Offer CellVim's models to timm, where timm is installed: ``timm.create_model("cellvim_fastvim_tiny_patch16")``."""
+"""Registration of CellVim's models with timm: ``timm.create_model("cellvim_fastvim_tiny_patch16")``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from cellvim.models.registry import create_model, list_models
 
 
 def register_with_timm() -> list[str]:
-    """Register every named model with timm under ``cellvim_`` and its name, and return those names.
+    """Register every named architecture with timm, prefixed with ``cellvim_``, and return the names.
 
-    timm's ``img_size``, ``in_chans`` and ``drop_path_rate`` are understood; ``pretrained=True`` is refused, since no
-    weights of these architectures are published under a licence that lets us ship them.
+    timm's ``img_size``, ``in_chans`` and ``drop_path_rate`` are supported. ``pretrained=True`` is an error: no weights
+    of these architectures are published under a licence that permits redistribution.
 
     Raises
     ------
     ModelError
-        timm is not installed.
+        timm cannot be imported.
     """
     try:
         from timm.models import register_model
@@ -37,7 +37,7 @@ def _entry_point(name: str):
         for theirs, ours in (("img_size", "image_size"), ("in_chans", "in_channels")):
             if theirs in options:
                 options[ours] = options.pop(theirs)
-        # timm passes these along for its own loading; they mean nothing here.
+        # timm also passes options of its own loading code.
         options = {k: v for k, v in options.items() if not k.startswith("pretrained_") and v is not None}
         return create_model(name, **options)
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from cellvim.channels import match_channels
 from cellvim.errors import ChannelError, ModelError, listing
-from cellvim.models.encoder import Encoder
+from cellvim.models.checkpoints import load_strictly
+from cellvim.models.encoder import Encoder, resize_positions
 from cellvim.models.mae import MaskedAutoencoder
-from cellvim.models.weights import load_checkpoint, load_strictly
+from cellvim.models.registry import load_checkpoint
 
 
 def start_from(model: Encoder, path: str | Path) -> None:
@@ -59,7 +60,7 @@ def weights_path(weights: str | Path) -> Path:
     ModelError
         There is none.
     """
-    from cellvim.models.shipped import shipped_models
+    from cellvim.models.checkpoints import shipped_models
 
     if not str(weights):
         raise ModelError("This training begins with weights, and none were given: --model.weights model.safetensors.")
@@ -111,5 +112,5 @@ def _resized(table: Tensor, source: Encoder, model: Encoder) -> Tensor:
             f"The position table is of {source.config.image_size} pixels, the model of {model.config.image_size}; with "
             "a class token it cannot be resized. Train at the same size."
         )
-    grid = table.unflatten(1, source._built_grid)
-    return source._resize_position(grid, *model._built_grid).flatten(1, 2)
+    grid = table.unflatten(1, source.built_grid)
+    return resize_positions(grid, *model.built_grid).flatten(1, 2)

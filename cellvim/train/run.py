@@ -350,7 +350,7 @@ def export_model(
     """Write what `cellvim embed --model` reads, with all that must travel with the weights in its card."""
     import torch
 
-    from cellvim.models.weights import save_checkpoint
+    from cellvim.models.checkpoints import save_checkpoint
 
     model = module.finished_model()
     model.is_trained = True

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cellvim.models.checkpoints import load_reference
 from cellvim.models.config import EncoderConfig
 from cellvim.models.encoder import Encoder
-from cellvim.models.weights import load_reference
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 ENCODER_CASES = sorted(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cellvim import Encoder, EncoderConfig, MaskedAutoencoder
 from cellvim.errors import ChannelError, InputError, ModelError
-from cellvim.models.encoder import kept_ids
+from cellvim.models.grid import kept_ids
 
 BASE = {
     "image_size": 24,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_training import TINY, StopAfter, assert_same, crops, supervised, trainer, weights
 
-from cellvim.models.weights import load_checkpoint
+from cellvim.models.registry import load_checkpoint
 from cellvim.train.augment import Augmentation
 from cellvim.train.callbacks import Checkpoints, LearningCurves
 from cellvim.train.ema import WeightAverage

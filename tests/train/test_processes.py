@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellvim.models.weights import load_checkpoint
+from cellvim.models.registry import load_checkpoint
 from cellvim.train.data import EpochBatches
 
 STILL = [  # nothing is drawn but the channels, which all processes draw alike

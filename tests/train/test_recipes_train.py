@@ -11,9 +11,9 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from cellvim.models.checkpoints import save_checkpoint
 from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.registry import create_model, model_config
-from cellvim.models.weights import save_checkpoint
 from cellvim.train.usage import recipe_names, recipe_path
 
 SMALL = {"depth": 2, "embed_dim": 48}

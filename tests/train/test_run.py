@@ -8,7 +8,7 @@ import pytest
 
 import cellvim
 from cellvim.cli import main
-from cellvim.models.weights import load_checkpoint
+from cellvim.models.registry import load_checkpoint
 
 QUICK = [
     "--epochs", "1", "--data.crop_size", "16", "--data.margin", "0", "--data.val", "0.25", "--data.test", "0.25",
@@ -73,7 +73,7 @@ def test_help_and_the_list_of_recipes(capsys):
 
 
 def test_the_models_that_come_along_are_trained_and_have_cards(capsys):
-    from cellvim.models.shipped import model_card, shipped_models
+    from cellvim.models.checkpoints import model_card, shipped_models
 
     assert len(shipped_models()) == 2
     assert sum(path.stat().st_size for path in shipped_models().values()) < 15e6

@@ -13,8 +13,8 @@ from cellvim.data.crops import stream_crops
 from cellvim.data.importers import import_plate
 from cellvim.embedding.planning import plan_embedding
 from cellvim.errors import InputError
+from cellvim.models.checkpoints import save_checkpoint
 from cellvim.models.registry import create_model
-from cellvim.models.weights import save_checkpoint
 from cellvim.train import crop_store
 from cellvim.train.augment import middle_window
 from cellvim.train.plates import PlateCrops

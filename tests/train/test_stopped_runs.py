@@ -13,7 +13,7 @@ from test_run import QUICK
 from test_training import assert_same
 
 from cellvim.cli import main
-from cellvim.models.weights import load_checkpoint
+from cellvim.models.registry import load_checkpoint
 
 RUN = [*QUICK, "--epochs", "2", "--data.batch_size", "8"]
 

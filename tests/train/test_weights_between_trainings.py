@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cellvim.errors import ChannelError, ModelError
+from cellvim.models.checkpoints import save_checkpoint
 from cellvim.models.encoder import Encoder
 from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.registry import create_model, model_config
-from cellvim.models.weights import save_checkpoint
 from cellvim.train.augment import Augment, Augmentation, middle_window, mix, random_window
 from cellvim.train.channels_table import evaluate_channel_subsets, summarize_channel_subsets
 from cellvim.train.finetune import start_from
