@@ -1,7 +1,8 @@
-"""EncoderConfig: every choice that makes one model of the family differ from another."""
+"""EncoderConfig: the options that distinguish the models of the family."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil, inf, isfinite
 from typing import Any
@@ -27,7 +28,7 @@ _CHOICES = {
 }
 
 
-def _whole(value: Any, low: int, high: float = inf) -> bool:
+def _integer(value: Any, low: int, high: float = inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -36,114 +37,116 @@ def _number(value: Any) -> bool:
 
 
 def _is_image_size(value: Any) -> bool:
-    return _whole(value, 1) or (isinstance(value, tuple) and len(value) == 2 and all(_whole(v, 1) for v in value))
+    return _integer(value, 1) or (isinstance(value, tuple) and len(value) == 2 and all(_integer(v, 1) for v in value))
 
 
-_AT_LEAST_ONE = (lambda v: _whole(v, 1), "a whole number of at least 1")
-_MAYBE_ONE = (lambda v: v is None or _whole(v, 1), "None or a whole number of at least 1")
-_YES_OR_NO = (lambda v: isinstance(v, bool), "True or False")
-_VALUES = {  # name -> (test, what is expected)
-    "image_size": (_is_image_size, "pixels a side, at least 1, or (height, width)"),
+_AT_LEAST_ONE = (lambda v: _integer(v, 1), "an integer of at least 1")
+_NONE_OR_AT_LEAST_ONE = (lambda v: v is None or _integer(v, 1), "None or an integer of at least 1")
+_BOOLEAN = (lambda v: isinstance(v, bool), "True or False")
+_VALUES = {  # name -> (test, expected values)
+    "image_size": (_is_image_size, "a side in pixels, at least 1, or (height, width)"),
     "patch_size": _AT_LEAST_ONE,
-    "patch_stride": _MAYBE_ONE,
+    "patch_stride": _NONE_OR_AT_LEAST_ONE,
     "in_channels": _AT_LEAST_ONE,
     "embed_dim": _AT_LEAST_ONE,
     "depth": _AT_LEAST_ONE,
-    "num_classes": (lambda v: _whole(v, 0), "0 (no head) or more"),
+    "num_classes": (lambda v: _integer(v, 0), "0 (no head) or more"),
     "channel_names": (
         lambda v: v is None or (isinstance(v, tuple) and all(isinstance(n, str) for n in v)),
         "None or a tuple of names",
     ),
-    "alternate": _YES_OR_NO,
-    "position_embedding": _YES_OR_NO,
-    "sample_channels_per_image": _YES_OR_NO,
-    "projection_bias": _YES_OR_NO,
-    "pool_scale": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "alternate": _BOOLEAN,
+    "position_embedding": _BOOLEAN,
+    "sample_channels_per_image": _BOOLEAN,
+    "projection_bias": _BOOLEAN,
+    "pool_scale": (lambda v: _number(v) and v > 0, "a number greater than 0"),
     "d_state": _AT_LEAST_ONE,
-    "d_conv": (lambda v: _whole(v, 0, 4), "0 (no convolution) to 4 taps"),
+    "d_conv": (lambda v: _integer(v, 0, 4), "0 (no convolution) to 4 taps"),
     "expand": _AT_LEAST_ONE,
-    "dt_rank": _MAYBE_ONE,
+    "dt_rank": _NONE_OR_AT_LEAST_ONE,
     "layer_scale": (lambda v: v is None or _number(v), "None or a number"),
-    "drop_path_rate": (lambda v: _number(v) and 0 <= v < 1, "at least 0 and below 1"),
-    "num_heads": _MAYBE_ONE,
-    "mlp_ratio": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "drop_path_rate": (lambda v: _number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
+    "num_heads": _NONE_OR_AT_LEAST_ONE,
+    "mlp_ratio": (lambda v: _number(v) and v > 0, "a number greater than 0"),
     "out_indices": (
-        lambda v: isinstance(v, tuple) and all(_whole(i, 0) for i in v) and len(set(v)) == len(v),
-        "a tuple of different blocks",
+        lambda v: isinstance(v, tuple) and all(_integer(i, 0) for i in v) and len(set(v)) == len(v),
+        "a tuple of distinct block indices",
     ),
 }
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Choices of an `Encoder`; the defaults are FastChannelVim-S/16 as trained on JUMP-CP.
+    """Configuration of an `Encoder`; the defaults are those of FastChannelVim-S/16 trained on JUMP-CP.
 
     Parameters
     ----------
     image_size
-        Height and width in pixels that the position embedding is built for; one number for a square.
+        Height and width in pixels for which the position embedding is built; one number for a square.
     patch_size
         Side of a patch in pixels.
     patch_stride
-        Step from patch to patch in pixels; None for ``patch_size`` (no overlap).
+        Distance between patches in pixels; None for ``patch_size`` (no overlap).
     in_channels
-        Number of channels C the model knows (rows of the channel embedding, or input channels of joint tokens).
+        Number of channels C of the model (rows of the channel embedding, or input channels of joint tokens).
     embed_dim, depth
-        D, and the number of blocks.
+        Token width D and number of blocks.
     num_classes
-        Rows of the classification head; 0 for none, the model then returns features.
+        Number of classes of the head; 0 for a model without a head, which returns features.
     channel_names
-        Names of the C channels, so that callers can choose them by name.
+        Names of the C channels, by which callers can select them.
     tokens
-        "per_channel": one token per patch and channel (FastChannelVim); "joint": one per patch (FastVim).
+        "per_channel": one token per patch and channel (FastChannelVim). "joint": one token per patch (FastVim).
     mixer
         "mamba": the bidirectional pooled state-space mixer; "attention": the ViT / ChannelViT baselines.
     scan_order
-        Of per-channel tokens: "channel_first" (H, W, C), channel fastest; "spatial_first" (C, H, W).
+        Order of per-channel tokens: "channel_first" (H, W, C), channel fastest, or "spatial_first" (C, H, W).
     scan_path
-        "rowwise", or "colwise": the patch grid transposed, position embedding included.
+        "rowwise", or "colwise" to transpose the patch grid and the position embedding.
     pool, pool_axes
-        What is done along the pooled axes before the scan (paper Table 20), and how many axes are pooled:
-        1: columns (rows in every other block); 2: columns and channels, rows and channels, rows and columns in turn.
-        With ``mixer="attention"``, ``pool="mean"`` attends among pooled tokens (paper Table 7).
+        Pooling along the pooled axes before the scan (paper Table 20), and the number of pooled axes. 1: columns, and
+        rows in every other block. 2: columns and channels, rows and channels, rows and columns in turn.
+        With ``mixer="attention"``, ``pool="mean"`` applies attention to pooled tokens (paper Table 7).
     alternate
         Swap rows and columns in every other block.
     pool_scale
-        Factor on mean pools: 1 − mask ratio when a masked pre-training is fine-tuned on whole images.
+        Factor on mean pools: 1 − mask ratio when a masked pre-training is fine-tuned on complete images.
     masked_pool
-        With missing tokens: "sum" of the kept ones over the full count, or their "mean" (paper Table 12).
+        Pooling with missing tokens: "sum" of the kept tokens divided by the number of all, or their "mean" (paper
+        Table 12).
     skip
-        "unpooled": D·u of every token after expanding; "pooled": D·pool(u) before it (paper Table 18).
+        "unpooled": add D·u of every token after expanding. "pooled": add D·pool(u) before (paper Table 18).
     input_norm, ssm_norm
-        Norm before a mixer, and after the scan.
+        Norm before the mixer, and after the scan.
     class_token
-        "none", "first" or "middle" of the sequence; its output is then the feature.
+        Position of the class token in the sequence, whose output is then the feature: "none", "first" or "middle".
     position_embedding
-        Whether patches carry a learned position.
+        Whether to add a learned position embedding to the patches.
     readout
-        How tokens become one feature, unless there is a class token: "mean"; "max": the head on every token, then the
-        largest logit; "last"; "tokens": all of them.
+        Reduction of the tokens to one feature without a class token: "mean"; "max": apply the head to every token and
+        take the largest logit; "last"; "tokens": no reduction.
     channel_sampling
-        Hierarchical channel sampling in training: how the drawn channels are ordered, or "none".
+        Hierarchical channel sampling in training: order of the drawn channels, or "none".
     sample_channels_per_image
-        Draw the channels anew for every image of a batch (their number stays one a batch).
+        Draw different channels for every image of a batch. Their number is the same for the batch.
     d_state, d_conv, expand, dt_rank
-        N; W, the convolution's taps (0: no convolution, paper Table 7); E / D; rank of Δ, None for ceil(D / 16).
+        Number of states N; convolution taps W (0: no convolution, paper Table 7); E / D; rank of Δ, None for
+        ceil(D / 16).
     projection_bias
         Whether the mixer's input and output projections have a bias.
     layer_scale
-        Initial value of a learned factor on each mixer's output; None for none.
+        Initial value of a learned factor on each mixer's output; None for no factor.
     drop_path_rate
-        Rate of the last block; linear from 0.
+        Drop-path rate of the last block, increasing linearly from 0.
     num_heads, mlp_ratio
-        Of ``mixer="attention"``; ``num_heads`` None for one per 64 of D.
+        Number of heads and relative width of the MLP for ``mixer="attention"``; ``num_heads`` None for D / 64.
     mask_reverse
-        Row labels of the backward direction with missing tokens: "mirrored", or "reference" as the published MAE
-        weights were trained (not mirrored).
+        Row labels of the backward direction with missing tokens: "mirrored", or "reference" (not mirrored) for the
+        published MAE weights.
     initialization
-        "cellvim", or "reference": the published code's, whose backward Δ bias starts at 0 instead of in [0.001, 0.1].
+        "cellvim", or "reference" for that of the published code, in which the bias of the backward Δ is 0.
     out_indices
-        Blocks whose outputs a dense-prediction head reads; each gets a LayerNorm, and the final norm is left out.
+        Blocks whose outputs are read by a dense-prediction head. Each has a LayerNorm, and there is no final norm.
 
     References
     ----------
@@ -210,14 +213,14 @@ class EncoderConfig:
         if self.channel_names is not None and len(set(self.channel_names)) != len(self.channel_names):
             raise ModelError(f"channel_names repeats a name: {', '.join(self.channel_names)}.")
         if self.pool_axes == 2 and self.tokens == "joint":
-            raise ModelError("pool_axes=2 needs tokens='per_channel': with joint tokens a grid has two axes to share.")
+            raise ModelError("pool_axes=2 needs tokens='per_channel'; the grid of joint tokens has only two axes.")
         if any(not 0 <= i < self.depth for i in self.out_indices):
-            raise ModelError(f"out_indices {self.out_indices} leave the blocks 0 to {self.depth - 1}.")
+            raise ModelError(f"out_indices is {self.out_indices}; expected blocks from 0 to {self.depth - 1}.")
         if self.mixer == "attention":
             if self.layer_scale is not None:
-                raise ModelError("layer_scale needs mixer='mamba'; the attention block has none.")
+                raise ModelError("layer_scale needs mixer='mamba'; the attention block does not support it.")
             if self.embed_dim % self.heads:
-                raise ModelError(f"embed_dim {self.embed_dim} is no multiple of num_heads {self.heads}.")
+                raise ModelError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.heads}.")
             if self.pool not in ("none", "mean"):
                 raise ModelError(f"pool={self.pool!r} needs mixer='mamba'; attention pools with 'mean' or 'none'.")
 
@@ -252,7 +255,7 @@ class EncoderConfig:
         return self.num_heads or max(1, self.embed_dim // 64)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns of patches of an image, padded at the bottom and right to whole patches."""
+        """Return the rows and columns of patches of an image, which is padded to a multiple of the patch size."""
         return _patches(height, self.patch_size, self.stride), _patches(width, self.patch_size, self.stride)
 
     def replace(self, **changes: Any) -> EncoderConfig:
@@ -261,28 +264,35 @@ class EncoderConfig:
         Raises
         ------
         ModelError
-            If a name is unknown or a value does not fit.
+            A name is unknown or a value is invalid.
         """
-        known = [f.name for f in fields(self)]
-        for name in changes:
-            if name not in known:
-                raise ModelError(f"EncoderConfig has no value {name!r}.{suggestion(name, known)}")
+        self.check_names(changes)
         return replace(self, **changes)
 
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raise a `ModelError` if one of the names is not a value of the configuration."""
+        known = [f.name for f in fields(cls)]
+        for name in names:
+            if name not in known:
+                raise ModelError(f"EncoderConfig has no value {name!r}.{suggestion(name, known)}")
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the values as plain types that JSON can hold."""
+        """Return the values as types that JSON supports."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
-        """Return the config that `to_dict` described; the inverse of `to_dict`."""
+        """Return the configuration with these values; the inverse of `to_dict`."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ModelError(f"The configuration has unknown values {', '.join(unknown)}: is it of a newer CellVim?")
+            raise ModelError(
+                f"The configuration has unknown values {', '.join(unknown)}. It may need a newer version of CellVim."
+            )
         return cls(**values)
 
 
 def _patches(length: int, patch: int, stride: int) -> int:
-    """Patches along ``length`` pixels, zero-padded so that none is left out."""
+    """Return the number of patches that cover ``length`` pixels."""
     return max(0, ceil((length - patch) / stride)) + 1

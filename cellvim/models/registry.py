@@ -123,12 +123,12 @@ def create_model(name: str, **changes: Any) -> Encoder:
     if trained is None:
         return Encoder(model_config(name, **changes))
     model = load_checkpoint(trained)
-    wanted = model.config.replace(**changes)
-    for change in changes:
+    model.config.check_names(changes)
+    for change, value in changes.items():
         fixed = getattr(model.config, change)
-        if getattr(wanted, change) != fixed:
+        if (tuple(value) if isinstance(value, list) else value) != fixed:
             raise ModelError(
-                f"{change}={changes[change]!r} contradicts the trained model {name!r}, which has {change}={fixed!r}. "
+                f"{change}={value!r} contradicts the trained model {name!r}, which has {change}={fixed!r}. "
                 f"Omit {change}, or choose an architecture with random weights."
             )
     return model

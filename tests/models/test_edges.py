@@ -62,7 +62,7 @@ def test_noise_may_be_any_finite_numbers() -> None:
         assert torch.equal(out.loss, expected.loss)
     assert expected.mask.sum(1).tolist() == [12, 12]
     for wrong in (torch.nan, torch.inf):
-        with pytest.raises(InputError, match="noise holds NaN or infinite"):
+        with pytest.raises(InputError, match="noise contains NaN or infinite"):
             model(images, noise=ranks.masked_fill(ranks == 3, wrong))
 
 

@@ -164,8 +164,8 @@ def test_joint_channels_are_put_into_the_models_order() -> None:
         (["DNA", "Golgi", "ER"], "Golgi.*DNA, ER, Mito"),
         ([0, 1], "expected \\(3,\\)"),
         ([0, 1, 3], "0 to 2"),
-        ([0, 1, 1], "twice"),
-        ([0, "ER", 2], "all names or all whole numbers"),
+        ([0, 1, 1], "repeat"),
+        ([0, "ER", 2], "only names or only integers"),
         ([-1, 1, 2], "0 to 2"),
     ],
 )
@@ -183,11 +183,11 @@ def test_channel_count_that_does_not_fit_asks_which_they_are() -> None:
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (torch.zeros(2, 108, dtype=torch.bool), "without any token"),
+        (torch.zeros(2, 108, dtype=torch.bool), "selects no token"),
         (torch.ones(2, 50, dtype=torch.bool), "expected \\(2, 108\\)"),
-        (torch.ones(3, 108, dtype=torch.bool), "a row for each of the 2"),
-        (torch.tensor([[0, 0], [1, 2]]), "twice"),
-        (torch.tensor([[0, 108], [1, 2]]), "beyond 107"),
+        (torch.ones(3, 108, dtype=torch.bool), "one row for each of the 2"),
+        (torch.tensor([[0, 0], [1, 2]]), "repeat"),
+        (torch.tensor([[0, 108], [1, 2]]), "above 107"),
     ],
 )
 def test_wrong_keep_is_refused(keep: Tensor, message: str) -> None:

@@ -140,9 +140,9 @@ def test_hub_folder_round_trip(model, images, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: None, "There is no checkpoint"),
-        (lambda p: p.write_bytes(b"no"), "not a whole safetensors file"),
-        (lambda p: p.write_bytes(b""), "not a whole safetensors file"),
+        (lambda p: None, "does not exist"),
+        (lambda p: p.write_bytes(b"no"), "not a complete safetensors file"),
+        (lambda p: p.write_bytes(b""), "not a complete safetensors file"),
     ],
 )
 def test_damaged_checkpoint_is_refused(tmp_path, write, message: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cellvim import create_model, list_models
+from cellvim import create_model, list_models, load_checkpoint
 from cellvim.errors import ModelError
+from cellvim.models.checkpoints import shipped_models
 from cellvim.models.registry import FAMILIES, model_config
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -65,3 +66,24 @@ def test_every_parameter_of_every_model_learns(name: str) -> None:
     out.square().sum().backward()
     without = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without, f"no gradient: {', '.join(without)}"
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_shipped_model_has_the_weights_of_its_checkpoint(name: str) -> None:
+    model, expected = create_model(name), load_checkpoint(shipped_models()[name])
+    assert model.is_trained and not model.training
+    assert model.config == expected.config and model.card == expected.card
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_values_that_contradict_a_shipped_model_are_refused() -> None:
+    name = "fastchannelvim_multichannel"
+    config = load_checkpoint(shipped_models()[name]).config
+    agreeing = {"depth": config.depth, "channel_names": list(config.channel_names)}
+    assert create_model(name, **agreeing).config == config
+    with pytest.raises(ModelError, match=r"in_channels=3 contradicts .*'fastchannelvim_multichannel'") as caught:
+        create_model(name, **agreeing, in_channels=3)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="Did you mean embed_dim"):
+        create_model(name, embeddim=3)

@@ -102,7 +102,7 @@ def test_damaged_file_is_refused(content: bytes, tmp_path) -> None:
 
 
 def test_missing_file_and_a_file_without_weights_are_refused(tmp_path) -> None:
-    with pytest.raises(ModelError, match="There is no weights file"):
+    with pytest.raises(ModelError, match="does not exist"):
         load_reference(Encoder(CONFIG), tmp_path / "none.pth")
     torch.save({"epoch": 3, "args": {"lr": 1.0}}, tmp_path / "empty.pth")
     with pytest.raises(ModelError, match="no weights"):
@@ -118,3 +118,10 @@ def test_a_saved_model_may_be_read_by_whoever_may_read_other_files(tmp_path) -> 
     path = save_checkpoint(Encoder(CONFIG), tmp_path / "model.safetensors")
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["model.safetensors", "other"]
+
+
+def test_from_pretrained_refuses_the_checkpoint_of_another_class(tmp_path) -> None:
+    MaskedAutoencoder(CONFIG, decoder_dim=16, decoder_depth=1).save_pretrained(tmp_path)
+    assert isinstance(MaskedAutoencoder.from_pretrained(tmp_path), MaskedAutoencoder)
+    with pytest.raises(ModelError, match=r"contains a MaskedAutoencoder.*cellvim\.load_checkpoint"):
+        Encoder.from_pretrained(tmp_path)
