@@ -64,7 +64,7 @@ def run(
     """
     from benchmarks.timing import machine
     from cellvim.embedding.options import DEFAULT_MODEL
-    from cellvim.embedding.planning import plan_embedding
+    from cellvim.embedding.plan import plan_embedding
 
     with tempfile.TemporaryDirectory() as folder:
         source: str | Path

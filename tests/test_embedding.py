@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -16,7 +18,11 @@ import torch
 from synthetic_plate import break_chunk, draw_field, write_plate
 
 import cellvim
-from cellvim.embedding import EmbeddingPlan, embed_field, plan_embedding, run_embedding
+from cellvim.embedding import EmbeddingOptions, EmbeddingPlan, embed_field, plan_embedding, run_embedding
+from cellvim.embedding.ledger import identity_digest
+from cellvim.embedding.options import option, with_options
+from cellvim.embedding.plan import make_plan
+from cellvim.embedding.provenance import provenance
 from cellvim.errors import ChannelError, InputError, ModelError, OutputError, PlateError
 
 CHANNELS = ["GFP", "Hoechst"]
@@ -244,11 +250,11 @@ class TestChannels:
             cellvim.embed(plate_path, model=small_encoder(("DNA", "ER", "Mito")))
 
     def test_a_model_that_does_not_name_its_channels(self, plate_path):
-        with pytest.raises(ModelError, match="does not say"):
+        with pytest.raises(ModelError, match="does not name"):
             cellvim.embed(plate_path, model=small_encoder(None))
 
     def test_joint_tokens_need_all_channels(self, plate_path):
-        with pytest.raises(ModelError, match="needs all"):
+        with pytest.raises(ModelError, match="requires all"):
             cellvim.embed(plate_path, model=small_encoder(tokens="joint"))
 
 
@@ -335,20 +341,51 @@ def test_plan_is_made_once(plate_path, encoder):
         plan.seed = 1
 
 
-def test_python_function_and_plan_have_the_same_options_and_defaults():
-    """`embed` spells them out for its readers; what is asked for beyond a plan is in its own signature."""
-    import dataclasses
-    import inspect
-
-    from cellvim.embedding.options import EmbeddingOptions
-
-    planned = {field.name: field.default for field in dataclasses.fields(EmbeddingOptions)}
-    spelled = {p.name: p.default for p in inspect.signature(cellvim.embed).parameters.values()}
-    assert planned.keys() - spelled.keys() == {"tokens", "view"}
-    assert spelled.keys() - planned.keys() == {"plate", "output", "workers", "overwrite"}
-    assert all(spelled[name] == planned[name] for name in planned.keys() & spelled.keys())
-
-
 def test_option_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(TypeError, match="crop_sizes"):
         plan_embedding(tmp_path / "plate.zarr", crop_sizes=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendedOptions(EmbeddingOptions):
+    """The options and one more, defined in one place only."""
+
+    blur_um: float = option(0.0, "Standard deviation of a Gaussian filter. Not applied here.", metavar="UM")
+
+
+def test_a_new_option_reaches_signature_command_line_record_and_identity(plate_path, encoder):
+    @with_options(ExtendedOptions)
+    def embed(plate, **options):
+        """Embed.
+
+        Parameters
+        ----------
+        plate
+            A plate.
+        **options
+            See `ExtendedOptions`.
+        """
+
+    parameter = inspect.signature(embed).parameters["blur_um"]
+    assert (parameter.default, parameter.kind) == (0.0, parameter.KEYWORD_ONLY)
+    assert "Standard deviation of a Gaussian filter" in embed.__doc__ and "**options" not in embed.__doc__
+
+    plans = [make_plan(plate_path, ExtendedOptions(model=encoder, blur_um=blur)) for blur in (0.0, 1.5)]
+    assert json.loads(provenance(plans[1], [])["cellvim"]["options"])["blur_um"] == 1.5
+    assert identity_digest(plans[0].identity) != identity_digest(plans[1].identity)
+
+
+def test_embed_has_every_option_that_affects_the_rows():
+    parameters = inspect.signature(cellvim.embed).parameters
+    for each in fields(EmbeddingOptions):
+        assert parameters[each.name].default == each.default
+        assert f"\n    {each.name}\n" in cellvim.embed.__doc__
+    assert inspect.signature(plan_embedding).parameters.keys() > {each.name for each in fields(EmbeddingOptions)}
+    record = EmbeddingOptions().record()
+    assert record.keys() == {f.name for f in fields(EmbeddingOptions)} - {"batch_size", "device"}
+
+
+def test_equivalent_options_have_the_same_record():
+    python = EmbeddingOptions(channels={"DNA": "ch5", "ER": "ch4"}, wells=("A01", "B07"), cells=Path("table.csv"))
+    command_line = EmbeddingOptions(channels="DNA=ch5,ER=ch4", wells=["A01", "B07"], cells="table.csv")
+    assert python.record() == command_line.record()

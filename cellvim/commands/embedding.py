@@ -95,7 +95,9 @@ def embed(
         "probabilities": probabilities,
         "tokens": tokens,
         "seed": seed,
-        "view": {"z": plane_of(z), "t": t, "level": level},
+        "z": plane_of(z),
+        "t": t,
+        "level": level,
     }
     run = {
         "format": format,

@@ -50,6 +50,7 @@ def provenance(
             "sha256": plan.weights_sha256,
             **({} if plan.trained else {"seed": plan.seed, "warning": untrained_remark(plan)}),
         },
+        "options": json.dumps(plan.options),
         "unit": plan.unit,
         "precision": plan.precision,
         "seed": plan.seed,

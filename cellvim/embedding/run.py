@@ -11,15 +11,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from dataclasses import field as default
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cellvim.embedding.account import Account, FieldsLeft
-from cellvim.embedding.encoders import usable_device
 from cellvim.embedding.ledger import (
     MARKER,
     Failure,
@@ -32,9 +31,8 @@ from cellvim.embedding.ledger import (
     open_ledger,
     read_run,
 )
-from cellvim.embedding.options import DEFAULT_MODEL, UNITS, Channels, Plates, Unit
-from cellvim.embedding.plan import EmbeddingPlan
-from cellvim.embedding.planning import plan_embedding
+from cellvim.embedding.options import EmbeddingOptions, Plates, RunOptions, Unit, split_options, with_options
+from cellvim.embedding.plan import EmbeddingPlan, make_plan, plan_embedding, usable_device
 from cellvim.embedding.provenance import untrained_remark
 from cellvim.errors import FieldReadError, InputError, Interrupted, OutputError, listing, suggestion
 from cellvim.files import check_folder_writable, is_url
@@ -45,156 +43,59 @@ if TYPE_CHECKING:
 
     from cellvim.data.plate import Field
     from cellvim.embedding.workers import Done
-    from cellvim.models.encoder import Encoder
 
 ENGINES = ("processes", "ray")
-
-__all__ = [
-    "DEFAULT_MODEL",
-    "UNITS",
-    "EmbeddingPlan",
-    "EmbeddingSummary",
-    "embed",
-    "embed_field",
-    "plan_embedding",
-    "run_embedding",
-]
+EMBED_OPTIONS = {f.name for f in fields(EmbeddingOptions)} | {"workers", "overwrite"}  # of `embed`
 
 
-def embed(
-    plate: Plates,
-    output: str | Path | None = None,
-    *,
-    model: str | Path | Encoder = DEFAULT_MODEL,
-    unit: Unit = "cell",
-    channels: Channels = None,
-    wells: Sequence[str] | None = None,
-    crop_size: int | None = None,
-    crop_um: float | None = None,
-    um_per_px: float | None = None,
-    overlap: float = 0.0,
-    cells: str | Path = "nuclei",
-    border: str = "pad",
-    mask_neighbours: bool = False,
-    scale_by: Literal["auto", "all", "controls", "model"] = "auto",
-    illumination: bool = False,
-    batch_size: int | None = None,
-    device: str = "auto",
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
-    per_channel: bool = False,
-    probabilities: bool = False,
-    seed: int = 0,
-    workers: int = 1,
-    overwrite: bool = False,
-) -> AnnData:
-    """Embed plates and return the AnnData.
+@with_options(EmbeddingOptions, RunOptions, only=EMBED_OPTIONS)
+def embed(plate: Plates, output: str | Path | None = None, **options: Any) -> AnnData:
+    """Embed the cells, tiles or fields of plates into an AnnData.
 
     Parameters
     ----------
     plate
-        An OME-Zarr plate: its path or URL, or what `open_plate` returned. Or a list of plates, to be embedded into one.
+        An OME-Zarr plate: path or URL, or a plate opened with `open_plate`. A list of plates is embedded into one
+        AnnData.
     output
-        Where to write the AnnData. Without it the result is in memory only. When a run was interrupted, the same call
-        goes on where it stopped.
-    model
-        A name (see `list_models`; its weights are random), the path of a checkpoint, or an `Encoder`.
-    unit
-        What one row is: a "cell", a "tile" of the field, or the whole "field".
-    channels
-        Channels to embed, by name: ``["DNA", "ER"]`` or ``"DNA,ER"``; all by default. Where the plate's name does not
-        say what a channel shows, say it: ``{"DNA": "ch5", "ER": "ch4"}`` or ``"DNA=ch5,ER=ch4"``.
-    wells
-        Wells to embed, such as ``["A01", "B07"]``; all by default.
-    crop_size
-        Side in plate pixels of a cell's crop or of a tile. By default what the model was trained on, or, for a model
-        without training, 40 µm around a cell (64 pixels when the pixel size is unknown) and 224 pixels for a tile.
-    crop_um
-        That side in µm instead. Crops of plates of different pixel sizes are then resized to one.
-    um_per_px
-        Resample every field to this pixel size before anything is cut.
-    overlap
-        Of neighbouring tiles, as a share of their side.
-    cells
-        Where cells come from: "nuclei" or "cells" to segment them, "cellpose", "labels:NAME" of the plate, the path of
-        a table of positions or of a folder of masks; see `cellvim.data.cells.open_cells`.
-    border
-        What becomes of a cell whose crop reaches beyond the field: "pad" with 0, "reflect", "shift" or "drop".
-    mask_neighbours
-        Set what belongs to other cells to 0.
-    scale_by
-        Intensities are scaled by the percentiles of "all" wells, or of the negative "controls" of the plate map, or by
-        the levels that the "model" learned with. "auto": by whichever of these it learned with.
-    illumination
-        Estimate the light's shape from the plate and divide it out of what is embedded.
-    batch_size
-        Crops embedded at once; by the free memory if None.
-    device
-        "auto", "cpu", "cuda", "cuda:1", "mps".
-    precision
-        "float32" or "bfloat16"; "auto" takes bfloat16 on a GPU that has it.
-    probabilities
-        Also return ``obsm["probabilities"]`` (n, K) of the classes that the model learned; their names are
-        ``uns["cellvim"]["class_names"]``.
-    per_channel
-        Also keep the mean of each channel's tokens, in ``obsm["X_emb_<channel>"]``.
-    seed
-        Of random weights and of the pixels that the intensity scale is estimated on.
-    workers
-        Processes to share the fields out among.
-    overwrite
-        Start anew, and replace ``output`` when it exists.
+        Path of the AnnData to write, .zarr or .h5ad. By default the result is only returned. If a run was interrupted,
+        the same call resumes it.
+    **options
+        See `EmbeddingOptions` and `RunOptions`.
 
     Returns
     -------
     AnnData
-        ``X`` (n, D) float32; ``obs`` with plate, well, site, object number, the plate map's columns and measurements;
-        ``obsm["spatial"]`` (x, y) within the field; ``uns["cellvim"]`` with all that is needed to repeat the run.
+        ``X`` (n, D) float32; ``obs`` with plate, well, site, object number, the columns of the plate map and
+        measurements; ``obsm["spatial"]`` (x, y) within the field; ``uns["cellvim"]`` with everything needed to
+        reproduce the run.
 
     Warns
     -----
     UserWarning
-        The weights are not trained, a field could not be read, or nothing was found.
+        The weights are untrained, a field could not be read, or no unit was found.
 
     Raises
     ------
     CellvimError
-        Something given cannot be used; the message says what, and what to do.
+        An option, plate or model cannot be used.
     """
     import anndata
 
     from cellvim.anndata_io import format_of
     from cellvim.embedding.assembly import check_free
 
+    embedding, run = split_options(options, EmbeddingOptions, RunOptions)
+    if output is None and embedding.tokens:
+        raise InputError("Token maps are written beside the output; tokens requires an output.")
     if output is not None:
-        check_free(output, overwrite=overwrite)
+        check_free(output, overwrite=run.overwrite)
         if format_of(output) == "parquet":
             raise InputError("cellvim.embed returns an AnnData; write Parquet with `cellvim embed`, or name a .zarr.")
-    plan = plan_embedding(
-        plate,
-        model=model,
-        unit=unit,
-        channels=channels,
-        wells=wells,
-        crop_size=crop_size,
-        crop_um=crop_um,
-        um_per_px=um_per_px,
-        overlap=overlap,
-        cells=cells,
-        border=border,
-        mask_neighbours=mask_neighbours,
-        scale_by=scale_by,
-        illumination=illumination,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        per_channel=per_channel,
-        probabilities=probabilities,
-        seed=seed,
-        cache=None if output is None else cache_folder(output),
-    )
+    plan = make_plan(plate, embedding, cache=None if output is None else cache_folder(output))
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(output) if output is not None else Path(temporary) / "embeddings.zarr"
-        summary = run_embedding(plan, target, overwrite=overwrite, workers=workers)
+        summary = run_embedding(plan, target, overwrite=run.overwrite, workers=run.workers)
         for remark in summary.remarks():
             warnings.warn(remark, stacklevel=2)
         return anndata.read_h5ad(target) if format_of(target) == "h5ad" else anndata.read_zarr(target)
@@ -414,7 +315,7 @@ def embed_plates(
         except OSError as error:
             raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another.") from error
     if len(plates) > 1:
-        _check_names(plates, planned.get("view") or {})
+        _check_names(plates, EmbeddingOptions(**planned).view)
     for source in plates:
         plan = plan_embedding(source, **planned, cache=cache_folder(f"{output}/plates"))
         target = f"{output}/{plan.plates[0].name}.{suffix}"
