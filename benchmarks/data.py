@@ -131,10 +131,9 @@ def measure(
 
     import torch
 
-    from cellvim.data.chunks import ChunkedArray
     from cellvim.data.crops import CropSpec, stream_crops
     from cellvim.data.intensity import IntensityScale
-    from cellvim.data.plate_store import open_array
+    from cellvim.data.plate_store import ChunkedArray, open_array
 
     channels = plate.channel_names
     fields = [f for f in plate.fields if f.is_readable and f.layout.holds_data() and f.channel_names == channels][:most]
@@ -203,8 +202,8 @@ def synthetic_jump_plate(target: Path, *, wells: int = 4, seed: int = 0) -> Path
 
     from scipy import ndimage as ndi
 
+    from cellvim.data.plate_writer import PlateWriter
     from cellvim.data.wells import well_name
-    from cellvim.data.writer import PlateWriter
 
     names = [well_name(r, c) for r in range(16) for c in range(24)]
     rng = np.random.default_rng(seed)

@@ -324,7 +324,7 @@ def _drawn_plate(folder: Path, wells: int) -> tuple[Path, str]:
 
 def _small_plate(path: Path) -> Path:
     """Draw a plate of 2 wells with 2 fields of 2 x 256², some discs in each."""
-    from cellvim.data.writer import PlateWriter
+    from cellvim.data.plate_writer import PlateWriter
 
     path.parent.mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 import cellvim
-from cellvim.data.writer import PlateWriter
+from cellvim.data.plate_writer import PlateWriter
 
 CHANNELS = ["DNA", "ER", "RNA", "AGP", "Mito"]
 ROWS, COLUMNS, FIELD_PX, CROP_PX = 16, 24, 400, 64

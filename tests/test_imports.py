@@ -110,7 +110,7 @@ def test_imports_go_one_way(path):
         (
             "zarr",
             (
-                *("cellvim.data.plate", "cellvim.data.writer", "cellvim.data.importers"),
+                *("cellvim.data.plate", "cellvim.data.importers"),
                 *("cellvim.embedding", "cellvim.anndata_io"),
             ),
         ),

@@ -281,7 +281,7 @@ def cache_key(plate: Plate, channels: Sequence[str], options: dict[str, Any]) ->
     what = {
         "format": _FORMAT,
         "plate": plate.name,
-        "view": [str(v) for v in (plate._z, plate._t, plate._level)],
+        "view": [str(v) for v in plate.selection.values()],
         "fields": [f.name for f in plate.fields],
         "stored": [f.layout.folder.stored_bytes() if f.is_readable else None for f in fields],
         "channels": list(channels),

@@ -1,235 +1,92 @@
-"""Where a plate lies: a folder, a zip file or a URL, read alike; and a guard against chunks that would fill memory.
+"""Folders of a plate on disk, in a zip file or behind a URL, and the arrays in them.
 
-Part of `cellvim.data.plate`, which is the only user: nothing else opens Zarr images.
+Small files are read through fsspec, local ones directly. Arrays on disk in the layouts that plates use (Zarr format 2
+or 3, sharded or not, uncompressed or compressed by zstd or blosc) are decoded here, straight into the output memory:
+zarr-python needs 1.4 to 2.3 times the processor time for a field, because of its event loop and a copy of every chunk,
+and tensorstore 1.1 times ("Decisions" in docs/architecture.md). zarr-python reads all other arrays, behind a guard that
+refuses chunks that would decompress to more than their pixels. Part of `cellvim.data.plate`, its only user.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
+import math
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile, ZipFile
+from typing import Any
 
-from cellvim.data.chunks import SLACK_BYTES, ChunkBombError, refuse_link_out
+import numpy as np
+
 from cellvim.errors import PlateError
+from cellvim.files import is_url, open_filesystem
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
+METADATA_FILES = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 MAX_METADATA_BYTES = 64 << 20
-NO_LISTING = (FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError)
-NO_LISTING_STATUS = (401, 403, 404, 405, 501)  # a web server's answer where it lists no folders
+SLACK_BYTES = 1 << 20  # tolerance for the size of a stored chunk compared with its pixels
+CANNOT_LIST = (FileNotFoundError, NotADirectoryError, PermissionError, NotImplementedError)
+CANNOT_LIST_STATUS = (401, 403, 404, 405, 501)  # HTTP status of servers that do not list folders
+_ABSENT = (1 << 64) - 1  # offset and length of an absent chunk in the index of a shard
+_TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float32", "float64"}
+
+
+class ChunkError(ValueError):
+    """A chunk is damaged or lies outside the plate."""
+
+
+class ChunkBombError(ChunkError):
+    """A chunk would decompress to more than its pixels."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
 
 
 class Location:
-    """A folder of a plate, wherever it lies. Paths are relative, with ``/``; `inside` refuses those that lead out."""
+    """A folder of a plate on an fsspec file system.
 
-    name: str
+    Parameters
+    ----------
+    filesystem
+        fsspec file system.
+    path
+        Path on the file system.
+    url
+        Path or URL for messages.
+    """
+
+    def __init__(self, filesystem: Any, path: str, url: str, fetched: dict[str, Any] | None = None) -> None:
+        self.filesystem, self.path, self.url = filesystem, path.rstrip("/"), url.rstrip("/")
+        self.name = PurePosixPath(self.path).name
+        self._fetched: dict[str, Any] = {} if fetched is None else fetched  # path -> content or error of `prefetch`
+
+    def __str__(self) -> str:
+        return self.url
 
     def read(self, name: str) -> bytes | None:
-        """Return a small file's content, or None where there is none.
+        """Return the content of a metadata file, or None if it does not exist.
 
         Raises
         ------
         PlateError
             It cannot be read, or is too large for metadata.
         """
-        raise NotImplementedError
-
-    def prefetch(self, names: list[str]) -> None:
-        """Fetch small files, given by their paths from here, all at once, where each takes a while."""
-
-    def child(self, relative: str) -> Location:
-        """Return a folder below; it need not exist."""
-        raise NotImplementedError
-
-    def inside(self, relative: str) -> Location | None:
-        """Return a folder below, or None where the path is empty or leads out of this one."""
-        parts = relative.replace("\\", "/").split("/")
-        if not relative or relative == "None" or any(p in ("", ".", "..") or ":" in p or "\x00" in p for p in parts):
-            return None
-        return self.child("/".join(parts))
-
-    def exists(self) -> bool:
-        """Return whether the folder is there."""
-        raise NotImplementedError
-
-    def folders(self) -> list[str]:
-        """Return the names of the folders in it."""
-        raise NotImplementedError
-
-    def stored_bytes(self) -> int:
-        """Return how many bytes of chunks are stored in it and below."""
-        raise NotImplementedError
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return the Zarr store, and the path in it."""
-        raise NotImplementedError
-
-
-class Folder(Location):
-    """A folder of this machine."""
-
-    def __init__(self, path: Path, root: Path | None = None) -> None:
-        self.path, self.name = path, path.name
-        self.root = path if root is None else root  # of the plate
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def read(self, name: str) -> bytes | None:
-        """Return a small file's content, or None where there is none."""
-        path = self.path / name
+        path = f"{self.path}/{name}" if self.path else name
         try:
-            if path.stat().st_size > MAX_METADATA_BYTES:
-                raise PlateError(f"{path} is of {path.stat().st_size:,} bytes; expected metadata.")
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as error:
-            raise PlateError(f"{path} cannot be read: {error}.") from error
-
-    def child(self, relative: str) -> Folder:
-        """Return a folder below; it need not exist."""
-        return Folder(self.path.joinpath(*relative.split("/")), self.root)
-
-    def inside(self, relative: str) -> Location | None:
-        """Return a folder below, or None where the path is empty or leads out of this one."""
-        target = super().inside(relative)
-        try:
-            if target is not None and target.exists() and not target.path.resolve().is_relative_to(self.path.resolve()):
-                return None  # a link out of the plate
-        except (OSError, RuntimeError):  # a name that is too long, a loop of links
-            return None
-        return target
-
-    def exists(self) -> bool:
-        """Return whether the folder is there."""
-        return self.path.is_dir()
-
-    def folders(self) -> list[str]:
-        """Return the names of the folders in it."""
-        return [p.name for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []
-
-    def stored_bytes(self) -> int:
-        """Return how many bytes of chunks are stored in it and below."""
-        files = (p for p in self.path.rglob("*") if p.name not in METADATA and p.is_file())
-        return sum(p.stat().st_size for p in files)
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return the Zarr store, and the path in it."""
-        from zarr.storage import LocalStore
-
-        return LocalStore(self.path, read_only=True), ""
-
-
-class Zipped(Location):
-    """A folder in a zip file."""
-
-    def __init__(self, archive: _Archive, inner: str) -> None:
-        self.archive, self.inner = archive, inner
-        self.name = PurePosixPath(inner).name or archive.path.name.removesuffix(".zip")
-
-    def __str__(self) -> str:
-        return f"{self.archive.path}/{self.inner}".rstrip("/")
-
-    def _key(self, name: str) -> str:
-        return f"{self.inner}/{name}" if self.inner else name
-
-    def read(self, name: str) -> bytes | None:
-        """Return a small file's content, or None where there is none."""
-        return self.archive.read(self._key(name))
-
-    def child(self, relative: str) -> Zipped:
-        """Return a folder below; it need not exist."""
-        return Zipped(self.archive, self._key(relative))
-
-    def exists(self) -> bool:
-        """Return whether the folder is there."""
-        return self.inner in self.archive.children
-
-    def folders(self) -> list[str]:
-        """Return the names of the folders in it."""
-        return [n for n in self.archive.children.get(self.inner, ()) if self._key(n) in self.archive.children]
-
-    def stored_bytes(self) -> int:
-        """Return how many bytes of chunks are stored in it and below."""
-        return sum(size for key, size in self.archive.below(self.inner) if PurePosixPath(key).name not in METADATA)
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return the Zarr store, and the path in it."""
-        from zarr.storage import ZipStore
-
-        return ZipStore(self.archive.path, mode="r"), self.inner
-
-
-class _Archive:
-    """A zip file's directory, read once; the file is opened anew in each process."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with ZipFile(path) as file:
-                self.sizes = {i.filename: i.file_size for i in file.infolist() if not i.is_dir()}
-        except (BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise PlateError(f"{path} cannot be read as a zip file: {error}.") from error
-
-    @cached_property
-    def children(self) -> dict[str, set[str]]:
-        """Folder -> names in it."""
-        found: dict[str, set[str]] = {"": set()}
-        for key in self.sizes:
-            parts = key.split("/")
-            for i, part in enumerate(parts):
-                found.setdefault("/".join(parts[:i]), set()).add(part)
-        return found
-
-    def below(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Return the entries below a folder, with their sizes."""
-        prefix = f"{folder}/" if folder else ""
-        return ((key, size) for key, size in self.sizes.items() if key.startswith(prefix))
-
-    def read(self, key: str) -> bytes | None:
-        """Return the content of an entry, or None where there is none."""
-        if key not in self.sizes:
-            return None
-        if self.sizes[key] > MAX_METADATA_BYTES:
-            raise PlateError(f"{self.path}/{key} is of {self.sizes[key]:,} bytes; expected metadata.")
-        try:
-            with ZipFile(self.path) as file:
-                return file.read(key)
-        except (BadZipFile, OSError, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-            raise PlateError(f"{self.path}/{key} cannot be read: {error}.") from error
-
-
-class Remote(Location):
-    """A folder behind a URL, through fsspec: ``s3://``, ``https://``, ``memory://`` and whatever else is installed."""
-
-    def __init__(self, filesystem: Any, path: str, url: str, fetched: dict[str, Any] | None = None) -> None:
-        self.filesystem, self.path, self.url = filesystem, path.rstrip("/"), url.rstrip("/")
-        self.name = PurePosixPath(self.path).name
-        self._fetched: dict[str, Any] = {} if fetched is None else fetched  # path -> content or error, until it is read
-
-    def __str__(self) -> str:
-        return self.url
-
-    def read(self, name: str) -> bytes | None:
-        """Return a small file's content, or None where there is none."""
-        try:
-            content = self._fetched.pop(f"{self.path}/{name}", None)
+            content = self._fetched.pop(path, None)
             if content is None:
-                content = self.filesystem.cat_file(f"{self.path}/{name}", start=0, end=MAX_METADATA_BYTES + 1)
+                content = self.filesystem.cat_file(path, start=0, end=MAX_METADATA_BYTES + 1)
             if isinstance(content, Exception):
                 raise content
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
-        except Exception as error:  # each filesystem has its own kinds
-            if "416" in str(error):  # an empty file has no first byte
+        except Exception as error:  # every file system has its own exceptions
+            if "416" in str(error):  # the HTTP status of an empty file: it has no first byte
                 return b""
             raise PlateError(
                 f"{self.url}/{name} cannot be read ({type(error).__name__}: {str(error)[:200]})."
@@ -238,51 +95,58 @@ class Remote(Location):
             raise PlateError(f"{self.url}/{name} is larger than {MAX_METADATA_BYTES:,} bytes; expected metadata.")
         return content
 
-    def child(self, relative: str) -> Remote:
-        """Return a folder below; it need not exist."""
-        return Remote(self.filesystem, f"{self.path}/{relative}", f"{self.url}/{relative}", self._fetched)
-
     def prefetch(self, names: list[str]) -> None:
-        """Fetch small files all at once; `read` then gives what came of each, an error too."""
+        """Fetch metadata files at once; `read` then returns their content or raises their error."""
         paths = [f"{self.path}/{name}" for name in names]
         try:
             contents = self.filesystem.cat_ranges(paths, 0, MAX_METADATA_BYTES + 1, on_error="return")
         except (NotImplementedError, TypeError, OSError):
-            # The filesystem cannot, does not know the arguments, or broke off: each is then read, and may fail, alone.
-            return
+            return  # not supported, or interrupted: `read` fetches the files one by one
         self._fetched.update(zip(paths, contents, strict=True))
 
+    def child(self, relative: str) -> Location:
+        """Return a folder below this one; it need not exist."""
+        path = f"{self.path}/{relative}" if self.path else relative
+        return Location(self.filesystem, path, f"{self.url}/{relative}", self._fetched)
+
+    def inside(self, relative: str) -> Location | None:
+        """Return a folder below this one, or None if the path is empty or leads outside."""
+        parts = relative.replace("\\", "/").split("/")
+        if not relative or relative == "None" or any(p in ("", ".", "..") or ":" in p or "\x00" in p for p in parts):
+            return None
+        return self.child("/".join(parts))
+
     def exists(self) -> bool:
-        """Return whether the folder is there."""
-        return any(self.read(name) is not None for name in METADATA)
+        """Return whether the folder exists."""
+        return any(self.read(name) is not None for name in METADATA_FILES)
 
     def folders(self) -> list[str]:
-        """Return the names of the folders in it; none where the server does not list them."""
-        entries = self._listed("ls") or []
+        """Return the names of the folders in it; none if the server does not list them."""
+        entries = self._list("ls") or []
         return [PurePosixPath(e["name"].rstrip("/")).name for e in entries if e.get("type") == "directory"]
 
     def stored_bytes(self) -> int:
-        """Return how many bytes of chunks are stored in it and below."""
-        found = self._listed("find")
-        if not found:  # it cannot be told: then it may be there
+        """Return the size of all chunks in it and below; 1 if the server does not list them."""
+        found = self._list("find")
+        if not found:
             return 1
-        return sum(e.get("size") or 1 for k, e in found.items() if PurePosixPath(k).name not in METADATA)
+        return sum(e.get("size") or 1 for k, e in found.items() if PurePosixPath(k).name not in METADATA_FILES)
 
-    def _listed(self, how: str) -> Any:
-        """Return what the filesystem lists here, None where it lists nothing to us.
+    def _list(self, method: str) -> Any:
+        """Return the listing of ``ls`` or ``find``, or None if the server does not list folders.
 
         Raises
         ------
         PlateError
-            It was to list, and failed: what is there must not be taken for absent.
+            Listing failed, which must not be mistaken for an empty folder.
         """
         try:
-            return getattr(self.filesystem, how)(self.path, detail=True)
-        except NO_LISTING:
+            return getattr(self.filesystem, method)(self.path, detail=True)
+        except CANNOT_LIST:
             return None
-        except Exception as error:  # each filesystem has its own kinds, not all of them an OSError
-            answers = (getattr(error, name, None) for name in ("status", "code", "status_code"))
-            if any(answer in NO_LISTING_STATUS for answer in answers):
+        except Exception as error:  # every file system has its own exceptions
+            statuses = (getattr(error, name, None) for name in ("status", "code", "status_code"))
+            if any(status in CANNOT_LIST_STATUS for status in statuses):
                 return None
             raise PlateError(f"{self.url} cannot be listed ({type(error).__name__}: {str(error)[:200]}).") from error
 
@@ -293,11 +157,155 @@ class Remote(Location):
         return FsspecStore(_asynchronous(self.filesystem), read_only=True, path=self.path), ""
 
 
-_SESSIONS: dict[tuple[int, str], Any] = {}  # one a process and filesystem: each has connections of its own
+class ZippedFolder(Location):
+    """A folder in a local zip file, which every process opens on its own."""
+
+    def __init__(self, archive: Path, path: str = "") -> None:
+        self.archive, self.path = archive, path
+        self.url = f"{archive}/{path}".rstrip("/")
+        self.name = PurePosixPath(path).name or archive.name.removesuffix(".zip")
+        self._fetched = {}
+
+    @property
+    def filesystem(self) -> Any:
+        """The contents of the zip file."""
+        return _open_zip(self.archive, self.archive.stat().st_mtime_ns, os.getpid())
+
+    def prefetch(self, names: list[str]) -> None:
+        """Do nothing: reading one file is fast."""
+
+    def child(self, relative: str) -> ZippedFolder:
+        """Return a folder below this one; it need not exist."""
+        return ZippedFolder(self.archive, f"{self.path}/{relative}".lstrip("/"))
+
+    def exists(self) -> bool:
+        """Return whether the folder exists."""
+        return self.filesystem.isdir(self.path)
+
+    def stored_bytes(self) -> int:
+        """Return the size of all chunks in it and below."""
+        found = self.filesystem.find(self.path, detail=True)
+        return sum(e["size"] for k, e in found.items() if PurePosixPath(k).name not in METADATA_FILES)
+
+    def zarr_store(self) -> tuple[Any, str]:
+        """Return the Zarr store, and the path in it."""
+        from zarr.storage import ZipStore
+
+        return ZipStore(self.archive, mode="r"), self.path
+
+
+class LocalFolder(Location):
+    """A folder on disk. Links that lead out of the plate (``root``) are refused."""
+
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        self.path, self.name, self.url = path, path.name, str(path)
+        self.root = path if root is None else root
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a metadata file, or None if it does not exist."""
+        path = self.path / name
+        try:
+            if path.stat().st_size > MAX_METADATA_BYTES:
+                raise PlateError(f"{path} is larger than {MAX_METADATA_BYTES:,} bytes; expected metadata.")
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise PlateError(f"{path} cannot be read: {error}.") from error
+
+    def prefetch(self, names: list[str]) -> None:
+        """Do nothing: reading one file is fast."""
+
+    def child(self, relative: str) -> LocalFolder:
+        """Return a folder below this one; it need not exist."""
+        return LocalFolder(self.path.joinpath(*relative.split("/")), self.root)
+
+    def inside(self, relative: str) -> Location | None:
+        """Return a folder below this one, or None if the path is empty or leads outside, also through a link."""
+        target = super().inside(relative)
+        try:
+            if target is not None and target.exists() and not target.path.resolve().is_relative_to(self.path.resolve()):
+                return None
+        except (OSError, RuntimeError):  # the name is too long, or links form a loop
+            return None
+        return target
+
+    def exists(self) -> bool:
+        """Return whether the folder exists."""
+        return self.path.is_dir()
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders in it."""
+        return [p.name for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []
+
+    def stored_bytes(self) -> int:
+        """Return the size of all chunks in it and below."""
+        files = (p for p in self.path.rglob("*") if p.name not in METADATA_FILES and p.is_file())
+        return sum(p.stat().st_size for p in files)
+
+    def zarr_store(self) -> tuple[Any, str]:
+        """Return the Zarr store, and the path in it."""
+        from zarr.storage import LocalStore
+
+        return LocalStore(self.path, read_only=True), ""
+
+
+def locate(path: str | Path, options: dict[str, Any] | None = None) -> Location:
+    """Return the location of a plate: a folder, a zip file (its only folder, or its top level), or a URL.
+
+    Raises
+    ------
+    PlateError
+        It does not exist, or the URL cannot be used.
+    """
+    text = str(path)
+    if is_url(text) or "::" in text:
+        return _locate_url(text, options or {})
+    path = Path(path)
+    if not path.exists():
+        raise PlateError(f"{path} does not exist; expected the folder of an OME-Zarr plate.")
+    if path.is_dir():
+        return LocalFolder(path)
+    if path.suffix.lower() != ".zip":
+        raise PlateError(
+            f"{path} is a file; expected the folder of an OME-Zarr plate, or a zip file of it. Convert TIFFs to a "
+            "plate with `cellvim import`."
+        )
+    top = ZippedFolder(path)
+    try:
+        if any(top.filesystem.isfile(name) for name in METADATA_FILES):
+            return top
+        plates = [n for n in top.folders() if any(top.filesystem.isfile(f"{n}/{name}") for name in METADATA_FILES)]
+    except PlateError:
+        raise
+    except Exception as error:  # zipfile has no common exception for damaged files
+        raise PlateError(f"{path} cannot be read as a zip file: {error}.") from error
+    return ZippedFolder(path, plates[0]) if len(plates) == 1 else top
+
+
+@lru_cache(maxsize=8)
+def _open_zip(archive: Path, modified_ns: int, process: int) -> Any:
+    from fsspec.implementations.zip import ZipFileSystem
+
+    return ZipFileSystem(str(archive))
+
+
+def _locate_url(url: str, options: dict[str, Any]) -> Location:
+    if url.startswith("s3:") and not options:  # public buckets are read without credentials
+        credentials = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+        options = {} if any(name in os.environ for name in credentials) else {"anon": True}
+    try:
+        filesystem, path = open_filesystem(url, **options)
+    except Exception as error:  # unknown protocols and wrong options raise exceptions of any kind
+        raise PlateError(f"{url} cannot be opened ({type(error).__name__}: {str(error)[:200]}).") from error
+    return Location(filesystem, path, url)
+
+
+_SESSIONS: dict[tuple[int, str], Any] = {}  # (process, file system) -> file system with connections of its own
 
 
 def _asynchronous(filesystem: Any) -> Any:
-    """Return the filesystem in the form that Zarr's event loop can use."""
+    """Return the file system in the form that Zarr's event loop can use."""
     import fsspec
     from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
@@ -310,124 +318,349 @@ def _asynchronous(filesystem: Any) -> Any:
         options = {**filesystem.storage_options, "asynchronous": True, "skip_instance_cache": True}
         if not _SESSIONS:
             atexit.register(_close_sessions)
-        _SESSIONS[key] = fsspec.filesystem(_protocol(filesystem), **options)
+        protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+        _SESSIONS[key] = fsspec.filesystem(protocol, **options)
     return _SESSIONS[key]
 
 
 def _close_sessions() -> None:
-    """Close the connections of this process, which would otherwise complain as it ends."""
+    """Close the connections of this process, which would otherwise warn at exit."""
     from zarr.core.sync import sync
 
     for (process, _), filesystem in _SESSIONS.items():
         session = getattr(filesystem, "_s3", None) or getattr(filesystem, "_session", None)
         if process == os.getpid() and session is not None:
-            with suppress(Exception):  # the program is over
+            with suppress(Exception):
                 sync(session.close(), timeout=2)
 
 
-def locate(path: str | Path, options: dict[str, Any] | None = None) -> Location:
-    """Return the place of a plate: a folder, a zip file (its only folder, or its top), or a URL.
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays on disk
 
-    Raises
-    ------
-    PlateError
-        It does not exist, or the URL cannot be used.
+
+@dataclass(frozen=True)
+class ChunkedArray:
+    """An array on disk whose chunks are decoded here; see `plan_chunks`.
+
+    Attributes
+    ----------
+    folder, root
+        Folders of the array and of the plate. A chunk file that is a link out of the plate is refused.
+    shape, dtype
+        As stored.
+    chunks
+        Shape of a compressed chunk.
+    shards
+        Shape of the pixels in one file: one chunk or several.
+    codec
+        ``"zstd"``, ``"blosc"`` or None.
+    separator, prefix
+        Of the file names: ``c/0/0/0``, ``0.0.0``.
+    index_at_end
+        Position of the index in a shard; None without shards.
+    fill
+        Value of absent chunks.
     """
-    text = str(path)
-    if "://" in text or "::" in text:
-        return _remote(text, options or {})
-    path = Path(path)
-    if not path.exists():
-        raise PlateError(f"{path} does not exist; expected the folder of an OME-Zarr plate.")
-    if path.is_dir():
-        return Folder(path)
-    if path.suffix.lower() == ".zip":
-        archive = _Archive(path)
-        top = archive.children[""]
-        if not top & set(METADATA):
-            inner = [n for n in top if set(METADATA) & archive.children.get(n, set())]
-            if len(inner) == 1:
-                return Zipped(archive, inner[0])
-        return Zipped(archive, "")
-    raise PlateError(
-        f"{path} is a file; expected the folder of an OME-Zarr plate, or a zip of it. Make one from TIFFs with "
-        "`cellvim import`."
-    )
+
+    folder: Path
+    root: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...]
+    codec: str | None
+    separator: str
+    prefix: str
+    index_at_end: bool | None
+    fill: Any
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk's pixels in bytes."""
+        return math.prod(self.chunks) * self.dtype.itemsize
+
+    def read(self, ranges: Sequence[tuple[int, int]], out: np.ndarray) -> int:
+        """Decode a block, given as (start, stop) for each axis, into ``out``, of its shape and the array's type.
+
+        Returns
+        -------
+        int
+            Number of stored chunks in the block; absent ones are set to the fill value.
+
+        Raises
+        ------
+        ChunkError, OSError
+            A chunk is damaged, larger than its pixels, or cannot be read.
+        """
+        files = (range(start // n, -(-stop // n)) for (start, stop), n in zip(ranges, self.shards, strict=True))
+        return sum(self._read_file(at, ranges, out) for at in itertools.product(*files))
+
+    def _read_file(self, at: tuple[int, ...], ranges: Sequence[tuple[int, int]], out: np.ndarray) -> int:
+        """Decode the part of a block that lies in one file; return the number of its stored chunks."""
+        name = self.prefix + self.separator.join(map(str, at))
+        parts = list(self._parts(at, ranges))
+        path = self.folder.joinpath(*name.split("/"))
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            for _, _, target in parts:
+                out[target] = self.fill
+            return 0
+        n_stored = 0
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            refuse_link_out(path, self.root)
+            size = os.fstat(descriptor).st_size
+            count = math.prod(s // c for s, c in zip(self.shards, self.chunks, strict=True))
+            if size > 2 * (count * self.chunk_bytes + SLACK_BYTES):
+                raise ChunkBombError(
+                    f"chunk {name} is stored in {size:,} bytes, its pixels are {count * self.chunk_bytes:,}"
+                )
+            if self.index_at_end is None:
+                index = np.array([[0, size]], np.uint64)
+            else:
+                index = self._read_index(file, size, count, name)
+            content = _read_bytes(file, 0, size, name) if len(parts) == count else None
+            for number, source, target in parts:
+                offset, length = map(int, index[number])
+                if offset == length == _ABSENT:
+                    out[target] = self.fill
+                    continue
+                if offset + length > size:
+                    raise ChunkError(f"chunk {name} has {size:,} bytes, but its index refers to bytes beyond them")
+                is_loaded = content is not None
+                stored = content[offset : offset + length] if is_loaded else _read_bytes(file, offset, length, name)
+                region = out[target]
+                if region.shape == self.chunks and region.flags.c_contiguous:  # the usual case: nothing is copied
+                    decode_chunk(stored, region.reshape(-1).view(np.uint8), self.codec, name)
+                else:
+                    scratch = np.empty(self.chunks, self.dtype)
+                    decode_chunk(stored, scratch.reshape(-1).view(np.uint8), self.codec, name)
+                    out[target] = scratch[source]
+                n_stored += 1
+        return n_stored
+
+    def _parts(self, at: tuple[int, ...], ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any, Any]]:
+        """Yield the chunks of a file that overlap the block: number, slices of the chunk, slices of the block."""
+        axes = []
+        for place, shard, chunk, (start, stop) in zip(at, self.shards, self.chunks, ranges, strict=True):
+            axis = []
+            for i in range(
+                max(0, (start - place * shard) // chunk), min(shard, stop - place * shard + chunk - 1) // chunk
+            ):
+                begin = place * shard + i * chunk
+                low, high = max(start, begin), min(stop, begin + chunk)
+                axis.append((i, slice(low - begin, high - begin), slice(low - start, high - start)))
+            axes.append(axis)
+        for chosen in itertools.product(*axes):
+            number = 0
+            for (i, _, _), shard, chunk in zip(chosen, self.shards, self.chunks, strict=True):
+                number = number * (shard // chunk) + i
+            yield number, tuple(c[1] for c in chosen), tuple(c[2] for c in chosen)
+
+    def _read_index(self, file: Any, size: int, count: int, name: str) -> np.ndarray:
+        """Return the offset and length of each chunk in a shard."""
+        from google_crc32c import value as checksum
+
+        length = 16 * count + 4
+        if size < length:
+            raise ChunkError(f"chunk {name} has {size:,} bytes; its index alone has {length:,}")
+        stored = _read_bytes(file, size - length if self.index_at_end else 0, length, name)
+        if checksum(stored[:-4].tobytes()) != int.from_bytes(stored[-4:].tobytes(), "little"):
+            raise ChunkError(f"the checksum of the index of chunk {name} is wrong: it is damaged")
+        return stored[:-4].view("<u8").reshape(count, 2)
 
 
-def _remote(url: str, options: dict[str, Any]) -> Remote:
-    import fsspec
+def decode_chunk(stored: np.ndarray, out: np.ndarray, codec: str | None, name: str) -> None:
+    """Decode a chunk into ``out``, which it must fill exactly, whatever size it declares."""
+    if codec is None:
+        if stored.nbytes != out.nbytes:
+            raise ChunkError(f"chunk {name} has {stored.nbytes:,} bytes, its pixels are {out.nbytes:,}")
+        out[:] = stored
+        return
+    import imagecodecs
 
-    protocol = url.split("://")[0].split("::")[0]
-    if protocol == "s3" and not options:
-        options = {"anon": True} if not _has_aws_credentials() else {}
+    if codec == "blosc" and stored.nbytes >= 16 and (declared := int(stored[4:8].view("<u4")[0])) > out.nbytes:
+        raise ChunkBombError(f"chunk {name} would decompress to {declared:,} bytes, its pixels are {out.nbytes:,}")
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        raise PlateError(f"{url} needs a package that is not here ({error}): pip install 'cellvim[cloud]'.") from error
-    except Exception as error:  # unknown protocols and bad options, of any kind
-        raise PlateError(f"{url} cannot be opened ({type(error).__name__}: {str(error)[:200]}).") from error
-    return Remote(filesystem, path, url)
+        decoded = (imagecodecs.zstd_decode if codec == "zstd" else imagecodecs.blosc_decode)(stored, out=out)
+    except Exception as error:  # every codec has its own exceptions
+        if "too small" in str(error):
+            raise ChunkBombError(
+                f"chunk {name} would decompress to more than its {out.nbytes:,} bytes of pixels"
+            ) from error
+        raise ChunkError(f"chunk {name} is damaged ({str(error)[:120]})") from error
+    if len(decoded) != out.nbytes:
+        raise ChunkError(f"chunk {name} holds {len(decoded):,} bytes, its pixels are {out.nbytes:,}")
 
 
-def _has_aws_credentials() -> bool:
-    """Return whether the environment names credentials; public buckets are read without any."""
-    return any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"))
+def refuse_link_out(path: Path, root: Path) -> None:
+    """Raise `ChunkError` if a chunk file is a link that leads out of the plate."""
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    if os.path.commonpath([real, top]) != top:
+        raise ChunkError(f"its chunk {path.name} is a link to {real}, outside of the plate")
 
 
-def _protocol(filesystem: Any) -> str:
-    return filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+def _read_bytes(file: Any, offset: int, length: int, name: str) -> np.ndarray:
+    content = np.empty(length, np.uint8)
+    view, done = memoryview(content), 0
+    file.seek(offset)
+    while done < length:
+        n = file.readinto(view[done:])
+        if not n:
+            raise ChunkError(f"chunk {name} ends before its {length:,} bytes")
+        done += n
+    return content
+
+
+def plan_chunks(folder: Path, root: Path, document: dict[str, Any]) -> ChunkedArray | None:
+    """Return the array of a metadata document (``zarr.json`` or ``.zarray``), or None if only Zarr can decode it."""
+    try:
+        described = _describe_v3(document) if "node_type" in document else _describe_v2(document)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    if described is None:
+        return None
+    array = ChunkedArray(folder=folder, root=root, **described)
+    sizes = (*array.shape, *array.chunks, *array.shards)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 40 for n in sizes):
+        return None
+    if not len(array.shape) == len(array.chunks) == len(array.shards):
+        return None
+    if any(s % c for s, c in zip(array.shards, array.chunks, strict=True)):
+        return None
+    n_files = math.prod(-(-n // s) for n, s in zip(array.shape, array.shards, strict=True))
+    return array if n_files <= 1 << 20 else None
+
+
+def _describe_v3(document: dict[str, Any]) -> dict[str, Any] | None:
+    grid, naming, codecs = document["chunk_grid"], document["chunk_key_encoding"], document["codecs"]
+    chunks = shards = tuple(grid["configuration"]["chunk_shape"])
+    index_at_end, index_codecs = None, []
+    if [c["name"] for c in codecs] == ["sharding_indexed"]:
+        sharding = codecs[0]["configuration"]
+        index_at_end = {"end": True, "start": False}[sharding.get("index_location", "end")]
+        codecs, index_codecs, chunks = sharding["codecs"], sharding["index_codecs"], tuple(sharding["chunk_shape"])
+    separator = naming.get("configuration", {}).get("separator", "/" if naming["name"] == "default" else ".")
+    codec = codecs[1]["name"] if len(codecs) == 2 else None
+    if (
+        document["zarr_format"] != 3
+        or document["node_type"] != "array"
+        or document.get("storage_transformers")
+        or document["data_type"] not in _TYPES
+        or grid["name"] != "regular"
+        or naming["name"] not in ("default", "v2")
+        or separator not in ("/", ".")
+        or len(codecs) > 2
+        or codecs[0]["name"] != "bytes"
+        or codec not in (None, "zstd", "blosc")
+        or (index_at_end is not None and [c["name"] for c in index_codecs] != ["bytes", "crc32c"])
+    ):
+        return None
+    dtype = np.dtype(document["data_type"]).newbyteorder("<")
+    for order, itemsize in ((codecs[0], dtype.itemsize), *((c, 8) for c in index_codecs[:1])):
+        if itemsize > 1 and order.get("configuration", {}).get("endian") != "little":
+            return None
+    return {
+        "shape": tuple(document["shape"]),
+        "dtype": dtype,
+        "chunks": chunks,
+        "shards": shards,
+        "codec": codec,
+        "separator": separator,
+        "prefix": f"c{separator}" if naming["name"] == "default" else "",
+        "index_at_end": index_at_end,
+        "fill": _fill_value(document["fill_value"], dtype),
+    }
+
+
+def _describe_v2(document: dict[str, Any]) -> dict[str, Any] | None:
+    codec = None if document["compressor"] is None else document["compressor"]["id"]
+    dtype = np.dtype(document["dtype"])
+    separator = document.get("dimension_separator", ".")
+    if (
+        document["zarr_format"] != 2
+        or document["order"] != "C"
+        or document.get("filters")
+        or codec not in (None, "zstd", "blosc")
+        or separator not in ("/", ".")
+        or dtype.newbyteorder("=").name not in _TYPES
+    ):
+        return None
+    chunks = tuple(document["chunks"])
+    return {
+        "shape": tuple(document["shape"]),
+        "dtype": dtype,
+        "chunks": chunks,
+        "shards": chunks,
+        "codec": codec,
+        "separator": separator,
+        "prefix": "",
+        "index_at_end": None,
+        "fill": _fill_value(document["fill_value"], dtype),
+    }
+
+
+def _fill_value(value: Any, dtype: np.dtype) -> Any:
+    """Return the value of absent chunks; raise `ValueError` unless the type represents it exactly."""
+    if not isinstance(value, bool | int | float) or not np.isfinite(value):
+        raise ValueError("the fill value is not a number")
+    filled = np.array(value).astype(dtype)
+    if filled != value:
+        raise ValueError("the type does not represent the fill value")
+    return filled[()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All other arrays
 
 
 def open_array(location: Location) -> Any:
-    """Open an array for reading; a chunk that would decompress to more than it declares is refused unread."""
+    """Open an array with Zarr for reading; a chunk that would decompress to more than its pixels is refused."""
     import zarr
     from zarr.storage import WrapperStore
 
     store, path = location.zarr_store()
+    is_local, is_remote = isinstance(location, LocalFolder), not isinstance(location, LocalFolder | ZippedFolder)
 
-    class Guarded(WrapperStore):
-        """A store whose chunks are looked at before they are decompressed."""
+    class GuardedStore(WrapperStore):
+        """A store that checks chunks before they are decompressed."""
 
-        limit = 0
-        index: tuple[str, int] | None = None  # of a shard: at its start or end, and how many chunks
+        limit = 0  # bytes of a chunk's pixels; 0 while the metadata is read
+        index: tuple[str, int] | None = None  # of a shard: its position (start or end), and the number of chunks
 
         async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-            """Return a chunk's bytes, once they have been looked at."""
-            if not self.limit or key.rpartition("/")[2] in METADATA:
+            """Return a chunk's bytes after checking them."""
+            if not self.limit or key.rpartition("/")[2] in METADATA_FILES:
                 return await self._store.get(key, prototype, byte_range)
-            if isinstance(location, Folder):
+            if is_local:
                 refuse_link_out(location.path / key, location.root)
-            most = self.limit * (self.index[1] if self.index else 1) + SLACK_BYTES
-            if byte_range is None and not isinstance(location, Remote):
+            if byte_range is None and not is_remote:
                 try:
                     size = await self._store.getsize(key)
                 except (FileNotFoundError, KeyError):
                     return None
-                if size > 2 * most:
+                if size > 2 * (self.limit * (self.index[1] if self.index else 1) + SLACK_BYTES):
                     raise ChunkBombError(f"chunk {key} is stored in {size:,} bytes, its pixels are {self.limit:,}")
             value = await self._store.get(key, prototype, byte_range)
-            if value is not None and byte_range is not None and isinstance(location, Remote):
-                value = _only(value, byte_range)
+            if value is not None and byte_range is not None and is_remote:
+                value = _select_range(value, byte_range)
             if value is not None and len(value):
-                for part in _parts(value.to_bytes(), self.index if byte_range is None else None):
-                    _check_decompressed(part, self.limit + SLACK_BYTES, key)
+                for chunk in _split_shard(value.to_bytes(), self.index if byte_range is None else None):
+                    _check_decompressed(chunk, self.limit + SLACK_BYTES, key)
             return value
 
-    guarded = Guarded(store)
-    array = zarr.open_array(store=guarded, path=path, mode="r")
-    # the array keeps the store that it was opened with: from here on its chunks are looked at
-    chunk = array.chunks  # of a shard: the chunks in it
-    guarded = array.store
-    guarded.index = (
-        None if array.shards is None else (_index_location(array), _product(array.shards) // _product(chunk))
-    )
-    guarded.limit = _product(chunk) * array.dtype.itemsize
+    array = zarr.open_array(store=GuardedStore(store), path=path, mode="r")
+    guarded = array.store  # the array keeps the store that it was opened with: its chunks are checked from here on
+    if array.shards is not None:
+        codec = next((c for c in array.metadata.codecs if hasattr(c, "index_location")), None)
+        where = getattr(codec, "index_location", "end")
+        guarded.index = str(getattr(where, "value", where)), math.prod(array.shards) // math.prod(array.chunks)
+    guarded.limit = math.prod(array.chunks) * array.dtype.itemsize
     return array
 
 
-def _only(value: Any, byte_range: Any) -> Any:
-    """Return the part that was asked for where a web server, not knowing ranges, sent the whole file."""
+def _select_range(value: Any, byte_range: Any) -> Any:
+    """Return the requested part of a file where a web server that does not support ranges sent all of it."""
     if hasattr(byte_range, "suffix"):
         return value[len(value) - byte_range.suffix :] if len(value) > byte_range.suffix else value
     if hasattr(byte_range, "end") and len(value) > byte_range.end - byte_range.start:
@@ -435,30 +668,15 @@ def _only(value: Any, byte_range: Any) -> Any:
     return value
 
 
-def _index_location(array: Any) -> str:
-    for codec in getattr(array.metadata, "codecs", ()):
-        if hasattr(codec, "index_location"):
-            return str(getattr(codec.index_location, "value", codec.index_location))
-    return "end"
-
-
-def _product(values: tuple[int, ...]) -> int:
-    import math
-
-    return math.prod(int(v) for v in values)
-
-
-def _parts(content: bytes, index: tuple[str, int] | None) -> Iterator[memoryview]:
-    """Yield the compressed chunks of a whole shard, or the chunk itself."""
+def _split_shard(content: bytes, index: tuple[str, int] | None) -> Iterator[memoryview]:
+    """Yield the compressed chunks of a complete shard, or the chunk itself without an index."""
     view = memoryview(content)
     if index is None:
         yield view
         return
-    import numpy as np
-
-    where, count = index
+    position, count = index
     size = 16 * count
-    table = content[:size] if where == "start" else content[-(size + 4) : -4]
+    table = content[:size] if position == "start" else content[-(size + 4) : -4]
     if len(table) < size:
         return
     for offset, length in np.frombuffer(table, "<u8").reshape(-1, 2).tolist():
@@ -467,11 +685,11 @@ def _parts(content: bytes, index: tuple[str, int] | None) -> Iterator[memoryview
 
 
 def _check_decompressed(chunk: memoryview, limit: int, key: str) -> None:
-    """Raise where a compressed chunk says, or shows, that it holds more than ``limit`` bytes."""
+    """Raise `ChunkBombError` if a compressed chunk declares or contains more than ``limit`` bytes."""
     head = bytes(chunk[:18])
     size = 0
     if head[:4] == b"\x28\xb5\x2f\xfd":
-        size = _zstd_content_size(head) or _zstd_decompressed_size(chunk, limit)
+        size = _zstd_declared_size(head) or _zstd_size(chunk, limit)
     elif head[:2] == b"\x1f\x8b" or (
         len(head) > 1 and head[0] & 0x0F == 8 and int.from_bytes(head[:2], "big") % 31 == 0
     ):
@@ -484,29 +702,27 @@ def _check_decompressed(chunk: memoryview, limit: int, key: str) -> None:
         )
 
 
-def _zstd_content_size(head: bytes) -> int:
-    """Return the size that a zstd frame says it has; 0 where it does not say (RFC 8878, 3.1.1.1)."""
-    descriptor = head[4]
-    flag, single, dictionary = descriptor >> 6, descriptor >> 5 & 1, descriptor & 3
-    start = 5 + (0 if single else 1) + (0, 1, 2, 4)[dictionary]
-    length = (1 if single else 0, 2, 4, 8)[flag]
+def _zstd_declared_size(head: bytes) -> int:
+    """Return the content size in the header of a zstd frame, or 0 if there is none (RFC 8878, 3.1.1.1)."""
+    size_flag, is_single, dictionary_flag = head[4] >> 6, head[4] >> 5 & 1, head[4] & 3
+    start = 5 + (0 if is_single else 1) + (0, 1, 2, 4)[dictionary_flag]
+    length = (1 if is_single else 0, 2, 4, 8)[size_flag]
     value = int.from_bytes(head[start : start + length], "little")
     return value + 256 if length == 2 else value
 
 
-def _zstd_decompressed_size(chunk: memoryview, limit: int) -> int:
-    """Return ``limit`` + 1 where a frame that does not say its size is larger than the limit."""
+def _zstd_size(chunk: memoryview, limit: int) -> int:
+    """Return the decompressed size of a zstd frame, or ``limit`` + 1 if it is larger than the limit."""
     import imagecodecs
 
     try:
-        imagecodecs.zstd_decode(chunk, out=bytearray(limit))
+        return len(imagecodecs.zstd_decode(chunk, out=bytearray(limit)))
     except imagecodecs.ZstdError as error:
-        return limit + 1 if "too small" in str(error) else 0  # damaged: the decoder will say
-    return 0
+        return limit + 1 if "too small" in str(error) else 0  # damaged: the decoder reports it
 
 
 def _inflated_size(chunk: memoryview, limit: int) -> int:
-    """Return the size of a gzip or zlib stream, counted in small steps and no further than the limit."""
+    """Return the size of a gzip or zlib stream, counted in small steps up to the limit."""
     stream = zlib.decompressobj(47)  # either header
     total, rest = 0, bytes(chunk)
     try:
@@ -514,5 +730,5 @@ def _inflated_size(chunk: memoryview, limit: int) -> int:
             total += len(stream.decompress(rest, 1 << 20))
             rest = stream.unconsumed_tail
     except zlib.error:
-        return 0  # no such stream after all, or a damaged one: the decoder will say
+        return 0  # not such a stream, or damaged: the decoder reports it
     return total

@@ -53,7 +53,7 @@ def write_token_maps(
 
     ``load`` returns the rows of a field of the ledger by its key and number of rows.
     """
-    from cellvim.data.writer import PlateWriter
+    from cellvim.data.plate_writer import PlateWriter
 
     for number, plate in enumerate(plan.plates):
         counts = ledger.done([number])

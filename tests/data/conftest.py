@@ -10,7 +10,7 @@ import pytest
 import tifffile
 import zarr
 
-from cellvim.data.writer import PlateWriter
+from cellvim.data.plate_writer import PlateWriter
 
 
 @pytest.fixture

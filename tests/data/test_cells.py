@@ -14,8 +14,8 @@ import zarr
 from cellvim.data.cells import cells_of_labels, discs, open_cells
 from cellvim.data.importers import import_plate
 from cellvim.data.plate import open_plate
+from cellvim.data.plate_writer import PlateWriter
 from cellvim.data.segmentation import segment_cells, segment_nuclei
-from cellvim.data.writer import PlateWriter
 from cellvim.errors import FieldReadError, InputError, MetadataError
 
 

@@ -12,7 +12,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
-from cellvim.data.chunks import ChunkBombError, ChunkedArray, ChunkError, plan_chunks
+from cellvim.data.plate_store import ChunkBombError, ChunkedArray, ChunkError, plan_chunks
 
 SHAPE = (3, 17, 22)
 

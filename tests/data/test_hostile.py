@@ -311,7 +311,7 @@ ODD_IMAGES = {
 
 @pytest.mark.parametrize("name", ODD_IMAGES)
 def test_odd_pixels_end_in_finite_crops(name, tmp_path, ledger):
-    from cellvim.data.writer import PlateWriter
+    from cellvim.data.plate_writer import PlateWriter
 
     image = ODD_IMAGES[name]
 

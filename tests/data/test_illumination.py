@@ -8,7 +8,7 @@ import pytest
 from cellvim.data.illumination import Illumination, estimate_illumination
 from cellvim.data.intensity import estimate_intensity_scale
 from cellvim.data.plate import open_plate
-from cellvim.data.writer import PlateWriter
+from cellvim.data.plate_writer import PlateWriter
 from cellvim.errors import InputError, PlateError
 
 SIZE = (256, 320)

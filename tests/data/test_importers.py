@@ -338,7 +338,7 @@ def test_plate_says_how_it_was_made(tmp_path, make_tiffs):
 
 def test_pixels_without_a_value_are_told(tmp_path):
     """Also after a kill: what the first run saw is in its journal."""
-    from cellvim.data.writer import PlateWriter
+    from cellvim.data.plate_writer import PlateWriter
 
     values = np.random.default_rng(0).random((8, 9)).astype("float32")
     some = np.where(values < 0.1, np.inf, values)

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 
 from cellvim.data.importers import import_plate, make_import_plan
-from cellvim.data.writer import JOURNAL, PlateWriter
+from cellvim.data.plate_writer import JOURNAL, PlateWriter
 from cellvim.errors import CellvimError, InputError, OutputError, PlateError
 
 

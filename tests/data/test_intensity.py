@@ -17,7 +17,7 @@ from cellvim.data.intensity import (
     reference_wells,
 )
 from cellvim.data.plate import open_plate
-from cellvim.data.writer import PlateWriter
+from cellvim.data.plate_writer import PlateWriter
 from cellvim.errors import ChannelError, InputError, MetadataError, PlateError
 
 

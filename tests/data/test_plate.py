@@ -52,14 +52,14 @@ def test_channels_are_read_by_name_in_the_order_asked(make_plate):
     np.testing.assert_array_equal(field.read(["RNA", "Hoechst"]), whole[[2, 0]])
     np.testing.assert_array_equal(field.read([1]), whole[[1]])
     assert field.read([]).shape == (0, 23, 31)
-    with pytest.raises(ChannelError, match=r"Channel 'AGP' is not in plate.zarr; it has DNA, ER, RNA"):
+    with pytest.raises(ChannelError, match=r"Channel 'AGP' is not in plate.zarr"):
         field.read(["AGP"])
     with pytest.raises(ChannelError, match="number 3"):
         field.read([3])
 
 
 def test_large_field_is_several_chunks_in_one_file(make_plate, monkeypatch):
-    monkeypatch.setattr("cellvim.data.writer.CHUNK_SIDE", 10)
+    monkeypatch.setattr("cellvim.data.plate_writer.CHUNK_SIDE", 10)
     path = make_plate(wells=("A01",), sites=("1",), size=(23, 31), seed=5)
     rng = np.random.default_rng(5)
     np.testing.assert_array_equal(open_plate(path).fields[0].read(), rng.integers(1, 200, (3, 23, 31)))
@@ -107,7 +107,7 @@ def test_stack_asks_for_a_plane(make_foreign_plate):
         open_plate(path, t=1).fields[0].read()
     np.testing.assert_array_equal(open_plate(path, t=1, z=2).fields[0].read(), data[1, :, 2])
     np.testing.assert_array_equal(open_plate(path, t=1, z="max").fields[0].read([1]), data[1, 1:, :].max(axis=1))
-    with pytest.raises(FieldReadError, match="z=4 was asked for"):
+    with pytest.raises(FieldReadError, match="does not have z=4"):
         open_plate(path, t=0, z=4).fields[0].read()
     assert any("stacks of 4 z planes" in note for note in open_plate(path).oddities())
 
@@ -155,7 +155,7 @@ def test_what_is_not_a_plate_says_what_it_is(tmp_path, shared_data):
         tmp_path / "nothing.zarr": "does not exist",
         tmp_path / "file.zarr": "is a file; expected the folder",
         tmp_path / "empty": "neither zarr.json nor .zgroup",
-        tmp_path / "tiffs": "folder of TIFFs; make a plate of it first",
+        tmp_path / "tiffs": "folder of TIFFs.*cellvim import",
         mini: r"Zarr but not an OME-Zarr plate or image \(it holds images\)",
         mini / "images": "single Zarr array",
         "http://127.0.0.1:9/plate.zarr": "://",
@@ -188,7 +188,7 @@ def test_damaged_chunk_names_the_field_and_the_rest_goes_on(make_plate, damage):
 
 
 def test_black_field_is_not_a_lost_one(tmp_path):
-    from cellvim.data.writer import PlateWriter
+    from cellvim.data.plate_writer import PlateWriter
 
     with PlateWriter(tmp_path / "p.zarr", name="p", channel_names=["DNA"]) as writer:
         writer.write_field("A1", "1", np.zeros((1, 16, 16), "uint8"))
@@ -214,7 +214,7 @@ def test_oddities_are_told(make_plate):
 
 
 def test_constant_and_saturated_channels_are_told(tmp_path):
-    from cellvim.data.writer import PlateWriter
+    from cellvim.data.plate_writer import PlateWriter
 
     image = np.random.default_rng(0).integers(0, 200, (3, 20, 20)).astype("uint8")
     image[1] = 7
@@ -249,7 +249,7 @@ def test_paths_that_lead_out_of_the_plate_are_refused(make_plate, tmp_path):
     other = make_plate("other.zarr")
     path = make_plate()
     edit(path / "zarr.json", lambda d: d["attributes"]["ome"]["plate"]["wells"][0].update(path="../other.zarr/A/01"))
-    with pytest.raises(PlateError, match="expected a path such as A/1 inside it"):
+    with pytest.raises(PlateError, match=r"lists a well at '\.\./other.zarr/A/01'"):
         open_plate(path)
     path = make_plate("second.zarr")
     edit(path / "A/01/zarr.json", lambda d: d["attributes"]["ome"]["well"]["images"][0].update(path="../02/1"))

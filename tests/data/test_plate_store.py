@@ -18,7 +18,7 @@ import zarr
 from numcodecs import Blosc, Zstd
 
 from cellvim.data.plate import describe, open_plate
-from cellvim.data.plate_store import Remote
+from cellvim.data.plate_store import Location
 from cellvim.errors import FieldReadError, PlateError
 
 
@@ -196,7 +196,7 @@ def test_resolution_can_be_chosen(tmp_path):
         plate = open_plate(tmp_path / "i.zarr", level=level)
         assert plate.pixel_size_um == pixel
         np.testing.assert_array_equal(plate.fields[0].read(), data[:, :: level + 1, :: level + 1])
-    with pytest.raises(FieldReadError, match="level=2 was asked for; it has level = 0 to 1"):
+    with pytest.raises(FieldReadError, match="does not have level=2; it has level = 0 to 1"):
         open_plate(tmp_path / "i.zarr", level=2).fields[0].read()
     with pytest.raises(PlateError, match="level=-1"):
         open_plate(tmp_path / "i.zarr", level=-1)
@@ -315,11 +315,11 @@ def test_declared_size_is_held_against_what_is_stored(make_plate):
 
 def test_metadata_that_is_not_as_ome_zarr_says_is_told(make_plate):
     path = make_plate()
-    assert not any("OME-Zarr 0.5 says" in odd for odd in open_plate(path).oddities())
+    assert not any("not valid OME-Zarr" in odd for odd in open_plate(path).oddities())
     document = json.loads((path / "zarr.json").read_text())
     del document["attributes"]["ome"]["plate"]["columns"]
     (path / "zarr.json").write_text(json.dumps(document))
-    assert any("metadata of the plate is not as OME-Zarr 0.5 says" in odd for odd in open_plate(path).oddities())
+    assert any("metadata of the plate is not valid OME-Zarr 0.5" in odd for odd in open_plate(path).oddities())
 
 
 class _Answers(Exception):
@@ -332,13 +332,13 @@ class _Answers(Exception):
     "error", [PermissionError("no ListBucket"), NotImplementedError(), FileNotFoundError(), _Answers(403)]
 )
 def test_server_that_lists_nothing_may_hold_the_chunks_all_the_same(error):
-    place = Remote(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
+    place = Location(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
     assert place.folders() == [] and place.stored_bytes() == 1
 
 
 @pytest.mark.parametrize("error", [TimeoutError("slow"), ConnectionResetError("gone"), _Answers(503), KeyError("odd")])
 def test_listing_that_breaks_off_is_no_empty_folder(error):
-    place = Remote(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
+    place = Location(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
     for listed in (place.folders, place.stored_bytes):
         with pytest.raises(PlateError, match=r"s3://bucket/plate\.zarr cannot be listed"):
             listed()
@@ -346,14 +346,14 @@ def test_listing_that_breaks_off_is_no_empty_folder(error):
 
 @pytest.mark.parametrize("error", [NotImplementedError(), TypeError("on_error"), OSError("reset")])
 def test_files_that_cannot_be_fetched_at_once_are_read_one_by_one(error):
-    place = Remote(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
+    place = Location(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
     place.prefetch(["zarr.json"])
     assert place.read("zarr.json") == b"{}"
 
 
 def test_a_bug_in_fetching_is_not_hidden():
     with pytest.raises(AttributeError):
-        Remote(_Failing(AttributeError("bug")), "p", "s3://p").prefetch(["zarr.json"])
+        Location(_Failing(AttributeError("bug")), "p", "s3://p").prefetch(["zarr.json"])
 
 
 class _Failing:

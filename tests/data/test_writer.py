@@ -1,4 +1,4 @@
-"""A written plate is valid OME-Zarr 0.5, and nothing half-written ever has the final name."""
+"""A written plate is valid OME-Zarr 0.5, and is written atomically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaozarrs
 import zarr
 
 from cellvim.data.plate import open_plate
-from cellvim.data.writer import PlateWriter
+from cellvim.data.plate_writer import PlateWriter
 from cellvim.errors import OutputError
 
 IMAGE = np.arange(2 * 9 * 7, dtype="uint16").reshape(2, 9, 7)
@@ -69,13 +69,13 @@ def test_failure_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_left_over_of_a_killed_run_is_replaced(tmp_path):
+def test_partial_plate_of_a_killed_run_is_replaced(tmp_path):
     (tmp_path / "p.zarr.partial" / "A").mkdir(parents=True)
     write(tmp_path / "p.zarr")
     assert open_plate(tmp_path / "p.zarr").wells == ["A01"]
 
 
-def test_existing_plate_is_kept_until_the_new_one_is_whole(tmp_path):
+def test_existing_plate_is_kept_until_the_new_one_is_complete(tmp_path):
     target = tmp_path / "p.zarr"
     write(target)
     with pytest.raises(OutputError, match=r"exists already; .*--overwrite"):
@@ -107,7 +107,7 @@ def test_overwrite_never_replaces_anything_but_a_plate(tmp_path):
             write(name, overwrite=True)
 
 
-def test_unwritable_place_is_an_output_error(tmp_path):
+def test_unwritable_folder_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"):
         write(tmp_path / "file" / "p.zarr")
@@ -135,7 +135,7 @@ def test_fields_may_be_written_from_several_threads(tmp_path):
     ("well", "site", "image"),
     [("A1", "1", IMAGE[0]), ("A1", "1", IMAGE[:1]), ("A1", "1", IMAGE[:, :0]), ("A1", "1/2", IMAGE), ("A1", "", IMAGE)],
 )
-def test_impossible_fields_are_refused(tmp_path, well, site, image):
+def test_invalid_fields_are_refused(tmp_path, well, site, image):
     with (
         pytest.raises(ValueError),
         PlateWriter(tmp_path / "p.zarr", name="p", channel_names=["DNA", "ER"]) as writer,

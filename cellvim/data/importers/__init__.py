@@ -26,8 +26,8 @@ from cellvim.data.importers.phenix import JUMP_CHANNELS, find_index, plan_phenix
 from cellvim.data.importers.single_cells import CellStrip, find_cell_tables, plan_single_cells, read_strip
 from cellvim.data.importers.tiff_folder import PATTERNS, find_tiffs, plan_tiff_folder
 from cellvim.data.plate import Plate, open_plate
+from cellvim.data.plate_writer import PlateWriter, check_target
 from cellvim.data.platemap import derive_pert_type, join_perturbations, join_platemap, read_platemap
-from cellvim.data.writer import PlateWriter, check_target
 from cellvim.errors import ChannelError, InputError, MetadataError, OutputError, PlateError, listing
 
 if TYPE_CHECKING:
