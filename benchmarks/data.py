@@ -83,9 +83,7 @@ def run(
     import torch
 
     from cellvim.data.plate import open_plate
-    from cellvim.ops import windows as kernel
 
-    windows = "cut in C++" if kernel.refusal(np.zeros((1, 1, 1), np.uint16)) is None else "cut by NumPy"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     workers = workers or os.cpu_count() or 1
@@ -102,7 +100,7 @@ def run(
             )
             results.append({"plate": opened.name, "open_s": open_s, "wells": len(opened.wells), **result})
     say(
-        f"{cells_per_field} crops of {crop_px} px a field, {workers} threads, {device}, {windows}, the fastest of "
+        f"{cells_per_field} crops of {crop_px} px a field, {workers} threads, {device}, the fastest of "
         f"{repeats}; goal: at least {GOAL} of raw decoding"
     )
     for r in results:

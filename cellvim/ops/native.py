@@ -39,11 +39,6 @@ def reason() -> str:
     return _reason
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the library, for what it holds besides the ops (`cellvim.ops.windows`); None where it is absent."""
-    return _library
-
-
 def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
     """Say why these inputs cannot run here; None when they can."""
     for t in tokens:

@@ -94,23 +94,6 @@ struct cellvim_expand_gate {
   float *grad_weight, *grad_bias, *grad_skip, *grad_norm_weight, *grad_norm_bias;
 };
 
-enum cellvim_pixel { CELLVIM_PIXEL_UINT8 = 0, CELLVIM_PIXEL_UINT16 = 1, CELLVIM_PIXEL_INT16 = 2, CELLVIM_PIXEL_FLOAT32 = 3 };
-enum cellvim_border { CELLVIM_BORDER_ZERO = 0, CELLVIM_BORDER_MIRROR = 1 };
-
-// Not an op of the models: crops of a field as it is stored. Runs in the thread that calls it.
-struct cellvim_cut_crops {
-  int64_t channels, height, width, crops, size;
-  int64_t channel_stride, row_stride; // of the image, in pixels
-  int32_t dtype, border;
-  const void *image;          // (C, H, W)
-  const int64_t *first;       // (crops, 2): the top left pixel of each, (y, x)
-  const float *low, *factor;  // (C,), or both null: as stored
-  float floor, ceiling;
-  const int32_t *labels;      // (H, W) or null
-  const int32_t *numbers;     // (crops,): what belongs to another label becomes 0
-  float *out;                 // (crops, C, size, size)
-};
-
 // The instruction set that was chosen for this machine, e.g. "x86-64-v4".
 const char *cellvim_cpu_isa(void);
 // Bumped whenever a struct changes, so that Python never drives another version's library.
@@ -124,7 +107,6 @@ int cellvim_cpu_pooled_scan(const struct cellvim_pooled_scan *);
 int cellvim_cpu_pooled_scan_backward(const struct cellvim_pooled_scan *);
 int cellvim_cpu_expand_gate(const struct cellvim_expand_gate *);
 int cellvim_cpu_expand_gate_backward(const struct cellvim_expand_gate *);
-int cellvim_cpu_cut_crops(const struct cellvim_cut_crops *);
 
 #ifdef __cplusplus
 #pragma GCC visibility pop

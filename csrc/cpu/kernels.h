@@ -21,6 +21,5 @@ int add_norm(const cellvim_add_norm &, bool is_backward);
 int conv_pool(const cellvim_conv_pool &, bool is_backward);
 int pooled_scan(const cellvim_pooled_scan &, bool is_backward);
 int expand_gate(const cellvim_expand_gate &, bool is_backward);
-int cut_crops(const cellvim_cut_crops &);
 
 }  // namespace CELLVIM_ISA

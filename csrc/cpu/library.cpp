@@ -10,7 +10,6 @@
   int conv_pool(const cellvim_conv_pool &, bool);     \
   int pooled_scan(const cellvim_pooled_scan &, bool); \
   int expand_gate(const cellvim_expand_gate &, bool); \
-  int cut_crops(const cellvim_cut_crops &);           \
   }
 
 namespace {
@@ -21,13 +20,12 @@ struct Kernels {
   int (*conv_pool)(const cellvim_conv_pool &, bool);
   int (*pooled_scan)(const cellvim_pooled_scan &, bool);
   int (*expand_gate)(const cellvim_expand_gate &, bool);
-  int (*cut_crops)(const cellvim_cut_crops &);
 };
 
 }  // namespace
 
 #define CELLVIM_KERNELS(isa, name) \
-  Kernels { name, isa::add_norm, isa::conv_pool, isa::pooled_scan, isa::expand_gate, isa::cut_crops }
+  Kernels { name, isa::add_norm, isa::conv_pool, isa::pooled_scan, isa::expand_gate }
 
 CELLVIM_DECLARE(isa_base)
 #ifdef CELLVIM_HAS_X86_LEVELS
@@ -83,5 +81,4 @@ int cellvim_cpu_pooled_scan(const cellvim_pooled_scan *a) { return kernels().poo
 int cellvim_cpu_pooled_scan_backward(const cellvim_pooled_scan *a) { return kernels().pooled_scan(*a, true); }
 int cellvim_cpu_expand_gate(const cellvim_expand_gate *a) { return kernels().expand_gate(*a, false); }
 int cellvim_cpu_expand_gate_backward(const cellvim_expand_gate *a) { return kernels().expand_gate(*a, true); }
-int cellvim_cpu_cut_crops(const cellvim_cut_crops *a) { return kernels().cut_crops(*a); }
 }

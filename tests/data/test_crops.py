@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import sys
 import time
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import caching
 
+import cellvim.data.crops
 from cellvim.data.crops import (
     CropSpec,
+    cut_and_scale,
     cut_crops,
     cut_on_device,
     place_windows,
@@ -20,6 +27,7 @@ from cellvim.data.crops import (
     resize_crops,
     tile_centers,
 )
+from cellvim.data.intensity import IntensityScale
 from cellvim.errors import InputError
 
 
@@ -198,7 +206,7 @@ def test_neighbours_are_masked_and_the_cell_is_not():
         numbers=torch.from_numpy(numbers),
     )
     np.testing.assert_array_equal(on_device.numpy(), crops)
-    with pytest.raises(ValueError, match="one number a center"):
+    with pytest.raises(ValueError, match="one number per window"):
         cut_crops(image, centers, 12, labels=labels)
 
 
@@ -207,10 +215,10 @@ def test_sizes_in_um_and_a_common_pixel_size():
     assert CropSpec("cell", size_um=40.0, um_per_px=1.0).pixels(0.5) == (0.5, 40)
     assert CropSpec("tile", 64, um_per_px=0.25).pixels(0.5) == (2.0, 64)
     assert CropSpec("field").pixels(None) == (1.0, None)
-    with pytest.raises(InputError, match="the plate has no pixel size"):
+    with pytest.raises(InputError, match="no pixel size"):
         CropSpec("cell", size_um=40.0).pixels(None)
     for wrong, words in (
-        ({"size_px": 8, "size_um": 4.0}, "give one of them"),
+        ({"size_px": 8, "size_um": 4.0}, "give only one"),
         ({"size_px": 8, "border": "wrap"}, "choose pad, reflect, shift, drop"),
         ({"size_px": 8, "overlap": 1.0}, "expected 0 to below 1"),
         ({"size_um": -4.0}, "expected a length above 0"),
@@ -256,3 +264,105 @@ def test_overlapping_tiles_cover_and_overlap():
     for y, x in first:
         seen[y : y + 64, x : x + 64] += 1
     assert seen.min() >= 1 and np.median(seen) == 4
+
+
+# inside, over each edge, over a corner, entirely outside on either side, and further out than the field is large
+FIRST = np.array([[3, 4], [-2, 5], [5, -3], [9, 4], [4, 14], [-3, -3], [40, 40], [-30, 2], [1, -60]])
+
+
+def draw_field(dtype: str, shape=(3, 13, 19), seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    is_signed = np.dtype(dtype).kind in "if"
+    image = rng.integers(-100 if is_signed else 0, 120, shape).astype(dtype)
+    if np.dtype(dtype).kind == "f":
+        image[:, 4:6, 5:8] = np.nan
+        image[0, 7] = np.inf
+    return image
+
+
+def windows_pixel_by_pixel(image, first, size, scale=None, border="pad", labels=None, numbers=None):
+    """Cut, scale and mask windows by their definition."""
+    out = np.zeros((len(first), len(image), size, size), np.float32)
+    height, width = image.shape[1:]
+    for n, c, i, j in itertools.product(*map(range, out.shape)):
+        y, x = first[n, 0] + i, first[n, 1] + j
+        if border == "reflect":
+            y, x = (np.pad(np.arange(k), 200, mode="symmetric")[v + 200] for k, v in ((height, y), (width, x)))
+        if not (0 <= y < height and 0 <= x < width):
+            continue
+        value = np.float32(image[c, y, x])
+        if scale is not None:
+            low, high = scale.low[c], scale.high[c]
+            factor = np.float32(1 / (high - low)) if high > low else np.float32(0)
+            with np.errstate(invalid="ignore"):
+                value = (value - np.float32(low)) * factor
+            value = np.float32(0) if np.isnan(value) else min(max(value, np.float32(0)), np.float32(scale.ceiling))
+        if labels is not None and labels[y, x] not in (0, numbers[n]):
+            value = 0
+        out[n, c, i, j] = value
+    return out
+
+
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "uint16", "int16", "float32", "int8", "uint32", "int64", "float16", "float64", ">u2", "bool"]
+)
+@pytest.mark.parametrize("border", ["pad", "reflect"])
+@pytest.mark.parametrize("is_scaled", [False, True])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_windows_are_as_defined_for_every_type(dtype, border, is_scaled, is_masked):
+    image = draw_field(dtype)
+    scale = IntensityScale(("a", "b", "c"), [-20, 10, 3], [80, 260, 3], ceiling=1.5) if is_scaled else None
+    rng = np.random.default_rng(1)
+    masks = {"labels": rng.integers(0, 4, image.shape[1:]), "numbers": rng.integers(1, 4, len(FIRST))}
+    masks = masks if is_masked else {}
+    crops = cut_and_scale(image, FIRST, 7, scale, border=border, **masks)
+    assert crops.dtype == np.float32
+    np.testing.assert_array_equal(crops, windows_pixel_by_pixel(image, FIRST, 7, scale, border, **masks))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint32", "uint64", "float16", "float64", ">u2", "bool"])
+def test_crops_keep_the_type_and_value_of_pixels(dtype):
+    image = draw_field(dtype, (3, 20, 26))
+    crops = cut_crops(image, CENTERS, 5)
+    assert crops.dtype == image.dtype
+    np.testing.assert_array_equal(crops, crop_pixel_by_pixel(image, CENTERS, 5))
+
+
+@pytest.mark.parametrize("size", [1, 16, 37])
+def test_views_and_windows_larger_than_the_field(size):
+    image = draw_field("uint16", (4, 26, 22))[::2, 3:16, 1:20]
+    np.testing.assert_array_equal(cut_and_scale(image, FIRST, size, None), windows_pixel_by_pixel(image, FIRST, size))
+
+
+def test_no_window_gives_an_empty_result():
+    assert cut_and_scale(draw_field("uint8"), np.zeros((0, 2), int), 5, None).shape == (0, 3, 5, 5)
+
+
+def test_arguments_that_do_not_fit_are_errors():
+    image, first = draw_field("uint16"), np.zeros((1, 2), int)
+    with pytest.raises(ValueError, match="the scale has 1 channels, the image 3"):
+        cut_and_scale(image, first, 4, IntensityScale(("a",), [0], [1]))
+    with pytest.raises(ValueError, match="labels of the field's size"):
+        cut_and_scale(image, first, 4, None, labels=np.zeros((4, 4), int), numbers=np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"), [(caching._CacheLocator, "ensure_cache_path"), (caching.IndexDataCacheFile, "save")]
+)
+def test_cutting_does_not_need_a_cache_of_compiled_code(owner, method, tmp_path, monkeypatch):
+    """The folder is not writable, or the disk is full: then the function is compiled in every process."""
+    failures = []
+
+    def fail(*args, **options):
+        failures.append(method)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(owner, method, fail)
+    spec = importlib.util.spec_from_file_location("crops_without_cache", cellvim.data.crops.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    image = draw_field("uint8", (3, 20, 26))
+    np.testing.assert_array_equal(module.cut_crops(image, CENTERS, 5), crop_pixel_by_pixel(image, CENTERS, 5))
+    assert failures and not list(tmp_path.rglob("*.nb?"))
