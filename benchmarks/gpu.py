@@ -1,12 +1,12 @@
-"""How near the CUDA kernels run to the floor of one GPU, and the paper's throughput comparisons.
+"""Speed of the CUDA kernels relative to the limits of one GPU, and the throughput comparisons of the paper.
 
-Rates are measured first, in the same run: a large copy in device memory (bytes read and written) and large matrix
-products, on random data. The floor of a fused op is its arrays, each read and written once, over the copy rate; that of
-a forward pass adds the matrix products of every block over the matrix rate. Times are medians of CUDA events; models at
-inference are replayed as CUDA graphs. Every row is written as soon as it is there, a row that fails says so, and the
-rest goes on.
+The rates of the GPU are measured first, in the same run: a large copy in device memory (bytes read and written) and
+large matrix products, on random data. The floor of a fused op is the time to read and write each of its arrays once at
+the copy rate; the floor of a forward pass adds the matrix products of every block at the matrix rate. Times are medians
+of CUDA events; models at inference are replayed as CUDA graphs.
 
-``python -m benchmarks.gpu`` is ``python -m benchmarks.gpu`` for machines that have only PyTorch and numpy.
+Every group of rows runs in its own process, so that a crash costs one row (see `benchmarks.isolation`). Rows are
+appended to a file of JSON lines; a repeated run continues. Requires only PyTorch, numpy and CellVim's CUDA library.
 """
 
 from __future__ import annotations
@@ -23,102 +23,140 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import isolation
 from benchmarks.gpu_models import inference, training, training_ratio
 from benchmarks.gpu_ops import OPS, block_parts, op_rate, plain_parts, scan_times
 from benchmarks.gpu_report import line, targets
 from benchmarks.gpu_timing import Bench, machine, measure_rates
-from cellvim.errors import BackendError, CellvimError
+from cellvim.errors import BackendError
 from cellvim.ops import cuda, mamba_ssm
 
-QUICK_SECONDS = 140  # after which no further row is begun; the command then ends within three minutes
-IMAGE_SIZES = (224, 512, 1024, 1536, 2048)  # Fig. 5, 8–11
+QUICK_SECONDS = 140  # time limit of --quick
+IMAGE_SIZES = (224, 512, 1024, 1536, 2048)  # Fig. 5, 8-11
+PARTS = ("all", "headline", "rest")
 _SMALL = "fastchannelvim_small_patch16"
+_RATES = "CELLVIM_BENCHMARK_RATES"  # environment variable of the child processes: the rates of the GPU
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the results: its section, what it is, and the function that measures it."""
+    """One row of the results: its section, its name, and the function that measures it."""
 
     section: str
     what: str
     measure: Callable[[Bench], dict]
 
 
-def run(
-    quick: bool = False,
-    output: Path | None = None,
-    dry_run: bool = False,
-    seconds: float | None = None,
-    say: Callable[[str], None] = print,
-) -> dict:
-    """Measure every row.
-
-    Parameters
-    ----------
-    quick
-        Fewer repetitions, models and image sizes: under three minutes.
-    output
-        JSON file that is written anew after every row.
-    dry_run
-        Every row once, at the smallest shapes, on whatever device there is: does everything run? Times mean nothing.
-    seconds
-        No row is begun after so many; None for no limit, or `QUICK_SECONDS` of a quick run.
-    say
-        Is given a line a row.
-
-    Returns
-    -------
-    dict
-        ``machine``, ``rows`` (``section``, ``what``, and numbers or a ``note``) and ``targets``.
+def open_bench(quick: bool, dry_run: bool) -> Bench:
+    """Return the device and the settings of the measurements.
 
     Raises
     ------
     BackendError
-        The CUDA kernels do not run here, and it is no dry run.
+        The CUDA kernels do not run here, and this is not a dry run.
     """
     if not dry_run and not cuda.available():
-        raise BackendError(
-            f"python -m benchmarks.gpu needs the CUDA kernels: {cuda.reason()}. --dry-run runs anywhere."
-        )
-    start = time.monotonic()
-    seconds = QUICK_SECONDS if seconds is None and quick else seconds
+        raise BackendError(f"This benchmark needs the CUDA kernels: {cuda.reason()}. --dry-run runs anywhere.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_kernels = device.type == "cuda" and cuda.available()
     bench = Bench(device, "cuda" if on_kernels else None, 0.15 if quick else 0.6, dry_run)
+    bench.rates.update(json.loads(os.environ.get(_RATES, "{}")))
+    return bench
+
+
+def measure(job: Job, bench: Bench) -> dict:
+    """Return the row of one job. A row that does not fit into memory has a note; other errors are raised."""
     torch.manual_seed(0)
-    results: dict = {"machine": machine(device), "quick": quick, "dry run": dry_run, "rows": [], "targets": []}
-    for job in jobs(quick):
-        is_late = seconds is not None and time.monotonic() - start > seconds
-        row = {"note": "left out: the time was up"} if is_late else _measure(job, bench)
-        row = {"section": job.section, "what": job.what} | row | {"after s": round(time.monotonic() - start, 1)}
-        results["rows"].append(row)
-        results["targets"] = [] if dry_run else targets(results["rows"])
-        if output is not None:
-            _write(output, results)
-        say(line(row))
-    return results
-
-
-def _measure(job: Job, bench: Bench) -> dict:
     try:
-        return job.measure(bench)
+        return {"section": job.section, "what": job.what} | job.measure(bench)
     except torch.OutOfMemoryError:
-        return {"note": "out of memory"}
-    except (RuntimeError, ValueError, MemoryError, CellvimError) as error:  # of CUDA, too; the other rows are not lost
-        return {"note": f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}", "failed": True}
+        return {"section": job.section, "what": job.what, "note": "out of memory"}
     finally:
         bench.free()
 
 
-def _write(output: Path, results: dict) -> None:
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(output)
+def run(
+    quick: bool,
+    output: Path,
+    *,
+    part: str = "all",
+    dry_run: bool = False,
+    seconds: float = 3600,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Measure every row in child processes and append it to a file.
+
+    Parameters
+    ----------
+    quick
+        Fewer repetitions, models and image sizes.
+    output
+        File of JSON lines. Rows that it contains are not measured again.
+    part
+        "headline": one model with its ops and a block of it. "rest": all other rows. "all": both.
+    dry_run
+        Run every row once at the smallest shapes, on any device. Times are meaningless.
+    seconds
+        Time limit; the remaining rows are left out.
+    say
+        Called with a line of text for each row.
+
+    Returns
+    -------
+    dict
+        ``machine``, ``rows`` and ``targets``.
+
+    Raises
+    ------
+    BackendError
+        The CUDA kernels do not run here, and this is not a dry run.
+    """
+    start = time.monotonic()
+    bench = open_bench(quick, dry_run)
+    if not any("machine" in row for row in isolation.read_rows(output)):
+        about = {"machine": machine(bench.device), "quick": quick, "dry run": dry_run}
+        isolation.append_row(output, about)
+    options = ["--quick"] * quick + ["--dry-run"] * dry_run + ["--part", part, "--child"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *options]
+
+    def show(group: str, row: dict) -> None:
+        say(line({"section": group} | row))
+
+    def record(tasks: list[tuple[str, str]]) -> list[dict]:
+        left = seconds - (time.monotonic() - start)
+        return isolation.record(command, tasks, output, seconds=left, say=show)
+
+    tasks = [(job.section, job.what) for job in jobs(quick, part)]
+    rows = record(tasks[:1])  # the rates, which all other rows need
+    rates = next((row for row in rows if row.get("section") == "rates"), {})
+    os.environ[_RATES] = json.dumps({name: value for name, value in rates.items() if isinstance(value, float)})
+    return results_of(record(tasks))
 
 
-def jobs(quick: bool) -> Iterator[Job]:
-    """All rows, those that targets hang on first."""
-    yield Job("rates", "copy and matrix products", _rates)
+def results_of(rows: list[dict]) -> dict:
+    """Return the machine, the rows and the targets of the rows of a file."""
+    about = next((row for row in rows if "machine" in row), {"machine": {}, "quick": False, "dry run": False})
+    measured = [{"section": row.get("group")} | row for row in rows if "machine" not in row]
+    return {**about, "rows": measured, "targets": [] if about["dry run"] else targets(measured)}
+
+
+def jobs(quick: bool, part: str = "all") -> list[Job]:
+    """Return the rows, those with targets first; the first row measures the rates of the GPU."""
+    rates = Job("rates", "copy and matrix products", _rates)
+    headline = [job for job in _all_jobs(quick) if _is_headline(job)]
+    rest = [job for job in _all_jobs(quick) if not _is_headline(job)]
+    return [rates, *({"all": headline + rest, "headline": headline, "rest": rest}[part])]
+
+
+def _is_headline(job: Job) -> bool:
+    """Whether a row belongs to FastChannelVim-S/16 in bfloat16: the model, its ops and its block."""
+    in_bfloat16 = "bfloat16" in job.what and "transposed" not in job.what
+    if job.section == "inference":
+        return job.what == f"{_SMALL}, 224 px, bfloat16"
+    return in_bfloat16 and (job.section == "ops" or job.what == f"block of {_SMALL}, 224 px, bfloat16")
+
+
+def _all_jobs(quick: bool) -> Iterator[Job]:
     yield from _target_jobs(quick)
     if quick:
         yield from _op_jobs(("bfloat16",))
@@ -286,22 +324,44 @@ def _train(name: str, batch: int, precision: str, bench: Bench) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The same without typer and rich; 0 all rows measured, 3 some failed, 2 not usable here."""
+    """Measure, print and return the exit code: 0 if all rows were measured, 3 if some failed, 2 if not usable here."""
     from benchmarks.gpu_report import report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer models and repetitions: under 3 minutes")
-    parser.add_argument("--dry-run", action="store_true", help="every row once at the smallest shapes, on any device")
-    parser.add_argument("--seconds", type=float, help="begin no row after so many")
-    parser.add_argument("--output", "-o", type=Path, help="JSON file, written after every row")
+    parser.add_argument("--part", choices=PARTS, default="all", help="headline: one model, its ops and a block")
+    parser.add_argument("--dry-run", action="store_true", help="run every row once, at the smallest shapes")
+    parser.add_argument("--seconds", type=float, help="time limit")
+    parser.add_argument("-o", "--output", type=Path, default=Path("gpu.jsonl"), help="JSON lines")
+    parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else 3600)
     try:
-        results = run(options.quick, options.output, options.dry_run, options.seconds)
+        if options.child:
+            run_child(options.quick, options.part, options.dry_run, *options.child)
+            return 0
+        results = run(options.quick, options.output, part=options.part, dry_run=options.dry_run, seconds=seconds)
     except BackendError as error:
         print(error, file=sys.stderr)
         return 2
     print(report(results))
     return 3 if any(row.get("failed") for row in results["rows"]) else 0
+
+
+def run_child(quick: bool, part: str, dry_run: bool, first: int, last: int) -> None:
+    """Measure some rows in this process for the parent process."""
+    bench = open_bench(quick, dry_run)
+
+    def is_usable() -> bool:
+        try:
+            return not bench.on_gpu or torch.cuda.synchronize() is None
+        except RuntimeError:
+            return False
+
+    def task(job: Job) -> isolation.Task:
+        return isolation.Task(job.section, job.what, lambda: [measure(job, bench)])
+
+    isolation.run_tasks([task(job) for job in jobs(quick, part)[first:last]], is_usable)
 
 
 if __name__ == "__main__":

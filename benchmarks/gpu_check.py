@@ -1,16 +1,18 @@
-"""Is everything right on this GPU? ``python -m benchmarks.gpu_check`` from the repository's root.
+"""Check the CUDA kernels on this GPU: ``python -m benchmarks.gpu_check`` from the root of the repository.
 
-Every op and gradient at random shapes and plans against the definition in float64 on the CPU, determinism, extreme
-values, arrays of more than 2³¹ elements, streams, the published (golden) numbers, CUDA graphs, and, where it is
-installed, compute-sanitizer's memcheck and racecheck (``pip install nvidia-cuda-sanitizer-api``). Needs PyTorch, numpy
-and, unless CellVim is installed with its CUDA library, nvcc: the library is then built first. Prints a table, writes
-the rows as JSON as they come, and exits with 1 if anything failed, 2 if nothing could be checked.
+The checks compare every op and gradient at random shapes and plans with the definition in float64 on the CPU. They
+cover determinism, extreme values, arrays of more than 2³¹ elements, streams, the published (golden) numbers, CUDA
+graphs and, where installed, compute-sanitizer's memcheck and racecheck (``pip install nvidia-cuda-sanitizer-api``).
+
+Each group of checks runs in its own process, so that a crash costs one check (see `benchmarks.isolation`). Rows are
+appended to a file of JSON lines; a repeated run skips the checks that the file contains. Requires PyTorch, numpy, and
+nvcc unless CellVim is installed with its CUDA library or ``CELLVIM_CUDA_LIBRARY`` names one. The exit code is 1 if a
+check failed and 2 if nothing could be checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shlex
@@ -30,90 +32,120 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "ops"), str(REPOSITORY / "tests" / "models")]
 
-if __name__ == "__main__" and "--help" not in sys.argv:
-    from benchmarks import cuda_library
-
-    try:
-        print(f"CUDA library: {cuda_library.provide()}", flush=True)
-    except RuntimeError as error:
-        print(f"{error}\nNothing was checked.", file=sys.stderr)
-        sys.exit(2)
-
 import cases  # noqa: E402
 
 import cellvim  # noqa: E402
+from benchmarks import cuda_library, isolation  # noqa: E402
 from cellvim import ops  # noqa: E402
-from cellvim.ops import cuda, dispatch, reference  # noqa: E402
+from cellvim.ops import cuda, reference  # noqa: E402
 from cellvim.ops.scan_plan import ScanPlan  # noqa: E402
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "gpu_check.json"
+RESULTS = REPOSITORY / "benchmarks" / "results" / "gpu_check.jsonl"
 FLOAT32_TOLERANCE = 1e-5
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *LOW_PRECISION)
+SANITIZER_WIDTHS = (384, 768)  # several warps work on a row, so that a missing barrier would show
 POOLED = [(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True) if not (a and b and c)]
 GPU = torch.device("cuda")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the checks in child processes, print them and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=24, help="random shapes per op (24)")
-    parser.add_argument("--output", "-o", type=Path, default=RESULTS, help="JSON file, written after every check")
-    parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
-    parser.add_argument("--only-sanitizer", action="store_true", help="nothing but compute-sanitizer")
-    parser.add_argument("--sanitizer-seconds", type=float, default=900, help="limit for each of its tools (900)")
-    parser.add_argument("--under-sanitizer", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if not cuda.available():
-        print(f"No CUDA kernels run here: {cuda.reason()}.", file=sys.stderr)
+    parser.add_argument("--examples", type=int, default=24, help="random shapes per op (default: 24)")
+    parser.add_argument("--only", metavar="GROUP,…", help=f"groups of checks: {', '.join(groups(1))}")
+    parser.add_argument("--skip", metavar="GROUP,…", default="", help="groups of checks to leave out")
+    parser.add_argument("--seconds", type=float, default=3600, help="time limit (default: 3600)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=RESULTS, help="file of JSON lines; a repeated run continues"
+    )
+    parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    known = groups(options.examples)
+    chosen = options.only.split(",") if options.only else list(known)
+    unknown = {*chosen, *filter(None, options.skip.split(","))} - set(known)
+    if unknown:
+        parser.error(f"there are no checks called {', '.join(sorted(unknown))}; the groups are {', '.join(known)}")
+    tasks = [task for group in chosen if group not in options.skip.split(",") for task in known[group]]
+    if options.child:
+        isolation.run_tasks(tasks[slice(*options.child)], is_usable=context_is_usable)
+        return 0
+    reason = unavailable()
+    if reason is not None:
+        print(f"{reason}\nNothing was checked.", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    checks: list[Iterator[dict]] = []
-    if options.under_sanitizer:
-        checks.append(_check_ops(examples=3, small=True))
-    elif not options.only_sanitizer:
-        checks.append(run_checks(options.examples))
-    if not options.no_sanitizer and not options.under_sanitizer:
-        checks.append(_check_sanitizer(options.sanitizer_seconds))
-    rows: list[dict] = []
-    for check in checks:
-        for row in check:
-            rows.append(row)
-            if not options.under_sanitizer:
-                _write(options.output, rows)
-    print_table(rows)
-    failed = [row for row in rows if not row["ok"]]
+    if not any("machine" in row for row in isolation.read_rows(options.output)):
+        isolation.append_row(options.output, {"machine": machine()})
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--examples", str(options.examples)]
+    command += [*(["--only", options.only] if options.only else []), "--skip", options.skip, "--child"]
+    names = [(task.group, task.what) for task in tasks]
+    rows = isolation.record(command, names, options.output, seconds=options.seconds, say=print_row)
+    rows = [row for row in rows if "machine" not in row]
+    failed = [row for row in rows if not row.get("ok")]
+    finished = {tuple(row["finished"]) for row in isolation.read_rows(options.output) if "finished" in row}
+    left = [what for group, what in names if (group, what) not in finished]
     print(f"{len(rows) - len(failed)} of {len(rows)} checks passed in {time.perf_counter() - start:.0f} s")
-    if not options.under_sanitizer:
-        print(f"Wrote {options.output}")
-    return int(bool(failed))
+    for row in failed:
+        print_row(row["group"], row)
+    if left:
+        print(f"Not run within the time limit: {', '.join(left)}")
+    print(f"Wrote {options.output}")
+    return int(bool(failed or left or not rows))
 
 
-def run_checks(examples: int) -> Iterator[dict]:
-    """Run all checks but the sanitizer's; a row each: what, worst error, what is allowed, ok."""
-    for check in (
-        partial(_check_ops, examples),
-        _check_determinism,
-        _check_batch_mates,
-        _check_extremes,
-        _check_streams,
-        _check_large,
-        _check_golden,
-        _check_precision,
-        _check_graphs,
-    ):
-        try:
-            yield from check()
-        except (RuntimeError, ValueError, cellvim.CellvimError) as error:  # of CUDA, too: the other checks are not lost
-            name = check.func.__name__ if isinstance(check, partial) else check.__name__
-            yield _row(f"{name.removeprefix('_check_')}: stopped", False, f"{type(error).__name__}: {error}"[:500])
+def unavailable() -> str | None:
+    """Return why no CUDA kernels run here, None if they do.
+
+    If CellVim is installed without its CUDA library, builds the library and lets the child processes find it.
+    """
+    try:
+        print(f"CUDA library: {cuda_library.provide()}", flush=True)
+    except RuntimeError as error:
+        return str(error)
+    code = "from cellvim.ops import cuda; print(cuda.available(), cuda.reason())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return (
+        None if done.stdout.startswith("True") else f"No CUDA kernels run here: {done.stdout[6:]}{done.stderr[-500:]}"
+    )
 
 
-def _write(output: Path, rows: list[dict]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.partial")
-    passed = all(row["ok"] for row in rows)
-    unfinished.write_text(json.dumps({"machine": machine(), "passed": passed, "checks": rows}, indent=1) + "\n")
-    unfinished.replace(output)
+def context_is_usable() -> bool:
+    """Return whether this process can still use the GPU: after an illegal access every call fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def groups(examples: int) -> dict[str, list[isolation.Task]]:
+    """Return the checks by group, in the order in which they run."""
+
+    def one(name: str, check: Callable[[], Iterator[dict]]) -> list[isolation.Task]:
+        return [isolation.Task(name, name, check)]
+
+    return {
+        "smoke": [isolation.Task("smoke", f"{op} at S/16's shape", partial(_check_smoke, op)) for op in _smoke_ops()],
+        "ops": _op_tasks("ops", examples),
+        "determinism": one("determinism", _check_determinism),
+        "batch": one("batch", _check_batch_mates),
+        "extremes": one("extremes", _check_extremes),
+        "streams": one("streams", _check_streams),
+        "large": one("large", _check_large),
+        "golden": one("golden", _check_golden),
+        "precision": one("precision", _check_precision),
+        "graphs": one("graphs", _check_graphs),
+        "memcheck": one("memcheck", partial(_check_sanitizer, "memcheck")),
+        "racecheck": one("racecheck", partial(_check_sanitizer, "racecheck")),
+    }
+
+
+def print_row(group: str, row: dict) -> None:
+    """Print one check."""
+    numbers = f"{row['error']:9.1e} ≤ {row['allowed']:.1e}" if "error" in row else row.get("note", "")
+    print(f"{'ok    ' if row.get('ok') else 'FAILED'} {group}: {row['what']:<58} {numbers}", flush=True)
 
 
 @cache
@@ -134,13 +166,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def print_table(rows: list[dict]) -> None:
-    """One line a check, the failed ones last."""
-    for row in sorted(rows, key=lambda r: not r["ok"]):
-        numbers = f"{row['error']:9.1e} ≤ {row['allowed']:.1e}" if "error" in row else row.get("note", "")
-        print(f"{'ok    ' if row['ok'] else 'FAILED'} {row['what']:<58} {numbers}")
-
-
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -153,28 +178,47 @@ def _driver() -> str:
 # Ops
 
 
-def _check_ops(examples: int, small: bool = False) -> Iterator[dict]:
-    """Worst error of each op, type and plan kind over random shapes, outputs and every gradient."""
-    for name, draw in {
+def _op_tasks(group: str, examples: int, widths: tuple[int, ...] = ()) -> list[isolation.Task]:
+    """Worst error of each op, type and kind of plan over random shapes: outputs and every gradient.
+
+    With ``widths``, the tensors are small except for that number of channels, as compute-sanitizer is slow.
+    """
+    draws = {
         "add_norm": _draw_add_norm,
         "conv_pool dense": partial(_draw_conv_pool, indexed=False),
         "conv_pool indexed": partial(_draw_conv_pool, indexed=True),
         "pooled_scan": _draw_pooled_scan,
         "expand_gate dense": partial(_draw_expand_gate, indexed=False),
         "expand_gate indexed": partial(_draw_expand_gate, indexed=True),
-    }.items():
-        op = name.split()[0]
-        for dtype in (torch.float32, *LOW_PRECISION):
-            worst: dict[str, tuple[float, float, str]] = {}
-            for seed in range(examples):
-                inputs, options = draw(random.Random(seed), small)
-                for array, error, allowed in _errors(op, inputs, options, dtype, seed):
-                    found = worst.get(array, (0.0, 1.0, ""))
-                    if error / allowed >= found[0] / found[1]:
-                        worst[array] = error, allowed, _describe(inputs, options)
-            for array, (error, allowed, example) in worst.items():
-                what = f"{name}, {str(dtype).removeprefix('torch.')}: {array}"
-                yield {"what": what, "error": error, "allowed": allowed, "ok": error <= allowed, "example": example}
+    }
+    tasks = []
+    for name, draw in draws.items():
+        for dtype in DTYPES:
+            what = f"{name}, {str(dtype).removeprefix('torch.')}"
+            tasks.append(
+                isolation.Task(f"{group} {name}", what, partial(_check_op, what, draw, dtype, examples, widths))
+            )
+    return tasks
+
+
+def _check_op(
+    what: str, draw: Callable, dtype: torch.dtype, examples: int, widths: tuple[int, ...] = ()
+) -> Iterator[dict]:
+    worst: dict[str, tuple[float, float, str]] = {}
+    for seed in range(examples):
+        inputs, options = draw(random.Random(seed), widths)
+        for array, error, allowed in _errors(what.partition(",")[0].split()[0], inputs, options, dtype, seed):
+            found = worst.get(array, (0.0, 1.0, ""))
+            if error / allowed >= found[0] / found[1]:
+                worst[array] = error, allowed, _describe(inputs, options)
+    for array, (error, allowed, example) in worst.items():
+        yield {
+            "what": f"{what}: {array}",
+            "error": error,
+            "allowed": allowed,
+            "ok": error <= allowed,
+            "example": example,
+        }
 
 
 def _errors(op: str, inputs: dict, options: dict, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, float, float]]:
@@ -232,15 +276,15 @@ def _draw_plan(r: random.Random, batch: int, indexed: bool, small: bool) -> tupl
     return cases.dense_plan(sizes, stored, r.choice(POOLED), r.choice([1.0, 0.25])), sizes[0] * sizes[1] * sizes[2]
 
 
-def _draw_width(r: random.Random, small: bool) -> int:
-    return r.choice([16, 17, 36, 64] if small else [16, 17, 64, 70, 131, 192, 384, 768, 1030])
+def _draw_width(r: random.Random, widths: tuple[int, ...]) -> int:
+    return r.choice(widths or [16, 17, 64, 70, 131, 192, 384, 768, 1030])
 
 
-def _draw_conv_pool(r: random.Random, small: bool, indexed: bool) -> tuple[dict, dict]:
+def _draw_conv_pool(r: random.Random, widths: tuple[int, ...], indexed: bool) -> tuple[dict, dict]:
     batch = r.randint(1, 3)
-    plan, length = _draw_plan(r, batch, indexed, small)
+    plan, length = _draw_plan(r, batch, indexed, bool(widths))
     pool = r.choice(["mean", "max", "attention"])
-    inputs = cases.conv_pool_inputs(r.randrange(2**20), batch, length, _draw_width(r, small), r.randint(1, 4))
+    inputs = cases.conv_pool_inputs(r.randrange(2**20), batch, length, _draw_width(r, widths), r.randint(1, 4))
     if pool == "max":
         inputs["weight"] = inputs["weight"] + 0.1  # distinct maxima: ties may be split in other ways
     if pool != "attention":
@@ -248,12 +292,12 @@ def _draw_conv_pool(r: random.Random, small: bool, indexed: bool) -> tuple[dict,
     return inputs, {"plan": plan, "pool": pool}
 
 
-def _draw_expand_gate(r: random.Random, small: bool, indexed: bool) -> tuple[dict, dict]:
+def _draw_expand_gate(r: random.Random, widths: tuple[int, ...], indexed: bool) -> tuple[dict, dict]:
     batch = r.randint(1, 3)
-    plan, length = _draw_plan(r, batch, indexed, small)
+    plan, length = _draw_plan(r, batch, indexed, bool(widths))
     norm = r.choice(["layer", "rms", "none"])
     inputs = cases.expand_gate_inputs(
-        r.randrange(2**20), batch, length, plan.slots, _draw_width(r, small), r.randint(1, 4)
+        r.randrange(2**20), batch, length, plan.slots, _draw_width(r, widths), r.randint(1, 4)
     )
     if norm == "none":
         inputs["norm_weight"] = None
@@ -264,15 +308,15 @@ def _draw_expand_gate(r: random.Random, small: bool, indexed: bool) -> tuple[dic
     return inputs, {"plan": plan, "norm": norm}
 
 
-def _draw_pooled_scan(r: random.Random, small: bool) -> tuple[dict, dict]:
-    steps = r.choice([1, 7, 16] if small else [1, 2, 7, 14, 63, 112, 128, 300, 700])
+def _draw_pooled_scan(r: random.Random, widths: tuple[int, ...]) -> tuple[dict, dict]:
+    steps = r.choice([1, 7, 16] if widths else [1, 2, 7, 14, 63, 112, 128, 300, 700])
     states = r.choice([16, 16, 16, 1, 5, 64])
-    inputs = cases.pooled_scan_inputs(r.randrange(2**20), r.randint(1, 3), steps, _draw_width(r, small), states)
+    inputs = cases.pooled_scan_inputs(r.randrange(2**20), r.randint(1, 3), steps, _draw_width(r, widths), states)
     return inputs, {}
 
 
-def _draw_add_norm(r: random.Random, small: bool) -> tuple[dict, dict]:
-    kind, width = r.choice(["layer", "rms"]), _draw_width(r, small)
+def _draw_add_norm(r: random.Random, widths: tuple[int, ...]) -> tuple[dict, dict]:
+    kind, width = r.choice(["layer", "rms"]), _draw_width(r, widths)
     new = cases.tensors(r.randrange(2**20))
     shape = (r.randint(1, 3), r.randint(1, 70), width)
     inputs = {"hidden": new(*shape), "residual": new(*shape) if r.random() < 0.8 else None}
@@ -302,6 +346,22 @@ def _large_cases() -> Iterator[tuple[str, dict, dict]]:
     yield "conv_pool", {k: v for k, v in conv.items() if "score" not in k}, {"plan": plan}
     yield "pooled_scan", cases.pooled_scan_inputs(0, 4, plan.slots, 768, 16), {}
     yield "expand_gate", cases.expand_gate_inputs(0, 4, 1568, plan.slots, 768, 4), {"plan": plan}
+
+
+def _smoke_ops() -> list[str]:
+    return ["add_norm", *(op for op, _, _ in _large_cases())]
+
+
+def _check_smoke(op: str) -> Iterator[dict]:
+    """Check one op and its gradients in bfloat16 at the shape of a block of FastChannelVim-S/16."""
+    new = cases.tensors(0)
+    add_norm = {"hidden": new(4, 1568, 384), "residual": new(4, 1568, 384), "weight": new(384), "bias": None}
+    large = {"add_norm": (add_norm, {"kind": "rms"})} | {
+        name: (inputs, options) for name, inputs, options in _large_cases()
+    }
+    inputs, options = large[op]
+    for array, error, allowed in _errors(op, inputs, options, torch.bfloat16, 0):
+        yield {"what": f"{op}: {array}", "error": error, "allowed": allowed, "ok": error <= allowed}
 
 
 def _check_determinism() -> Iterator[dict]:
@@ -444,30 +504,31 @@ def _check_graphs() -> Iterator[dict]:
     yield _row("CUDA graphs are captured once a shape", len(encode._graphs) == 3, f"{len(encode._graphs)} graphs")
 
 
-def _check_sanitizer(seconds: float) -> Iterator[dict]:
+def _check_sanitizer(tool: str) -> Iterator[dict]:
+    """Run the ops at widths with several warps per row under a tool of compute-sanitizer."""
     program = _find_sanitizer()
     if program is None:
-        yield _row("compute-sanitizer", True, "left out: not there (pip install nvidia-cuda-sanitizer-api)")
+        yield _row(tool, True, "left out: compute-sanitizer is not installed (pip install nvidia-cuda-sanitizer-api)")
         return
-    # Every tensor gets memory of its own, so that its ends are known.
+    # Every tensor gets its own memory, so that the ends are known.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_check"]
-        try:
-            done = subprocess.run(
-                [*command, "--under-sanitizer"],
-                cwd=REPOSITORY,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            yield _row(f"compute-sanitizer {tool}", False, f"not done after {seconds:.0f} s")
-            continue
-        last = " ".join(line for line in done.stdout.splitlines() if "SUMMARY" in line)
-        yield _row(f"compute-sanitizer {tool}", done.returncode == 0, last or f"exit code {done.returncode}")
+    code = "from benchmarks.gpu_check import run_sanitized; run_sanitized()"
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    last = " ".join(line for line in done.stdout.splitlines() if "SUMMARY" in line)
+    yield _row(tool, done.returncode == 0, last or f"exit code {done.returncode}: {done.stderr[-300:]}")
+
+
+def run_smoke() -> None:
+    """Run each op once, forward and backward, at the shape of S/16. Called under Nsight Compute."""
+    for task in groups(1)["smoke"]:
+        list(task.run())
+
+
+def run_sanitized() -> None:
+    """Run the ops at `SANITIZER_WIDTHS`; exit with 1 if a result is wrong. Called under compute-sanitizer."""
+    rows = [row for task in _op_tasks("", 3, SANITIZER_WIDTHS) for row in task.run()]
+    sys.exit(int(not all(row["ok"] for row in rows)))
 
 
 def _find_sanitizer() -> str | None:
@@ -478,5 +539,6 @@ def _find_sanitizer() -> str | None:
 
 
 if __name__ == "__main__":
-    assert dispatch._chosen is None, "CELLVIM_BACKEND is set; the checks choose the back-ends themselves."
+    if "CELLVIM_BACKEND" in os.environ:
+        sys.exit("CELLVIM_BACKEND is set, but the checks choose the back ends themselves. Unset it.")
     sys.exit(main())

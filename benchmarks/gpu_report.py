@@ -77,25 +77,25 @@ def _meets(value: float | None, sign: str, target: float) -> bool | None:
 
 
 def line(row: dict) -> str:
-    """One row while the bench runs."""
-    numbers = (f"{key} {_cell(value)}" for key, value in row.items() if isinstance(value, float) and key != "after s")
+    """Return one row as a line of text."""
+    numbers = (f"{key} {_cell(value)}" for key, value in row.items() if isinstance(value, float))
     rest = row.get("note") or "  ".join(numbers)
     if "ms" in row and isinstance(row["ms"], dict):
         rest = "  ".join(f"{part} {_cell(float(ms))}" for part, ms in row["ms"].items()) + "  " + rest
-    return f"{row['after s']:6.1f} s  {row['section']}: {row['what']}: {rest}"
+    return f"{row['section']}: {row['what']}: {rest}"
 
 
 def report(results: dict) -> str:
     """All rows as tables, then where a block's time goes, then the targets."""
     about = results["machine"]
-    title = f"{about.get('gpu', about['device'])}, torch {about['torch']}, cellvim {about['cellvim']}"
+    title = f"{about.get('gpu', about.get('device'))}, torch {about.get('torch')}, cellvim {about.get('cellvim')}"
     if results["dry run"]:
         title += " — a dry run: times mean nothing"
     parts = [title]
     for section, (heading, columns) in _SECTIONS.items():
         rows = [row for row in results["rows"] if row["section"] == section]
         if section == "rates" and rows:
-            columns = tuple(key for key, value in rows[0].items() if isinstance(value, float) and key != "after s")
+            columns = tuple(key for key, value in rows[0].items() if isinstance(value, float))
         columns = tuple(c for c in columns if any(row.get(c) is not None for row in rows))
         if rows:
             cells = [[row["what"], *(_cell(row.get(c)) for c in columns), row.get("note", "")] for row in rows]

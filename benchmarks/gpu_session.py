@@ -1,105 +1,122 @@
-"""The first minutes on a GPU: build, check, time. ``python -m benchmarks.gpu_session`` from the repository's root.
+"""Validate and measure the CUDA kernels on a GPU in at most seven minutes: ``python -m benchmarks.gpu_session``.
 
-Needs PyTorch, numpy and nvcc (or ``CELLVIM_CUDA_LIBRARY``), and takes less than ten minutes. Each step is a process of
-its own that writes what it has as it goes, so that a step that dies or runs out of time loses nothing of the others:
-the library, `benchmarks.gpu_check`, ``python -m benchmarks.gpu --quick``, and compute-sanitizer if time is left.
-Prints a short table and ends with 0 if all that was asked for passed.
+The steps run in order of importance: a smoke test of every op, the benchmark of FastChannelVim-S/16 with its ops,
+correctness, Nsight Compute's counters if ``ncu`` is installed, the remaining benchmark rows, and compute-sanitizer. Each
+step has a time limit, after which its whole process group is killed, and appends its rows to files in ``--output``. Run
+the command again to continue: finished rows are skipped.
+
+Requires PyTorch and numpy. Uses the library that ``CELLVIM_CUDA_LIBRARY`` names, or the installed one; only without
+either is it compiled with nvcc. The exit code is 0 if every step passed, 1 if not, and 2 if nothing could be run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from benchmarks import cuda_library, isolation
 
-CHECK, QUICK, SANITIZER = "gpu_check.json", "gpu_quick.json", "gpu_sanitizer.json"
+REPOSITORY = isolation.REPOSITORY
+CHECKS, BENCHMARK, COUNTERS = "gpu_check.jsonl", "gpu.jsonl", "gpu_counters.csv"
+KERNELS = "regex:add_norm|conv_pool|scan|gate"  # of the four ops
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a time limit in seconds."""
+
+    name: str
+    command: list[str]
+    seconds: float
+
+
+def steps(output: Path) -> list[Step]:
+    """Return the steps in their order."""
+
+    def check(name: str, groups: str, seconds: int) -> Step:
+        options = ["--only", groups, "--examples", "8", "--seconds", str(seconds - 5), "-o", str(output / CHECKS)]
+        return Step(name, [sys.executable, "-m", "benchmarks.gpu_check", *options], seconds)
+
+    def benchmark(name: str, part: str, seconds: int) -> Step:
+        options = ["--quick", "--part", part, "--seconds", str(seconds - 5), "-o", str(output / BENCHMARK)]
+        return Step(name, [sys.executable, "-m", "benchmarks.gpu", *options], seconds)
+
+    found = [
+        check("smoke test", "smoke", 30),
+        benchmark("benchmark of S/16", "headline", 90),
+        check("correctness", "ops,determinism,batch,extremes,golden,graphs", 60),
+    ]
+    if ncu := shutil.which("ncu"):
+        code = "from benchmarks.gpu_check import run_smoke; run_smoke()"
+        counters = [ncu, "--clock-control", "none", "--csv", "--kernel-name", KERNELS, "--log-file"]
+        found.append(Step("counters", [*counters, str(output / COUNTERS), sys.executable, "-c", code], 60))
+    return [
+        *found,
+        benchmark("remaining targets", "rest", 60),
+        check("memcheck", "memcheck", 60),
+        check("racecheck", "racecheck", 60),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the steps, print a summary and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything (9.5)")
-    parser.add_argument("--output", "-o", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder")
+    parser.add_argument("--minutes", type=float, default=7, help="time limit for everything (default: 7)")
+    parser.add_argument("-o", "--output", type=Path, default=REPOSITORY / "benchmarks" / "results", help="folder")
     options = parser.parse_args(argv)
-    options.output.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
-
-    from benchmarks import cuda_library
-
+    output = options.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
     try:
-        print(f"library: {cuda_library.provide()}", flush=True)  # what follows finds it by the environment
+        print(f"library: {cuda_library.provide()}", flush=True)  # the steps find it through the environment
     except RuntimeError as error:
         print(f"{error}\nNothing was run.", file=sys.stderr)
         return 2
-    for file in (CHECK, QUICK, SANITIZER):  # of an earlier run
-        (options.output / file).unlink(missing_ok=True)
-    check = ["-m", "benchmarks.gpu_check"]
-    codes = {
-        "check": run_step(
-            "check",
-            [*check, "--examples", "8", "--no-sanitizer", "-o", options.output / CHECK],
-            min(180, end - time.monotonic()),
-        ),
-        "bench": run_step(
-            "bench",
-            ["-m", "benchmarks.gpu", "--quick", "-o", options.output / QUICK],
-            min(180, end - time.monotonic()),
-        ),
-    }
-    left = end - time.monotonic()
-    each = str(max((left - 20) / 2, 1))  # memcheck and racecheck
-    sanitizer = [*check, "--only-sanitizer", "--sanitizer-seconds", each, "-o", options.output / SANITIZER]
-    codes["sanitizer"] = run_step("sanitizer", sanitizer, left)
-    print(summary(options.output, codes))
+    codes = {step.name: run_step(step, deadline) for step in steps(output)}
+    print(summary(output, codes))
     return int(any(code != 0 for code in codes.values()))
 
 
-def run_step(name: str, command: list, seconds: float) -> int | None:
-    """Run a step, at most so long; its exit code, None for one that was stopped or had no time."""
-    print(f"\n=== {name}, at most {max(seconds, 0):.0f} s", flush=True)
+def run_step(step: Step, deadline: float) -> int | None:
+    """Run a step and return its exit code; None if its time limit was reached or no time was left for it."""
+    seconds = min(step.seconds, deadline - time.monotonic())
+    print(f"\n=== {step.name}, at most {max(seconds, 0):.0f} s", flush=True)
     if seconds < 5:
         return None
+    child = subprocess.Popen(step.command, cwd=REPOSITORY, start_new_session=True)
     try:
-        return subprocess.run(
-            [sys.executable, *map(str, command)], cwd=REPOSITORY, timeout=seconds, check=False
-        ).returncode
+        return child.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
+    finally:
+        if child.returncode is None:
+            isolation.kill_process_group(child)
+            child.wait()
 
 
-def summary(folder: Path, codes: dict[str, int | None]) -> str:
-    """A short table of what the steps have written."""
+def summary(output: Path, codes: dict[str, int | None]) -> str:
+    """Return a short table of the results in ``output``."""
+    from benchmarks.gpu import results_of
+
     lines = ["", "=== summary"]
-    for name, file in (("check", CHECK), ("sanitizer", SANITIZER)):
-        if rows := _read(folder / file).get("checks"):
-            failed = [row["what"] for row in rows if not row["ok"]]
-            lines.append(f"{name}: {len(rows) - len(failed)} of {len(rows)} passed, exit code {codes[name]}")
-            lines += [f"  FAILED {what}" for what in failed[:20]]
-        else:
-            lines.append(f"{name}: nothing written, exit code {codes[name]}")
-    bench = _read(folder / QUICK)
-    if bench:
-        lines.append(f"bench: {len(bench['rows'])} rows on {bench['machine'].get('gpu')}, exit code {codes['bench']}")
-        for target in bench["targets"]:
-            found = "not measured" if target["found"] is None else f"{target['found']:,.2f}"
-            verdict = {True: "met", False: "MISSED", None: ""}[target["met"]]
-            lines.append(f"  {target['what']:<62} {target['is']} {target['target']:>8,g} {found:>14} {verdict}")
-        lines += [f"  FAILED {row['what']}: {row['note']}" for row in bench["rows"] if row.get("failed")]
-    else:
-        lines.append(f"bench: nothing written, exit code {codes['bench']}")
+    lines += [f"{name}: {'time limit' if code is None else f'exit code {code}'}" for name, code in codes.items()]
+    checks = [row for row in isolation.read_rows(output / CHECKS) if "what" in row]
+    failed = [row for row in checks if not row.get("ok")]
+    lines.append(f"checks: {len(checks) - len(failed)} of {len(checks)} passed")
+    lines += [f"  FAILED {row['group']}: {row['what']} {row.get('note', '')}" for row in failed[:20]]
+    results = results_of([row for row in isolation.read_rows(output / BENCHMARK) if "finished" not in row])
+    lines.append(f"benchmark: {len(results['rows'])} rows on {results['machine'].get('gpu')}")
+    for target in results["targets"]:
+        found = "not measured" if target["found"] is None else f"{target['found']:,.2f}"
+        verdict = {True: "met", False: "MISSED", None: ""}[target["met"]]
+        lines.append(f"  {target['what']:<62} {target['is']} {target['target']:>8,g} {found:>14} {verdict}")
+    lines += [f"  FAILED {row['what']}: {row['note']}" for row in results["rows"] if row.get("failed")]
     return "\n".join(lines)
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 
 import pytest
@@ -16,43 +15,47 @@ CPU = gpu_timing.Bench(torch.device("cpu"), backend=None, is_dry=True)
 
 
 @pytest.mark.skipif(cuda.available(), reason="the CUDA kernels run here")
-def test_without_the_kernels_it_says_why_in_one_line(capsys):
+def test_without_the_kernels_there_is_a_one_line_error(capsys, tmp_path):
     with pytest.raises(BackendError, match="needs the CUDA kernels"):
-        gpu.run(quick=True)
-    assert gpu.main(["--quick"]) == 2
+        gpu.run(True, tmp_path / "gpu.jsonl")
+    assert gpu.main(["--quick", "-o", str(tmp_path / "gpu.jsonl")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_one_row_of_each_section_runs(monkeypatch, tmp_path):
-    jobs = sorted(gpu.jobs(quick=False), key=lambda job: job.section)
-    first = [next(jobs) for _, jobs in groupby(jobs, key=lambda job: job.section)]
+def test_one_row_of_each_section_runs():
+    bench = gpu.open_bench(quick=False, dry_run=True)
+    in_order = sorted(gpu.jobs(quick=False), key=lambda job: job.section)
+    first = [next(jobs) for _, jobs in groupby(in_order, key=lambda job: job.section)]
     first.sort(key=lambda job: job.section != "rates")
-    monkeypatch.setattr(gpu, "jobs", lambda quick: iter(first))
-    results = gpu.run(dry_run=True, output=tmp_path / "gpu.json", say=lambda line: None)
+    rows = [{"group": job.section} | gpu.measure(job, bench) for job in first]
+    assert not [row for row in rows if "note" in row]
+    results = gpu.results_of([{"machine": {}, "quick": False, "dry run": True}, *rows])
     assert {row["section"] for row in results["rows"]} == {*gpu_report._SECTIONS, "breakdown"}
-    assert not [row for row in results["rows"] if "note" in row]
-    assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(results))
     text = gpu_report.report(results)
     assert all(row["what"] in text for row in results["rows"]) and "dry run" in text
+    assert all(row["what"] in gpu_report.line(row) for row in results["rows"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quick", [True, False])
-def test_every_row_runs(quick):
-    rows = gpu.run(quick, dry_run=True, seconds=1e6, say=lambda line: None)["rows"]
-    assert not [row for row in rows if "note" in row]
+def test_every_row_runs(quick, tmp_path):
+    rows = gpu.run(quick, tmp_path / "gpu.jsonl", dry_run=True, say=lambda line: None)["rows"]
+    assert len(rows) == len(gpu.jobs(quick)) and not [row for row in rows if "note" in row]
 
 
-def test_a_row_is_asked_for_once():
+def test_rows_are_unique_and_the_parts_complement_each_other():
     for quick in (True, False):
-        names = [(job.section, job.what) for job in gpu.jobs(quick)]
-        assert len(names) == len(set(names))
+        names = {part: [(job.section, job.what) for job in gpu.jobs(quick, part)] for part in gpu.PARTS}
+        assert len(names["all"]) == len(set(names["all"]))
+        assert names["headline"] + names["rest"][1:] == names["all"]
+        assert len(names["headline"]) == 7  # rates, the model, its block and four ops
 
 
-def test_rows_that_targets_hang_on_exist_and_come_first():
+def test_rows_with_targets_exist():
     for quick in (True, False):
         rows = [{"section": job.section, "what": job.what} for job in gpu.jobs(quick)]
-        for row in rows[:13]:
+        for row in rows:
             row |= {"img/s": 1e6, "SSM part, ms": 0.1, "ratio": 4.0}
         found = gpu_report.targets(rows)
         assert len(found) == 7 and all(target["found"] is not None for target in found)
@@ -63,33 +66,13 @@ def test_a_target_of_a_smaller_batch_is_not_measured():
     assert [t["met"] for t in gpu_report.targets([row])] == [None] * 7
 
 
-def test_failing_and_late_rows_are_said_and_the_rest_goes_on(monkeypatch, tmp_path):
-    output, written = tmp_path / "gpu.json", []
-
-    def fails(bench):
-        raise RuntimeError("CUDA error: an illegal memory access\nmore")
-
-    def works(bench):
-        written.append(json.loads(output.read_text()))
-        return {"img/s": 1.0}
-
-    def waits(bench):
-        now[0] += 100
-        return {}
-
-    now = [0.0]
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    functions = {"fails": fails, "works": works, "waits": waits, "late": works}
-    monkeypatch.setattr(gpu, "jobs", lambda quick: (gpu.Job("inference", k, f) for k, f in functions.items()))
-    rows = gpu.run(quick=True, output=output, dry_run=True, seconds=50, say=lambda line: None)["rows"]
-    assert [row.get("note") for row in rows] == [
-        "failed: RuntimeError: CUDA error: an illegal memory access",
-        None,
-        None,
-        "left out: the time was up",
-    ]
-    assert [row["what"] for row in written[0]["rows"]] == ["fails"]  # before the next began
-    assert gpu.main(["--dry-run", "-o", str(output)]) == 3
+@pytest.mark.slow
+def test_a_run_in_child_processes_continues_where_it_stopped(tmp_path):
+    output, lines = tmp_path / "gpu.jsonl", []
+    gpu.run(True, output, part="headline", dry_run=True, say=lines.append)
+    assert len(lines) == 7
+    rows = gpu.run(True, output, part="headline", dry_run=True, say=lines.append)["rows"]
+    assert len(lines) == 7 and len(rows) == 7  # nothing was measured again
 
 
 def test_a_batch_is_halved_until_it_fits_and_the_row_says_so():

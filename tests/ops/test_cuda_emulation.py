@@ -263,7 +263,8 @@ def test_the_checks_of_a_gpu_pass_on_the_emulation(monkeypatch):
 
     monkeypatch.setattr(gpu_check, "GPU", torch.device("cpu"))
     monkeypatch.setattr(gpu_check, "cuda", kernels)
-    rows = [*gpu_check._check_ops(examples=6, small=True), *gpu_check._check_golden()]
+    rows = [row for task in gpu_check._op_tasks("ops", 6, (16, 17, 36, 64)) for row in task.run()]
+    rows += list(gpu_check._check_golden())
     assert len(rows) > 100 and not [row for row in rows if not row["ok"]]
 
 
