@@ -11,6 +11,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "csrc" / "cuda"
+COMPILE_SECONDS = 180  # time limit for each file
 
 
 def find_nvcc() -> str | None:
@@ -83,7 +84,10 @@ def provide() -> str:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{' '.join(command[:2])} … took more than {COMPILE_SECONDS} s.") from error
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[:2])} … failed:\n{done.stderr[-3000:]}")
     return done.stdout

@@ -1,9 +1,9 @@
 """Validate and measure the CUDA kernels on a GPU in at most seven minutes: ``python -m benchmarks.gpu_session``.
 
 The steps run in order of importance: a smoke test of every op, the benchmark of FastChannelVim-S/16 with its ops,
-correctness, Nsight Compute's counters if ``ncu`` is installed, the remaining benchmark rows, and compute-sanitizer. Each
-step has a time limit, after which its whole process group is killed, and appends its rows to files in ``--output``. Run
-the command again to continue: finished rows are skipped.
+correctness, Nsight Compute's counters if ``ncu`` is installed, the remaining benchmark rows, and compute-sanitizer.
+Each step has a time limit, after which its whole process group is killed, and appends its rows to files in
+``--output``. Run the command again to continue: finished rows are skipped.
 
 Requires PyTorch and numpy. Uses the library that ``CELLVIM_CUDA_LIBRARY`` names, or the installed one; only without
 either is it compiled with nvcc. The exit code is 0 if every step passed, 1 if not, and 2 if nothing could be run.
