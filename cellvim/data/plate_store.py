@@ -2,9 +2,9 @@
 
 Small files are read through fsspec, local ones directly. Arrays on disk in the layouts that plates use (Zarr format 2
 or 3, sharded or not, uncompressed or compressed by zstd or blosc) are decoded here, straight into the output memory:
-zarr-python needs 1.4 to 2.3 times the processor time for a field, because of its event loop and a copy of every chunk,
-and tensorstore 1.1 times ("Decisions" in docs/architecture.md). zarr-python reads all other arrays, behind a guard that
-refuses chunks that would decompress to more than their pixels. Part of `cellvim.data.plate`, its only user.
+zarr-python needs 1.3 to 2.8 times the processor time, because of its event loop and a copy of every chunk, and
+tensorstore up to 1.1 times ("Decisions" in docs/architecture.md). zarr-python reads all other arrays, behind a guard
+that refuses chunks that would decompress to more than their pixels. Part of `cellvim.data.plate`, its only user.
 """
 
 from __future__ import annotations
@@ -48,25 +48,42 @@ class ChunkBombError(ChunkError):
 
 
 class Location:
-    """A folder of a plate on an fsspec file system.
+    """A folder of a plate on an fsspec file system: behind a URL or in a local zip file.
 
     Parameters
     ----------
     filesystem
-        fsspec file system.
+        fsspec file system; None in a zip file, which every process opens on its own.
     path
         Path on the file system.
     url
         Path or URL for messages.
+    archive
+        The zip file.
     """
 
-    def __init__(self, filesystem: Any, path: str, url: str, fetched: dict[str, Any] | None = None) -> None:
-        self.filesystem, self.path, self.url = filesystem, path.rstrip("/"), url.rstrip("/")
-        self.name = PurePosixPath(self.path).name
+    def __init__(
+        self,
+        filesystem: Any,
+        path: str,
+        url: str,
+        *,
+        archive: Path | None = None,
+        fetched: dict[str, Any] | None = None,
+    ) -> None:
+        self._filesystem, self.path, self.url, self.archive = filesystem, path.rstrip("/"), url.rstrip("/"), archive
+        self.name = PurePosixPath(self.path or self.url.removesuffix(".zip")).name
         self._fetched: dict[str, Any] = {} if fetched is None else fetched  # path -> content or error of `prefetch`
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec file system."""
+        if self.archive is None:
+            return self._filesystem
+        return _open_zip(self.archive, self.archive.stat().st_mtime_ns, os.getpid())
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a metadata file, or None if it does not exist.
@@ -76,7 +93,7 @@ class Location:
         PlateError
             It cannot be read, or is too large for metadata.
         """
-        path = f"{self.path}/{name}" if self.path else name
+        path = self._join(name)
         try:
             content = self._fetched.pop(path, None)
             if content is None:
@@ -95,9 +112,12 @@ class Location:
             raise PlateError(f"{self.url}/{name} is larger than {MAX_METADATA_BYTES:,} bytes; expected metadata.")
         return content
 
+    def _join(self, relative: str) -> str:
+        return f"{self.path}/{relative}" if self.path else relative
+
     def prefetch(self, names: list[str]) -> None:
         """Fetch metadata files at once; `read` then returns their content or raises their error."""
-        paths = [f"{self.path}/{name}" for name in names]
+        paths = [self._join(name) for name in names]
         try:
             contents = self.filesystem.cat_ranges(paths, 0, MAX_METADATA_BYTES + 1, on_error="return")
         except (NotImplementedError, TypeError, OSError):
@@ -106,8 +126,8 @@ class Location:
 
     def child(self, relative: str) -> Location:
         """Return a folder below this one; it need not exist."""
-        path = f"{self.path}/{relative}" if self.path else relative
-        return Location(self.filesystem, path, f"{self.url}/{relative}", self._fetched)
+        path, url = self._join(relative), f"{self.url}/{relative}"
+        return Location(self._filesystem, path, url, archive=self.archive, fetched=self._fetched)
 
     def inside(self, relative: str) -> Location | None:
         """Return a folder below this one, or None if the path is empty or leads outside."""
@@ -118,6 +138,8 @@ class Location:
 
     def exists(self) -> bool:
         """Return whether the folder exists."""
+        if self.archive is not None:
+            return self.filesystem.isdir(self.path)
         return any(self.read(name) is not None for name in METADATA_FILES)
 
     def folders(self) -> list[str]:
@@ -128,9 +150,10 @@ class Location:
     def stored_bytes(self) -> int:
         """Return the size of all chunks in it and below; 1 if the server does not list them."""
         found = self._list("find")
-        if not found:
+        if not found and self.archive is None:
             return 1
-        return sum(e.get("size") or 1 for k, e in found.items() if PurePosixPath(k).name not in METADATA_FILES)
+        files = (found or {}).items()
+        return sum(e.get("size") or 1 for path, e in files if PurePosixPath(path).name not in METADATA_FILES)
 
     def _list(self, method: str) -> Any:
         """Return the listing of ``ls`` or ``find``, or None if the server does not list folders.
@@ -152,46 +175,11 @@ class Location:
 
     def zarr_store(self) -> tuple[Any, str]:
         """Return the Zarr store, and the path in it."""
-        from zarr.storage import FsspecStore
+        from zarr.storage import FsspecStore, ZipStore
 
+        if self.archive is not None:
+            return ZipStore(self.archive, mode="r"), self.path
         return FsspecStore(_asynchronous(self.filesystem), read_only=True, path=self.path), ""
-
-
-class ZippedFolder(Location):
-    """A folder in a local zip file, which every process opens on its own."""
-
-    def __init__(self, archive: Path, path: str = "") -> None:
-        self.archive, self.path = archive, path
-        self.url = f"{archive}/{path}".rstrip("/")
-        self.name = PurePosixPath(path).name or archive.name.removesuffix(".zip")
-        self._fetched = {}
-
-    @property
-    def filesystem(self) -> Any:
-        """The contents of the zip file."""
-        return _open_zip(self.archive, self.archive.stat().st_mtime_ns, os.getpid())
-
-    def prefetch(self, names: list[str]) -> None:
-        """Do nothing: reading one file is fast."""
-
-    def child(self, relative: str) -> ZippedFolder:
-        """Return a folder below this one; it need not exist."""
-        return ZippedFolder(self.archive, f"{self.path}/{relative}".lstrip("/"))
-
-    def exists(self) -> bool:
-        """Return whether the folder exists."""
-        return self.filesystem.isdir(self.path)
-
-    def stored_bytes(self) -> int:
-        """Return the size of all chunks in it and below."""
-        found = self.filesystem.find(self.path, detail=True)
-        return sum(e["size"] for k, e in found.items() if PurePosixPath(k).name not in METADATA_FILES)
-
-    def zarr_store(self) -> tuple[Any, str]:
-        """Return the Zarr store, and the path in it."""
-        from zarr.storage import ZipStore
-
-        return ZipStore(self.archive, mode="r"), self.path
 
 
 class LocalFolder(Location):
@@ -271,16 +259,13 @@ def locate(path: str | Path, options: dict[str, Any] | None = None) -> Location:
             f"{path} is a file; expected the folder of an OME-Zarr plate, or a zip file of it. Convert TIFFs to a "
             "plate with `cellvim import`."
         )
-    top = ZippedFolder(path)
+    top = Location(None, "", str(path), archive=path)
     try:
-        if any(top.filesystem.isfile(name) for name in METADATA_FILES):
-            return top
-        plates = [n for n in top.folders() if any(top.filesystem.isfile(f"{n}/{name}") for name in METADATA_FILES)]
-    except PlateError:
-        raise
-    except Exception as error:  # zipfile has no common exception for damaged files
-        raise PlateError(f"{path} cannot be read as a zip file: {error}.") from error
-    return ZippedFolder(path, plates[0]) if len(plates) == 1 else top
+        folders = {"": top} | {name: top.child(name) for name in top.folders()}
+        plates = [f for f in folders.values() if any(f.filesystem.isfile(f"{f.path}/{n}") for n in METADATA_FILES)]
+    except PlateError as error:
+        raise PlateError(f"{path} cannot be read as a zip file: {error}") from error
+    return plates[0] if top in plates or len(plates) == 1 else top
 
 
 @lru_cache(maxsize=8)
@@ -620,7 +605,8 @@ def open_array(location: Location) -> Any:
     from zarr.storage import WrapperStore
 
     store, path = location.zarr_store()
-    is_local, is_remote = isinstance(location, LocalFolder), not isinstance(location, LocalFolder | ZippedFolder)
+    is_local = isinstance(location, LocalFolder)
+    is_remote = not is_local and location.archive is None
 
     class GuardedStore(WrapperStore):
         """A store that checks chunks before they are decompressed."""

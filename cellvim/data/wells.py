@@ -1,4 +1,4 @@
-"""Well names: one spelling, `A01`, for every way in which plates and plate maps write a position."""
+"""Well names: the canonical spelling ``A01`` for all ways in which plates and plate maps write a position."""
 
 from __future__ import annotations
 
@@ -26,22 +26,20 @@ def well_position(name: str) -> tuple[int, int]:
         The text is not a position on a plate of up to 32 x 48 wells.
     """
     text = str(name).strip().strip("\"'")
-    if match := _NUMBERS.match(text):
-        row, column = int(match[1]), int(match[2])
-    elif match := _LETTERS.match(text):
-        try:
-            row, column = row_number(match[1]), int(match[2])
-        except MetadataError as error:
-            raise MetadataError(f"'{name}' is not a well: {error}") from error
-    else:
+    match = _NUMBERS.match(text) or _LETTERS.match(text)
+    if match is None:
         raise MetadataError(f"'{name}' is not a well; expected a name such as A1, A01 or r01c01.")
+    try:
+        row, column = row_number(match[1]), int(match[2])
+    except MetadataError as error:
+        raise MetadataError(f"'{name}' is not a well: {error}") from error
     if not (1 <= row <= MAX_ROWS and 1 <= column <= MAX_COLUMNS):
         raise MetadataError(f"Well '{name}' is not on a plate of {MAX_ROWS} rows and {MAX_COLUMNS} columns.")
     return row - 1, column - 1
 
 
 def canonical_well(name: str) -> str:
-    """Return ``A01`` for ``A1``, ``a01`` or ``r01c01``; raise `MetadataError` for anything that is no well."""
+    """Return ``A01`` for ``A1``, ``a01`` or ``r01c01``; raise `MetadataError` for anything that is not a well."""
     return well_name(*well_position(name))
 
 
@@ -56,10 +54,8 @@ def row_number(text: str) -> int:
     text = str(text).strip().strip("\"'").upper()
     if text.isdigit():
         return int(text)
-    if re.fullmatch(r"[A-Z]", text):
-        return ord(text) - ord("A") + 1
-    if re.fullmatch(r"A[A-F]", text):
-        return 26 + ord(text[1]) - ord("A") + 1
+    if re.fullmatch(r"[A-Z]|A[A-F]", text):
+        return ord(text[-1]) - ord("A") + 1 + (26 if len(text) == 2 else 0)
     raise MetadataError(f"'{text}' is not a plate row; expected a letter (A, B, ..., AF) or a number.")
 
 

@@ -1,4 +1,4 @@
-"""What comes with CellVim is there, complete and small, with its source and licence beside it."""
+"""The bundled datasets are complete and small, and have their source and licence."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def test_every_dataset_has_its_card_and_licence(name):
     assert (folder / "LICENSE").is_file()
 
 
-def test_unknown_dataset_lists_what_there_is():
-    with pytest.raises(InputError, match=r"'sbs' is not known to CellVim; it has jump_cp, sbs_translocation"):
+def test_unknown_dataset_lists_the_available_ones():
+    with pytest.raises(InputError, match=r"'sbs' is not known to CellVim, which has jump_cp, sbs_translocation"):
         bundled_dataset("sbs")

@@ -1,4 +1,4 @@
-"""Chunks decoded here are what Zarr reads, for every layout that is taken; damage, bombs and links out are refused."""
+"""Decoded chunks equal those that Zarr reads, for every supported layout; damage, bombs and links out are refused."""
 
 from __future__ import annotations
 

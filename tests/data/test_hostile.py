@@ -1,4 +1,4 @@
-"""Over a thousand spoiled inputs: each is read, or refused in one line, in bounded time and memory."""
+"""Over a thousand damaged inputs: each is read, or refused in one line, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def scramble(content: bytes, rng) -> bytes:
 
 
 class Ledger:
-    """Runs cases; keeps what came of them, and fails on anything but a result or one of our errors."""
+    """Runs cases and counts the outcomes; fails on anything but a result or a CellvimError."""
 
     def __init__(self) -> None:
         self.cases, self.refused, self.slowest, self.largest = 0, 0, 0.0, 0.0
@@ -134,7 +134,7 @@ class Ledger:
 
 @pytest.fixture(scope="module")
 def shared_warm_up():
-    """Import what is imported when first needed, so that no case is charged for it."""
+    """Import lazily imported modules, so that no case is charged for them."""
     image = np.random.default_rng(0).random((64, 64))
     measure_quality(segment_nuclei(image, 0.6), image[None], ["DNA"])
     from cellvim.data.cells import discs

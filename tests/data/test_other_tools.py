@@ -20,21 +20,21 @@ READ = {
 from ome_zarr.io import parse_url
 from ome_zarr.reader import Reader
 node = next(iter(Reader(parse_url(path))()))
-tell(kind=node.specs[0].__class__.__name__, names=node.metadata["channel_names"], sum=total(node.data[0]))
+show(kind=node.specs[0].__class__.__name__, names=node.metadata["channel_names"], sum=total(node.data[0]))
 """,
     "ngff_zarr": """
 import ngff_zarr
 plate = ngff_zarr.from_hcs_zarr(path, validate=True)
 images = [plate.get_well(*w.path.split("/")).get_image(i) for w in plate.metadata.wells for i in range(2)]
 one = images[0].images[0]
-tell(names=[c.label for c in images[0].metadata.omero.channels], sum=sum(total(i.images[0].data) for i in images),
+show(names=[c.label for c in images[0].metadata.omero.channels], sum=sum(total(i.images[0].data) for i in images),
      scale=one.scale["x"], unit=one.axes_units["x"])
 """,
     "iohub": """
 from iohub import open_ome_zarr
 plate = open_ome_zarr(path, mode="r")
 images = [position for _, position in plate.positions()]
-tell(names=plate.channel_names, sum=sum(total(i["0"][:]) for i in images), scale=images[0].scale[-1])
+show(names=plate.channel_names, sum=sum(total(i["0"][:]) for i in images), scale=images[0].scale[-1])
 """,
 }
 WRITE = {
@@ -62,7 +62,7 @@ warnings.simplefilter("ignore")
 path, version = sys.argv[1:3]
 image = np.random.default_rng(0).integers(0, 999, (2, 64, 80)).astype("uint16")
 total = lambda data: int(np.asarray(data).astype("uint64").sum())
-tell = lambda **told: print(json.dumps(told))
+show = lambda **values: print(json.dumps(values))
 """
 
 
@@ -82,11 +82,11 @@ def run(module: str, script: str, path, version: str = "") -> dict:
 @pytest.mark.parametrize("module", READ)
 def test_other_tools_read_our_plates(make_plate, module):
     path = make_plate(wells=("A01", "B03"), size=(64, 80))
-    told = run(module, READ[module], path)
-    assert told.pop("names") == ["DNA", "ER", "RNA"]
+    shown_values = run(module, READ[module], path)
+    assert shown_values.pop("names") == ["DNA", "ER", "RNA"]
     shown = [f for f in open_plate(path).fields if f.site == "1" or module != "ome_zarr"]  # it shows a field a well
-    assert told.pop("sum") == sum(int(f.read().astype("uint64").sum()) for f in shown)
-    assert told in ({"kind": "Plate"}, {"scale": 0.598, "unit": "micrometer"}, {"scale": 0.598})
+    assert shown_values.pop("sum") == sum(int(f.read().astype("uint64").sum()) for f in shown)
+    assert shown_values in ({"kind": "Plate"}, {"scale": 0.598, "unit": "micrometer"}, {"scale": 0.598})
 
 
 @pytest.mark.slow

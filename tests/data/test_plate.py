@@ -1,4 +1,4 @@
-"""Plates are read as they were written, by us or by other tools; what cannot be read says what and why."""
+"""Plates written by CellVim and by other tools are read correctly; errors name the field and the cause."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def edit(file: Path, change) -> None:
     file.write_text(json.dumps(document))
 
 
-def test_plate_says_what_it_has(make_plate):
+def test_plate_attributes(make_plate):
     plate = open_plate(make_plate())
     assert plate.wells == ["A01", "A02", "B03"]
     assert [f.name for f in plate.fields] == ["A01/1", "A01/2", "A02/1", "A02/2", "B03/1", "B03/2"]
@@ -45,7 +45,7 @@ def test_fields_are_in_well_order_then_site(make_plate):
     assert [f.site for f in plate.fields[:3]] == ["2", "9", "10"]
 
 
-def test_channels_are_read_by_name_in_the_order_asked(make_plate):
+def test_channels_are_read_by_name_in_the_requested_order(make_plate):
     field = open_plate(make_plate()).fields[0]
     whole = field.read()
     assert whole.shape == (3, 23, 31) and whole.flags.c_contiguous
@@ -136,7 +136,7 @@ def test_plates_of_other_tools_open(shared_data):
         missing.fields[0].read()
 
 
-def test_metadata_of_every_foreign_file_opens_or_says_why(shared_data):
+def test_metadata_of_every_foreign_file_opens_or_is_refused(shared_data):
     folder = shared_data / "omezarr_foreign" / "yaozarrs_idr_metadata"
     for path in sorted(p for p in folder.glob("*/*") if p.is_dir()):
         try:
@@ -145,7 +145,7 @@ def test_metadata_of_every_foreign_file_opens_or_says_why(shared_data):
             assert path.name in str(error)
 
 
-def test_what_is_not_a_plate_says_what_it_is(tmp_path, shared_data):
+def test_errors_describe_what_is_not_a_plate(tmp_path, shared_data):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.zarr").write_text("x")
     (tmp_path / "tiffs").mkdir()
@@ -166,7 +166,7 @@ def test_what_is_not_a_plate_says_what_it_is(tmp_path, shared_data):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "delete"])
-def test_damaged_chunk_names_the_field_and_the_rest_goes_on(make_plate, damage):
+def test_damaged_chunk_names_the_field_and_other_fields_are_read(make_plate, damage):
     path = make_plate()
     file = shard(path, "A/02", "2")
     content = bytearray(file.read_bytes())
@@ -187,7 +187,7 @@ def test_damaged_chunk_names_the_field_and_the_rest_goes_on(make_plate, damage):
         plate.fields[i].read()
 
 
-def test_black_field_is_not_a_lost_one(tmp_path):
+def test_black_field_differs_from_a_lost_one(tmp_path):
     from cellvim.data.plate_writer import PlateWriter
 
     with PlateWriter(tmp_path / "p.zarr", name="p", channel_names=["DNA"]) as writer:
@@ -196,7 +196,7 @@ def test_black_field_is_not_a_lost_one(tmp_path):
     assert not open_plate(tmp_path / "p.zarr").fields[0].read().any()
 
 
-def test_oddities_are_told(make_plate):
+def test_oddities_are_listed(make_plate):
     path = make_plate(pixel_size_um=None, notes=["2 TIFF files were left out"])
     shutil.rmtree(path / "B/03/2")
     edit(path / "B/03/zarr.json", lambda d: d["attributes"]["ome"]["well"]["images"].pop())
@@ -213,7 +213,7 @@ def test_oddities_are_told(make_plate):
     assert "1 fields have no readable metadata: A02/1" in odd
 
 
-def test_constant_and_saturated_channels_are_told(tmp_path):
+def test_constant_and_saturated_channels_are_listed(tmp_path):
     from cellvim.data.plate_writer import PlateWriter
 
     image = np.random.default_rng(0).integers(0, 200, (3, 20, 20)).astype("uint8")
@@ -281,7 +281,7 @@ def test_paths_that_lead_out_of_the_plate_are_refused(make_plate, tmp_path):
         ({"codecs": [{"name": "unheard_of"}]}, "pixels cannot be read"),
     ],
 )
-def test_impossible_array_is_refused(make_plate, change, words):
+def test_invalid_array_is_refused(make_plate, change, words):
     path = make_plate()
     edit(path / "A/01/1/0/zarr.json", lambda d: d.update(change))
     with pytest.raises(FieldReadError, match=words):
@@ -291,7 +291,7 @@ def test_impossible_array_is_refused(make_plate, change, words):
 def test_damaged_metadata_is_named(make_plate):
     path = make_plate()
     (path / "A/02/zarr.json").write_text("[1]")
-    plate = open_plate(path)  # the well's images are found by their folders, and it is told
+    plate = open_plate(path)  # the images of the well are found by their folders, and this is noted
     assert len(plate.fields) == 6
     assert {"the metadata of well A02 is damaged", "well A02 lists no images"} <= {
         odd.split(":")[0] for odd in plate.oddities()
@@ -304,7 +304,7 @@ def test_damaged_metadata_is_named(make_plate):
 @pytest.mark.parametrize(
     "wells", [None, [], "A/1", [{}], [{"path": "A"}], [{"path": "x/y"}], [{"path": 5}], [{"path": "A/1"}] * 2]
 )
-def test_impossible_well_lists_are_refused(make_plate, wells):
+def test_invalid_well_lists_are_refused(make_plate, wells):
     path = make_plate()
     edit(path / "zarr.json", lambda d: d["attributes"]["ome"]["plate"].update(wells=wells))
     with pytest.raises(PlateError):

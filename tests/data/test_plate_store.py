@@ -51,8 +51,8 @@ def served(tmp_path):
 def test_zip_reads_as_the_folder(make_plate, tmp_path, top, compression):
     path = make_plate()
     plate, other = open_plate(path), open_plate(zipped(path, tmp_path / "p.zip", top=top, compression=compression))
-    told, also = describe(plate), describe(other)
-    assert {**told, "path": ""} == {**also, "path": ""}
+    first, second = describe(plate), describe(other)
+    assert {**first, "path": ""} == {**second, "path": ""}
     for field, same in zip(plate.fields, other.fields, strict=True):
         np.testing.assert_array_equal(field.read(["ER", "DNA"]), same.read(["ER", "DNA"]))
     again = pickle.loads(pickle.dumps(other))
@@ -120,13 +120,15 @@ def test_wells_behind_a_url_are_fetched_at_once(make_plate, monkeypatch):
     plate = open_plate("memory://wells/plate.zarr")
     assert plate.wells == ["A01", "A02", "B03"] and [f.name for f in plate.fields] == ["A01/1", "B03/1"]
     assert "3 at once" in asked
-    one_by_one = asked[asked.index("3 at once") + 1 + 3 :]  # what is after memory's own way to do it at once
+    one_by_one = asked[
+        asked.index("3 at once") + 1 + 3 :
+    ]  # after the memory file system's own implementation of cat_ranges
     assert not [p for p in one_by_one if p.endswith(("A/01/zarr.json", "B/03/zarr.json"))]
     memory.rm("/wells", recursive=True)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/plate.zarr", "nonsense://x/plate.zarr", "file:///no/such.zarr"])
-def test_url_that_cannot_be_opened_says_so(url):
+def test_url_that_cannot_be_opened_is_named(url):
     with pytest.raises(PlateError, match="://") as caught:
         open_plate(url)
     assert "\n" not in str(caught.value)
@@ -202,7 +204,7 @@ def test_resolution_can_be_chosen(tmp_path):
         open_plate(tmp_path / "i.zarr", level=-1)
 
 
-def test_labels_come_at_the_size_of_the_image(tmp_path):
+def test_labels_have_the_size_of_the_image(tmp_path):
     labels = np.arange(600, dtype="int32").reshape(20, 30)
     image_with_levels(tmp_path / "i.zarr", labels=labels)
     field = open_plate(tmp_path / "i.zarr").fields[0]
@@ -298,7 +300,7 @@ def test_bomb_in_a_shard_is_refused(make_plate):
     assert open_plate(path).fields[0].read(["DNA"]).any()
 
 
-def test_declared_size_is_held_against_what_is_stored(make_plate):
+def test_declared_size_is_compared_with_the_stored_size(make_plate):
     path = make_plate(wells=("A01",), sites=("1",))
     file = path / "A/01/1/0/zarr.json"
     document = json.loads(file.read_text())
@@ -313,7 +315,7 @@ def test_declared_size_is_held_against_what_is_stored(make_plate):
         open_plate(path).fields[0].read()
 
 
-def test_metadata_that_is_not_as_ome_zarr_says_is_told(make_plate):
+def test_invalid_ome_zarr_metadata_is_reported(make_plate):
     path = make_plate()
     assert not any("not valid OME-Zarr" in odd for odd in open_plate(path).oddities())
     document = json.loads((path / "zarr.json").read_text())
@@ -331,13 +333,13 @@ class _Answers(Exception):
 @pytest.mark.parametrize(
     "error", [PermissionError("no ListBucket"), NotImplementedError(), FileNotFoundError(), _Answers(403)]
 )
-def test_server_that_lists_nothing_may_hold_the_chunks_all_the_same(error):
+def test_server_that_cannot_list_may_hold_the_chunks(error):
     place = Location(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
     assert place.folders() == [] and place.stored_bytes() == 1
 
 
 @pytest.mark.parametrize("error", [TimeoutError("slow"), ConnectionResetError("gone"), _Answers(503), KeyError("odd")])
-def test_listing_that_breaks_off_is_no_empty_folder(error):
+def test_failed_listing_is_not_an_empty_folder(error):
     place = Location(_Failing(error), "bucket/plate.zarr", "s3://bucket/plate.zarr")
     for listed in (place.folders, place.stored_bytes):
         with pytest.raises(PlateError, match=r"s3://bucket/plate\.zarr cannot be listed"):

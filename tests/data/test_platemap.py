@@ -1,4 +1,4 @@
-"""Plate maps join by well, however wells are written; what does not fit is told, never guessed."""
+"""Plate maps join by well in any spelling; mismatches are reported, never guessed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_wells_in_any_spelling(table, text):
     assert list(frame.index) == ["A01", "B12"] and list(frame["dose"]) == [1, 2] and notes == []
 
 
-def test_byte_order_mark_is_no_part_of_a_name(table):
+def test_byte_order_mark_is_not_part_of_a_name(table):
     frame, _ = read_platemap(table("well,dose\nA1,1\n", encoding="utf-8-sig"))
     assert list(frame.columns) == ["well", "dose"]
 
@@ -54,7 +54,7 @@ def test_columns_keep_their_names_and_get_types(table):
     assert frame["Gene"].isna().tolist() == [False, True] and frame["empty"].isna().all()
 
 
-def test_no_well_column_lists_what_there_is(table):
+def test_missing_well_column_lists_the_columns(table):
     with pytest.raises(MetadataError, match=r"no column of wells; it has compound, dose. Expected one named Well or"):
         read_platemap(table("compound,dose\nx,1\n"))
     with pytest.raises(MetadataError, match="no column of wells"):
@@ -91,7 +91,7 @@ def test_rows_of_images_become_rows_of_wells(table):
     assert any("several rows for 2 wells" in n for n in notes) and any("Site, File" in n for n in notes)
 
 
-def test_contradiction_leaves_the_value_empty_and_is_told(table):
+def test_contradiction_leaves_the_value_empty_and_is_reported(table):
     text = "Well,drug\nA1,x\nA1,y\nA2,x\nA2,x\nA3,z\nA3,z\n"
     frame, notes = read_platemap(table(text))
     assert frame["drug"].isna().tolist() == [True, False, False]
@@ -101,11 +101,11 @@ def test_contradiction_leaves_the_value_empty_and_is_told(table):
 def test_only_the_plates_own_rows_are_taken(table):
     path = table("Metadata_Plate,Well,drug\nP1,A1,x\nP2,A1,y\n")
     assert list(read_platemap(path, plate_name="P2")[0]["drug"]) == ["y"]
-    with pytest.raises(MetadataError, match=r"several plates \(P1, P2\) and none is 'P3'"):
+    with pytest.raises(MetadataError, match=r"several plates \(P1, P2\), but not 'P3'"):
         read_platemap(path, plate_name="P3")
 
 
-def test_wells_that_do_not_meet_are_told():
+def test_wells_without_a_match_are_reported():
     frame = pd.DataFrame({"drug": ["x", "y"]}, index=["A01", "A02"])
     joined, notes = join_platemap(frame, ["A02", "A03"], source="map.csv")
     assert list(joined.index) == ["A02", "A03"] and joined["drug"].isna().tolist() == [False, True]
@@ -226,7 +226,7 @@ def test_text_that_is_not_utf8_is_refused_with_its_line(tmp_path):
         ("Row,Column,drug\nA,1,x\nA,one,y\n", "line 3: 'one' is not a plate column"),
     ],
 )
-def test_wells_that_are_none_are_refused_with_their_line(tmp_path, text, line):
+def test_invalid_wells_are_refused_with_their_line(tmp_path, text, line):
     (tmp_path / "map.csv").write_text(text)
     with pytest.raises(MetadataError, match=line):
         read_platemap(tmp_path / "map.csv")

@@ -59,7 +59,7 @@ def test_plate_in_a_bucket_reads_as_the_folder(bucket, make_plate, tmp_path):
     for url in (f"s3://{name}/none.zarr", "s3://nobucket/p.zarr"):
         with pytest.raises(PlateError, match="cannot be reached"):
             open_plate(url, storage_options=options)
-    # as a program: the environment says where, and nothing is left to complain about at its end
+    # on the command line: the environment has the address, and nothing is printed to stderr at exit
     client = {"AWS_ENDPOINT_URL": options["client_kwargs"]["endpoint_url"]}
     environment = os.environ | client | {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     command = [sys.executable, "-m", "cellvim.cli", "info", f"s3://{name}/plate.zarr"]

@@ -1,4 +1,4 @@
-"""One spelling for a well, whatever the microscope or the plate map writes."""
+"""Wells have one canonical spelling, whatever the microscope or the plate map writes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cellvim.errors import MetadataError
         (' "B3" ', "B03"),
     ],
 )
-def test_spellings_meet(text, well):
+def test_spellings_are_unified(text, well):
     assert canonical_well(text) == well
 
 
 @pytest.mark.parametrize("text", ["", "A", "1", "A0", "A49", "AG01", "r00c01", "r01c49", "01A", "A1B2", "well", None])
-def test_what_is_no_well_is_an_error(text):
+def test_invalid_wells_are_errors(text):
     with pytest.raises(MetadataError):
         canonical_well(text)
 

@@ -1,13 +1,13 @@
-"""Importing a plate: from microscope files to OME-Zarr 0.5, whatever wrote them.
+"""Import microscope files as an OME-Zarr 0.5 plate.
 
-An importer reads names and metadata into an `ImportPlan`; `import_plate` does the rest for all of them alike.
+One importer per format reads names and metadata into an `ImportPlan`; `import_plate` writes the plate.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
@@ -19,12 +19,12 @@ import numpy as np
 import cellvim
 from cellvim.channels import parse_channel_names
 from cellvim.data.importers.imagexpress import find_htd, is_imagexpress, plan_imagexpress
-from cellvim.data.importers.import_plan import Choice, ImportPlan, MaximumOf, PageOf, Source
+from cellvim.data.importers.import_plan import CellStrip, ImportOptions, ImportPlan, MaximumOf, PageOf, Site, Source
 from cellvim.data.importers.load_data import find_load_data, is_load_data, plan_load_data
 from cellvim.data.importers.ome_tiff import find_ome_tiffs, plan_ome_tiff
 from cellvim.data.importers.phenix import JUMP_CHANNELS, find_index, plan_phenix
-from cellvim.data.importers.single_cells import CellStrip, find_cell_tables, plan_single_cells, read_strip
-from cellvim.data.importers.tiff_folder import PATTERNS, find_tiffs, plan_tiff_folder
+from cellvim.data.importers.single_cells import find_cell_tables, plan_single_cells, read_strip
+from cellvim.data.importers.tiff_folder import find_tiffs, plan_tiff_folder
 from cellvim.data.plate import Plate, open_plate
 from cellvim.data.plate_writer import PlateWriter, check_target
 from cellvim.data.platemap import derive_pert_type, join_perturbations, join_platemap, read_platemap
@@ -33,10 +33,18 @@ from cellvim.errors import ChannelError, InputError, MetadataError, OutputError,
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMATS = ("auto", "tiff", "phenix", "imagexpress", "load_data", "ome_tiff", "single_cells")
-MAX_PLANE_BYTES = 4 << 30
-MAX_COMPRESSION = 5_000  # of a plane that is larger than 64 MiB
+IMPORTERS: dict[str, Callable[[Path, ImportOptions], ImportPlan]] = {
+    "tiff": plan_tiff_folder,
+    "phenix": plan_phenix,
+    "imagexpress": plan_imagexpress,
+    "load_data": plan_load_data,
+    "ome_tiff": plan_ome_tiff,
+    "single_cells": plan_single_cells,
+}
+FORMATS = ("auto", *IMPORTERS)
 CHANNEL_PRESETS = {"jump": JUMP_CHANNELS}
+MAX_PLANE_BYTES = 4 << 30
+MAX_COMPRESSION = 5_000  # of a plane larger than 64 MiB
 
 
 def import_plate(
@@ -62,48 +70,48 @@ def import_plate(
 ) -> Plate:
     """Import a folder of microscope files as an OME-Zarr plate.
 
-    The plate is written under ``<target>.partial`` and renamed when it is whole and a sample of it has been read back.
-    The same import, started again after it was killed, goes on where it was. Memory stays bounded: each worker holds
-    one field.
+    The plate is written to ``<target>.partial`` and renamed when it is complete and a sample of it has been read back.
+    Repeating an interrupted import resumes it. Memory is bounded: each worker holds one field.
 
     Parameters
     ----------
     source
-        Folder with the files; or a LoadData table (CSV or parquet), or a table of single cells (parquet), with what it
-        lists in or below its folder.
+        Folder with the files; or a LoadData table (CSV or parquet), or a table of single cells (parquet), with the
+        files that it lists in or below its folder.
     target
-        The plate to make, such as ``plate.zarr``.
+        Folder of the new plate, such as ``plate.zarr``.
     metadata
         Plate map: a table with a column of wells, see `cellvim.data.platemap.read_platemap`.
     compounds
-        Tables of perturbations that the plate map's wells name, see `cellvim.data.platemap.join_perturbations`.
+        Tables of the perturbations in the plate map, see `cellvim.data.platemap.join_perturbations`.
     format
-        One of `FORMATS`; ``auto`` tells by what is there.
+        One of `FORMATS`; ``auto`` detects it.
     load_data
-        CellProfiler's LoadData CSV, which says what each file shows; images are looked for by name below ``source``.
+        CellProfiler's LoadData CSV, which lists the well, site and channel of each file; images are searched for by
+        name below ``source``.
     pattern
-        File names, see `cellvim.data.importers.tiff_folder.plan_tiff_folder`.
+        Pattern of the file names, see `cellvim.data.importers.tiff_folder.plan_tiff_folder`.
     pixel_size_um
-        Side of a pixel; overrides what the source says.
+        Pixel size; overrides the one in the source.
     channel_names
-        Names for channels as the files name them: ``{"ch5": "DNA"}``, the same as text ``"ch5=DNA,ch4=ER"``, or
-        ``"jump"`` for the eight channels of JUMP-CP. Channels left out keep the name that the source gives.
+        Channel names by the key in the file names: ``{"ch5": "DNA"}``, the same as text ``"ch5=DNA,ch4=ER"``, or
+        ``"jump"`` for the eight channels of JUMP-CP. Other channels keep the name in the source.
     plate_name
-        Overrides the source's; else the target's name.
+        Name of the plate; overrides the one in the source. By default the name of the target.
     pert_type
-        Rule for a column ``Metadata_pert_type``, as in ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
+        Rule for a column ``Metadata_pert_type``, such as ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
     z, t
-        Which z plane and time point to take, counted from 0, where there are several; ``z="max"`` projects.
+        z plane and time point to import, counted from 0, if there are several; ``z="max"`` projects.
     overwrite
-        Replace a plate at ``target``.
+        Replace an existing plate at ``target``.
     resume
-        Go on where the same import was killed; otherwise start anew.
+        Resume an interrupted run of the same import.
     verify
-        How many fields to read back and hold against what was read from the files.
+        Number of fields to read back and to compare with the files.
     workers
-        Threads that read and write fields; as many as processors, at most 8, if None.
+        Number of threads that read and write fields; by default one per processor, at most 8.
     progress
-        Called with (fields done, fields in all).
+        Called with (finished fields, all fields).
 
     Returns
     -------
@@ -113,9 +121,9 @@ def import_plate(
     Raises
     ------
     PlateError
-        The source has no images that can be told apart, a site lacks a channel, or a file cannot be read.
+        The source has no images, images cannot be assigned to wells, a site lacks a channel, or a file cannot be read.
     ChannelError
-        A channel name is given for a channel that is not there, or twice.
+        A channel name is given for a channel that does not exist, or twice.
     MetadataError
         The plate map does not fit.
     OutputError
@@ -158,7 +166,7 @@ def import_plate(
     with PlateWriter(
         target, name=name, channel_names=names, pixel_size_um=pixel_size_um, overwrite=overwrite, job=job
     ) as writer:
-        _write_fields(plan, writer, workers, progress)
+        _write_fields(plan, writer, workers or min(8, os.cpu_count() or 1), progress)
         writer.finish(
             verify=verify,
             well_metadata=well_metadata,
@@ -185,34 +193,22 @@ def make_import_plan(
     z: int | str | None = None,
     t: int | None = None,
 ) -> ImportPlan:
-    """Find out which file is what, with the importer of that format; nothing is written."""
+    """Assign files to wells, sites and channels with the importer of a format, without writing anything."""
     if format not in FORMATS:
         raise InputError(f"--format '{format}' is not known; choose {listing(FORMATS)}.")
     if z is not None and z != "max" and (not isinstance(z, int) or z < 0):
         raise InputError(f"--z is {z!r}; expected the number of a plane, from 0, or max.")
-    choice = Choice(z, t)
     if format == "auto":
         given = {"load_data": load_data, "single_cells": cell_table, "tiff": pattern}
-        format = next((name for name, value in given.items() if value is not None), None) or _format_of(source)
+        format = next((name for name, value in given.items() if value is not None), None) or _detect_format(source)
     if pattern is not None and format not in ("tiff", "ome_tiff"):
-        raise InputError(f"--pattern is for --format tiff and ome_tiff; {format} files are told by their own names.")
-    if format == "phenix":
-        return plan_phenix(source, choice=choice)
-    if format == "imagexpress":
-        return plan_imagexpress(source, choice=choice)
-    if format == "ome_tiff":
-        return plan_ome_tiff(source, pattern=pattern, choice=choice)
-    if format == "single_cells":
-        return plan_single_cells(source, table_path=cell_table, plate_name=plate_name)
-    if format == "load_data":
-        table = Path(load_data) if load_data is not None else find_load_data(source)
-        if table is None or not table.is_file():
-            raise InputError(f"{table or source} is no LoadData CSV; give one with --load-data.")
-        return plan_load_data(table, source, plate_name=plate_name, choice=choice)
-    return plan_tiff_folder(source, pattern=pattern, choice=choice)
+        raise InputError(f"--pattern is for --format tiff and ome_tiff; {format} files have fixed names.")
+    table = {"load_data": load_data, "single_cells": cell_table}.get(format)
+    options = ImportOptions(pattern, None if table is None else Path(table), plate_name, z, t)
+    return IMPORTERS[format](source, options)
 
 
-def _format_of(source: Path) -> str:
+def _detect_format(source: Path) -> str:
     if find_load_data(source):
         return "load_data"
     if find_index(source):
@@ -227,10 +223,10 @@ def _format_of(source: Path) -> str:
 
 
 def _fingerprint(plan: ImportPlan, names: list[str], pixel_size_um: float | None) -> str:
-    """Return a hash of what will be written: the files with their sizes and times, and what they are called."""
+    """Return a hash of the source files with their sizes and times, and of the names in the plate."""
     digest = sha256(json.dumps([plan.format, plan.channel_keys, names, pixel_size_um]).encode())
-    for place, files in plan.fields.items():
-        digest.update(json.dumps(place).encode())
+    for site, files in plan.fields.items():
+        digest.update(json.dumps(site).encode())
         for source in dict.fromkeys(files.values()):
             digest.update(repr(source).encode())
             for path in _paths(source)[:64]:
@@ -240,7 +236,7 @@ def _fingerprint(plan: ImportPlan, names: list[str], pixel_size_um: float | None
     return digest.hexdigest()
 
 
-def _paths(source: Source | CellStrip) -> list[Path]:
+def _paths(source: Source) -> list[Path]:
     if isinstance(source, MaximumOf):
         return [path for plane in source.planes for path in _paths(plane)]
     if isinstance(source, CellStrip):
@@ -249,21 +245,21 @@ def _paths(source: Source | CellStrip) -> list[Path]:
 
 
 def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source: Path) -> list[str]:
-    preset = isinstance(given, str) and given.strip().lower() in CHANNEL_PRESETS
-    if preset:
-        given = CHANNEL_PRESETS[given.strip().lower()]
+    preset = CHANNEL_PRESETS.get(given.strip().lower()) if isinstance(given, str) else None
+    if preset is not None:
+        given = preset
     elif isinstance(given, str):
         given = parse_channel_names(given)
-    given = dict(given or {})
     by_name = {name: key for key, name in plan.channel_names.items()}
-    wanted = {by_name.get(key, key): name for key, name in given.items()}
-    unknown = [key for key in wanted if key not in plan.channel_keys]
-    if preset:
+    wanted = {by_name.get(key, key): name for key, name in (given or {}).items()}
+    if preset is None:
+        unknown = [key for key in wanted if key not in plan.channel_keys]
+    else:
         unknown = [key for key in plan.channel_keys if key not in wanted]
     if unknown:
         known = [f"{k} ({plan.channel_names[k]})" if k in plan.channel_names else k for k in plan.channel_keys]
         raise ChannelError(
-            f"Channel '{unknown[0]}' is not in {'that preset' if preset else source}; the files have "
+            f"Channel '{unknown[0]}' is not in {source if preset is None else 'that preset'}; the files have "
             f"{listing(known)}. Name them with --channel-names, as in {plan.channel_keys[0]}=DNA."
         )
     names = [str(wanted.get(key, plan.channel_names.get(key, key))) for key in plan.channel_keys]
@@ -271,7 +267,7 @@ def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source:
         if names.index(name) < i:
             first, second = plan.channel_keys[names.index(name)], plan.channel_keys[i]
             raise ChannelError(
-                f"Channels {first} and {second} of {source} would both be named '{name}'; tell them apart with "
+                f"Channels {first} and {second} of {source} would both be named '{name}'; distinguish them with "
                 f"--channel-names, as in {second}={name}2."
             )
     return names
@@ -280,55 +276,50 @@ def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source:
 def _well_metadata(
     metadata: str | Path | None, compounds: list[str | Path], pert_type: str | None, plan: ImportPlan, plate_name: str
 ) -> tuple[pd.DataFrame | None, list[str]]:
-    if metadata is None:
-        if pert_type:
-            raise MetadataError("--pert-type derives a column from the plate map; give one with --metadata.")
-        if compounds:
-            raise MetadataError("--compounds says more of the plate map's perturbations; give one with --metadata.")
-        if not plan.plate_metadata:
-            return None, []
-        wells = list(dict.fromkeys(well for well, _ in plan.fields))
-        return _with_plate_level(None, wells, plan.plate_metadata), []
-    table, notes = read_platemap(metadata, plate_name=plate_name)
-    wells = list(dict.fromkeys(well for well, _ in plan.fields))
-    table, more = join_platemap(table, wells, source=Path(metadata).name)
-    for path in compounds:
-        table, told = join_perturbations(table, path, source=Path(metadata).name)
-        more += told
-    if pert_type:
-        table = derive_pert_type(table, pert_type)
-    return _with_plate_level(table, wells, plan.plate_metadata), notes + more
-
-
-def _with_plate_level(table: pd.DataFrame | None, wells: list[str], values: dict[str, str]) -> pd.DataFrame:
-    """Add what is the same for all wells: the source and the batch."""
+    """Return the plate map of the plate's wells, with perturbations and plate-level columns, and notes on it."""
     import pandas as pd
 
-    table = pd.DataFrame(index=pd.Index(wells, name="well")) if table is None else table
-    return table.assign(**{name: value for name, value in values.items() if name not in table})
+    wells = list(dict.fromkeys(well for well, _ in plan.fields))
+    notes: list[str] = []
+    if metadata is None:
+        for option, value in (("--pert-type", pert_type), ("--compounds", compounds)):
+            if value:
+                raise MetadataError(f"{option} needs a plate map; give one with --metadata.")
+        if not plan.plate_metadata:
+            return None, notes
+        table = pd.DataFrame(index=pd.Index(wells, name="well"))
+    else:
+        name = Path(metadata).name
+        table, notes = read_platemap(metadata, plate_name=plate_name)
+        table, more = join_platemap(table, wells, source=name)
+        notes += more
+        for path in compounds:
+            table, more = join_perturbations(table, path, source=name)
+            notes += more
+        if pert_type:
+            table = derive_pert_type(table, pert_type)
+    return table.assign(**{k: v for k, v in plan.plate_metadata.items() if k not in table}), notes
 
 
 def _write_fields(
-    plan: ImportPlan, writer: PlateWriter, workers: int | None, progress: Callable[[int, int], None] | None
+    plan: ImportPlan, writer: PlateWriter, workers: int, progress: Callable[[int, int], None] | None
 ) -> None:
-    """Read and write fields in a few threads; never more than twice as many fields waiting as there are threads."""
-    workers = workers or min(8, os.cpu_count() or 1)
+    """Read and write fields in threads, with at most two fields per thread in the queue."""
 
-    def one(item: tuple[tuple[str, str], dict[str, Source]]) -> None:
+    def write(item: tuple[Site, dict[str, Source]]) -> None:
         (well, site), files = item
         if (well, site) not in writer.done:
             image = read_field(well, site, [files[key] for key in plan.channel_keys])
             writer.write_field(well, site, image, position_um=plan.positions.get((well, site)))
 
-    done, total = 0, len(plan.fields)
+    done, total, items = 0, len(plan.fields), iter(plan.fields.items())
     with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future[None]] = []
-        items: Iterator[tuple[tuple[str, str], dict[str, Source]]] = iter(plan.fields.items())
+        queue: list[Future[None]] = []
         try:
             while done < total:
-                while len(waiting) < 2 * workers and (item := next(items, None)) is not None:
-                    waiting.append(pool.submit(one, item))
-                waiting.pop(0).result()
+                while len(queue) < 2 * workers and (item := next(items, None)) is not None:
+                    queue.append(pool.submit(write, item))
+                queue.pop(0).result()
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -337,29 +328,30 @@ def _write_fields(
             raise
 
 
-def read_field(well: str, site: str, files: Sequence[Source | CellStrip]) -> np.ndarray:
+def read_field(well: str, site: str, files: Sequence[Source]) -> np.ndarray:
     """Read the channels of one field, each from its file, its plane of a file, or the projection of several.
 
     Returns
     -------
     np.ndarray
-        (C, H, W) in the files' type.
+        (C, H, W) in the type of the files.
 
     Raises
     ------
     PlateError
-        A file cannot be decoded, is not one grey plane, or differs in size or type from the field's first.
+        A file cannot be decoded, is not a single greyscale plane, or differs in size or type from the field's first.
     """
     if files and isinstance(files[0], CellStrip):
         return read_strip(files[0])
+    where = f"(well {well} site {site})"
     planes: list[np.ndarray] = []
     for source in files:
-        plane = _read_plane(source, f"(well {well} site {site})")
+        plane = _read_plane(source, where)
         if planes and (plane.shape != planes[0].shape or plane.dtype != planes[0].dtype):
             name = source if isinstance(source, Path) else source.name
             raise PlateError(
-                f"{name} (well {well} site {site}) is {plane.shape[0]} x {plane.shape[1]} {plane.dtype}; "
-                f"{files[0].name} of the same site is {planes[0].shape[0]} x {planes[0].shape[1]} {planes[0].dtype}."
+                f"{name} {where} is {plane.shape[0]} x {plane.shape[1]} {plane.dtype}; {files[0].name} of the same "
+                f"site is {planes[0].shape[0]} x {planes[0].shape[1]} {planes[0].dtype}."
             )
         planes.append(plane)
     return np.stack(planes)
@@ -387,14 +379,13 @@ def _read_tiff(path: Path, where: str, *, series: int | None = None, page: int =
             if series is not None:
                 one = tiff.series[series].pages[page]
             elif len(tiff.pages) != 1:
-                raise PlateError(f"{where} has {len(tiff.pages)} pages; expected one plane a file.")
+                raise PlateError(f"{where} has {len(tiff.pages)} pages; expected one plane per file.")
             else:
                 one = tiff.pages[0]
             if one is None:
                 raise PlateError(f"{where}: its plane {page} is missing.")
-            shape = one.shape
-            if len(shape) != 2 or 0 in shape:
-                raise PlateError(f"{where} has the shape {shape}; expected one grey plane (height, width).")
+            if len(one.shape) != 2 or 0 in one.shape:
+                raise PlateError(f"{where} has the shape {one.shape}; expected one greyscale plane (height, width).")
             declared = one.size * one.dtype.itemsize if one.dtype is not None else 0
             stored = path.stat().st_size
             if declared > MAX_PLANE_BYTES or (declared > 64 << 20 and declared > MAX_COMPRESSION * stored):
@@ -402,12 +393,9 @@ def _read_tiff(path: Path, where: str, *, series: int | None = None, page: int =
             plane = one.asarray()
     except PlateError:
         raise
-    except Exception as error:  # tifffile and each of its codecs raise their own kinds
+    except Exception as error:  # tifffile and its codecs have their own exceptions
         cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise PlateError(f"{where} cannot be read as a TIFF ({cause}).") from error
     if plane.dtype.kind not in "uif":
         raise PlateError(f"{where} has pixels of type {plane.dtype}; expected integers or floats.")
     return plane
-
-
-__all__ = ["CHANNEL_PRESETS", "FORMATS", "PATTERNS", "find_tiffs", "import_plate", "make_import_plan", "read_field"]

@@ -1,18 +1,27 @@
-"""Importing raw Opera Phenix and Operetta measurements: Harmony's index where it is, else the files' names."""
+"""Import raw Opera Phenix and Operetta measurements, from Harmony's index or otherwise from the file names."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-from cellvim.data.importers.import_plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.import_plan import (
+    ImportOptions,
+    ImportPlan,
+    PlaneFile,
+    check_missing,
+    make_plan,
+    site_name,
+    tag_name,
+)
 from cellvim.data.importers.tiff_folder import plan_tiff_folder
 from cellvim.data.wells import canonical_well
 from cellvim.errors import MetadataError, PlateError, listing
 
 INDEX_NAMES = ("Index.xml", "Index.idx.xml")
-# The channels of JUMP-CP's Opera Phenix plates of eight channels. Other sites number theirs differently, and a file's
-# name tells only the number: so this is used when the user asks for it by name, never guessed.
+# The eight channels of JUMP-CP's Opera Phenix plates. Other laboratories number theirs differently, and file names
+# contain only the number: the preset is used when the user asks for it, never guessed.
 JUMP_CHANNELS = {
     "ch1": "Mito",
     "ch2": "AGP",
@@ -27,15 +36,12 @@ JUMP_CHANNELS = {
 
 def find_index(source: Path) -> Path | None:
     """Return Harmony's index of a measurement folder, or None."""
-    for folder in (source, source / "Images"):
-        for name in INDEX_NAMES:
-            if (folder / name).is_file():
-                return folder / name
-    return None
+    candidates = (folder / name for folder in (source, source / "Images") for name in INDEX_NAMES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def plan_phenix(source: Path, *, choice: Choice | None = None) -> ImportPlan:
-    """Read a measurement folder: channel names and µm/px come from the index; without it the names tell the rest.
+def plan_phenix(source: Path, options: ImportOptions) -> ImportPlan:
+    """Plan the import of a measurement folder; channel names and the pixel size are in the index only.
 
     Raises
     ------
@@ -45,15 +51,11 @@ def plan_phenix(source: Path, *, choice: Choice | None = None) -> ImportPlan:
     index = find_index(source)
     if index is None:
         folder = source / "Images" if (source / "Images").is_dir() else source
-        plan = plan_tiff_folder(folder, pattern="phenix", choice=choice)
+        plan = plan_tiff_folder(folder, replace(options, pattern="phenix"))
         plan.format = "phenix"
         return plan
-    return _plan_from_index(source, index, choice)
-
-
-def _plan_from_index(source: Path, index: Path, choice: Choice | None) -> ImportPlan:
     images, channels, plate_name = _read_index(index)
-    files, missing = [], {}
+    files: list[PlaneFile] = []
     positions: dict[tuple[str, str], tuple[float, float]] = {}
     for image in images:
         url = image.get("URL", "")
@@ -65,39 +67,33 @@ def _plan_from_index(source: Path, index: Path, choice: Choice | None) -> Import
         except (KeyError, ValueError, MetadataError) as error:
             raise PlateError(f"{index}: the image '{url}' has no valid Row, Col and ChannelID ({error}).") from error
         site = site_name(image.get("FieldID"))
-        file = PlaneFile(index.parent / url, well, site, key, image.get("PlaneID", ""), image.get("TimepointID", ""))
+        z, t = image.get("PlaneID", ""), image.get("TimepointID", "")
+        files.append(PlaneFile(index.parent / url, well, site, key, z, t))
         if (position := _position(image)) is not None:
             positions.setdefault((well, site), position)
-        if file.path.is_file():
-            files.append(file)
-        else:
-            missing.setdefault((well, file.site), []).append(file)
         for tag in ("ChannelName", "ImageResolutionX", "ImageResolutionY"):
             if image.get(tag):
                 channels.setdefault(key, {}).setdefault(tag, image[tag])
-    there = {(f.well, f.site) for f in files}
-    partly = [
-        f"{f.path.name} (well {f.well} site {f.site} {f.channel})" for k in missing if k in there for f in missing[k]
-    ]
-    if partly:
-        raise PlateError(f"{source}: {len(partly)} files of the index are missing: {listing(partly, 4)}. Add them.")
+    listed, files, missing = files, [], []
+    for file in listed:
+        (files if file.path.is_file() else missing).append(file)
+    left_out = check_missing(files, missing, source, index.name)
     if not files:
         raise PlateError(f"{index} lists {len(images)} images and none of the files is in {index.parent}.")
-    plan = make_plan(files, source=source, format="phenix", choice=choice)
-    plan.positions = {place: positions[place] for place in plan.fields if place in positions}
-    if missing:
-        names = [f"{well}/{site}" for well, site in missing]
-        plan.notes.append(f"{len(names)} fields of {index.name} have no files and were left out: {listing(names)}")
+    plan = make_plan(files, source=source, format="phenix", options=options)
+    plan.positions = {site: positions[site] for site in plan.fields if site in positions}
+    if left_out:
+        names = listing(left_out)
+        plan.notes.append(f"{len(left_out)} fields of {index.name} have no files and were left out: {names}")
     plan.plate_name = plate_name
-    plan.channel_names = {
-        key: channels[key]["ChannelName"] for key in plan.channel_keys if channels.get(key, {}).get("ChannelName")
-    }
-    plan.pixel_size_um = _pixel_size(channels, plan, index)
+    known = {key: channels.get(key, {}) for key in plan.channel_keys}
+    plan.channel_names = {key: values["ChannelName"] for key, values in known.items() if values.get("ChannelName")}
+    plan.pixel_size_um = _pixel_size(known, plan, index)
     return plan
 
 
 def _position(image: dict[str, str]) -> tuple[float, float] | None:
-    """Return where the field's middle lies in its well, (x, y) in µm; Harmony gives metres, y upwards."""
+    """Return the centre of the field in its well, (x, y) in µm; the index has metres, with y upwards."""
     try:
         x, y = (float(image[f"Position{axis}"]) * 1e6 for axis in "XY")
     except (KeyError, ValueError):
@@ -107,13 +103,12 @@ def _position(image: dict[str, str]) -> tuple[float, float] | None:
 
 def _pixel_size(channels: dict[str, dict[str, str]], plan: ImportPlan, index: Path) -> float | None:
     sizes = set()
-    for key in plan.channel_keys:
+    for values in channels.values():
         for tag in ("ImageResolutionX", "ImageResolutionY"):
-            text = channels.get(key, {}).get(tag)
             try:
-                meters = float(text) if text else 0.0
+                meters = float(values.get(tag) or 0)
             except ValueError as error:
-                raise PlateError(f"{index}: '{text}' is no {tag}.") from error
+                raise PlateError(f"{index}: '{values[tag]}' is not a number ({tag}).") from error
             if meters > 0:
                 sizes.add(round(meters * 1e6, 6))
     if len(sizes) > 1:
@@ -123,7 +118,7 @@ def _pixel_size(channels: dict[str, dict[str, str]], plan: ImportPlan, index: Pa
 
 
 def _read_index(index: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, str]], str | None]:
-    """Return the images (tag -> text), what the maps say of each channel, and the plate's name."""
+    """Return the images (tag -> text), the properties of each channel, and the plate's name."""
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import iterparse
 
@@ -132,13 +127,13 @@ def _read_index(index: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, 
     plate_name: str | None = None
     try:
         for _, element in iterparse(index, events=("end",), forbid_dtd=True):
-            tag = _local(element)
+            tag = tag_name(element)
             if tag == "Image":
                 children = _texts(element)
-                if "URL" in children:  # the list of wells repeats images by id alone
+                if "URL" in children:  # the list of wells refers to images by their id alone
                     images.append(children)
                 element.clear()
-            elif tag == "Entry" and "ChannelID" in element.attrib:  # from Harmony 5.2 on, constants are in a map
+            elif tag == "Entry" and "ChannelID" in element.attrib:  # constants are in a map since Harmony 5.2
                 channels.setdefault(f"ch{element.attrib['ChannelID']}", {}).update(_texts(element))
                 element.clear()
             elif tag == "Plate":
@@ -152,8 +147,4 @@ def _read_index(index: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, 
 
 
 def _texts(element: Element) -> dict[str, str]:
-    return {_local(child): child.text.strip() for child in element if child.text and child.text.strip()}
-
-
-def _local(element: Element) -> str:
-    return element.tag.rpartition("}")[2]
+    return {tag_name(child): child.text.strip() for child in element if child.text and child.text.strip()}

@@ -1,30 +1,18 @@
-"""Importing single cells as ChannelViT's JUMP-CP release keeps them: a parquet of paths, and one .npy a cell."""
+"""Import single cells in the layout of ChannelViT's JUMP-CP release: a parquet table of paths, one .npy per cell."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cellvim.data.importers.import_plan import ImportPlan, site_name
-from cellvim.data.wells import canonical_well, natural_key, well_position
-from cellvim.errors import InputError, MetadataError, PlateError, listing
+from cellvim.data.importers.import_plan import CellStrip, ImportOptions, ImportPlan, Site, site_name, sorted_sites
+from cellvim.data.platemap import read_table
+from cellvim.data.wells import canonical_well
+from cellvim.errors import MetadataError, PlateError, listing
 
 MAX_CELL_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class CellStrip:
-    """The cells of one field, to be laid side by side in one image: (C, S, n · S)."""
-
-    files: tuple[Path, ...]
-    ids: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-        return f"{self.files[0].name} and {len(self.files) - 1} more cells"
+COLUMNS = ("path", "ID", "well_loc")
 
 
 def find_cell_tables(source: Path) -> list[Path]:
@@ -32,81 +20,69 @@ def find_cell_tables(source: Path) -> list[Path]:
     return sorted(p for p in source.glob("*") if p.suffix.lower() in (".pq", ".parquet"))
 
 
-def plan_single_cells(source: Path, *, table_path: Path | None = None, plate_name: str | None = None) -> ImportPlan:
-    """Read the table: ``path`` of each cell's .npy (C, S, S), ``well_loc``, and ``ID`` as plate_well_site_object.
+def plan_single_cells(source: Path, options: ImportOptions) -> ImportPlan:
+    """Plan the import of a table of cells: ``path`` (.npy, (C, S, S)), ``well_loc``, ``ID`` (plate_well_site_object).
 
-    ``source`` is the folder of the release, with a table and a folder of cells a plate (``plate_name`` then chooses),
-    or one of a single plate. The cells of a site become one image, side by side in the order of the table: ``--unit
-    tile`` with the cells' own size gives exactly them back. Paths, also ``s3://`` ones, are looked for below the folder
-    by their last parts.
+    ``source`` is the folder of the release, with one table and one folder of cells per plate (``options.plate_name``
+    then chooses), or that of a single plate. The cells of a site become one image, side by side in the order of the
+    table: ``--unit tile`` with the size of a cell returns exactly these. Paths, also ``s3://`` ones, are searched for
+    below the folder by their last parts.
 
     Raises
     ------
     PlateError
         There is no such table, or cells are missing or differ in size.
     """
+    path = options.table or _choose_table(source, options.plate_name)
     try:
-        import pyarrow.parquet as parquet
-        from pyarrow import ArrowException
-    except ImportError as error:
-        raise InputError(
-            f"{source} is described by parquet, which needs pyarrow: pip install 'cellvim[tables]'."
-        ) from error
-    table_path = table_path or _table_of(source, plate_name)
-    try:
-        file = parquet.ParquetFile(table_path)
-        table = file.read(columns=[n for n in ("path", "ID", "well_loc") if n in file.schema_arrow.names]).to_pandas()
-    except (ArrowException, OSError, KeyError, ValueError) as error:
-        raise PlateError(
-            f"{table_path} cannot be read; expected parquet with the columns path, ID and well_loc "
-            f"({str(error).splitlines()[0][:120]})."
-        ) from error
-    missing_columns = {"path", "ID", "well_loc"} - set(table.columns)
-    if missing_columns or table.empty:
-        raise PlateError(
-            f"{table_path} lacks {listing(sorted(missing_columns)) or 'rows'}; expected path, ID and well_loc."
-        )
+        table = read_table(path, columns=COLUMNS.__contains__)
+    except MetadataError as error:
+        raise PlateError(f"{error} Expected parquet with the columns {listing(COLUMNS)}.") from error
+    lacking = [name for name in COLUMNS if name not in table]
+    if lacking or table.empty:
+        raise PlateError(f"{path} lacks {listing(lacking) if lacking else 'rows'}; expected {listing(COLUMNS)}.")
+    parts = table["ID"].str.split("_", expand=True)
+    has_parts = parts.shape[1] >= 3
+    if has_parts and parts[0].nunique() > 1:
+        chosen = parts[0] == options.plate_name
+        if not chosen.any():
+            plates = listing(sorted(set(parts[0])), 6)
+            raise PlateError(f"{path} has the plates {plates}; choose one with --plate-name.")
+        table, parts = table[chosen], parts[chosen]
     by_name: dict[str, list[Path]] = {}
-    for path in sorted(source.rglob("*.npy")):
-        by_name.setdefault(path.name, []).append(path)
-    parts = table["ID"].astype(str).str.split("_", expand=True)
-    plates = parts[0] if parts.shape[1] >= 3 else None
-    if plates is not None and plates.nunique() > 1:
-        if plate_name not in set(plates):
-            raise PlateError(
-                f"{table_path} has the plates {listing(sorted(set(plates)), 6)}; choose one with --plate-name."
-            )
-        table, parts = table[plates == plate_name], parts[plates == plate_name]
-    sites = parts[2] if parts.shape[1] >= 3 else ["1"] * len(table)
-    cells: dict[tuple[str, str], list[tuple[Path, str]]] = {}
+    for file in sorted(source.rglob("*.npy")):
+        by_name.setdefault(file.name, []).append(file)
+    cells: dict[Site, list[Path]] = {}
     lost = []
-    for told, well, site, number in zip(table["path"], table["well_loc"], sites, table["ID"], strict=True):
-        path = _find(str(told), by_name)
-        if path is None:
-            lost.append(str(told).rpartition("/")[2])
+    sites = parts[2] if has_parts else ["1"] * len(table)
+    for listed, well, site in zip(table["path"], table["well_loc"], sites, strict=True):
+        *folders, name = listed.replace("\\", "/").split("/")
+        found = by_name.get(name, [])
+        if len(found) > 1:
+            found = [p for p in found if folders and p.parent.name == folders[-1]]
+        if len(found) != 1:
+            lost.append(name)
             continue
         try:
-            place = (canonical_well(well), site_name(str(site)))
+            cells.setdefault((canonical_well(well), site_name(str(site))), []).append(found[0])
         except MetadataError as error:
-            raise PlateError(f"{table_path}: {error}") from error
-        cells.setdefault(place, []).append((path, str(number)))
+            raise PlateError(f"{path}: {error}") from error
     if not cells:
         raise PlateError(
-            f"{table_path} lists {len(table)} cells, and none of their files is below {source} ({listing(lost, 2)})."
+            f"{path} lists {len(table)} cells, and none of their files is below {source} ({listing(lost, 2)})."
         )
-    ordered = sorted(cells, key=lambda ws: (well_position(ws[0]), natural_key(ws[1])))
-    strips = {p: CellStrip(*map(tuple, zip(*cells[p], strict=True))) for p in ordered}
-    first = read_cell(strips[ordered[0]].files[0])
+    strips = {site: CellStrip(tuple(cells[site])) for site in sorted_sites(cells)}
+    first = read_cell(next(iter(strips.values())).files[0])
     keys = [f"c{i}" for i in range(len(first))]
-    plan = ImportPlan("single_cells", {p: dict.fromkeys(keys, s) for p, s in strips.items()}, keys)
-    plan.plate_name = str(parts[0].iloc[0]) if parts.shape[1] >= 3 else None
+    plan = ImportPlan("single_cells", {site: dict.fromkeys(keys, strip) for site, strip in strips.items()}, keys)
+    plan.plate_name = str(parts[0].iloc[0]) if has_parts else None
     plan.notes = [f"each field is the cells of one site side by side, {first.shape[1]} px each"]
     if lost:
-        plan.notes.append(f"{len(lost)} cells of {table_path.name} have no file and were left out: {listing(lost, 4)}")
+        plan.notes.append(f"{len(lost)} cells of {path.name} have no file and were left out: {listing(lost, 4)}")
     return plan
 
 
-def _table_of(source: Path, plate_name: str | None) -> Path:
+def _choose_table(source: Path, plate_name: str | None) -> Path:
     tables = find_cell_tables(source)
     named = [p for p in tables if p.stem == plate_name]
     if len(named) == 1 or len(tables) == 1:
@@ -128,9 +104,9 @@ def read_cell(path: Path) -> np.ndarray:
         if array.dtype.kind not in "uif":
             raise PlateError(f"{path} has pixels of type {array.dtype}; expected integers or floats.")
         return np.array(array)
+    except PlateError:
+        raise
     except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, PlateError):
-            raise
         raise PlateError(f"{path} cannot be read as .npy: {error}.") from error
 
 
@@ -144,11 +120,3 @@ def read_strip(strip: CellStrip) -> np.ndarray:
                 f"{path} is {cells[-1].shape} {cells[-1].dtype}; {strip.files[0].name} is {cells[0].shape}."
             )
     return np.concatenate(cells, axis=2)
-
-
-def _find(told: str, by_name: dict[str, list[Path]]) -> Path | None:
-    parts = told.replace("\\", "/").split("/")
-    found = by_name.get(parts[-1], [])
-    if len(found) > 1:
-        found = [p for p in found if p.parent.name == parts[-2]] if len(parts) > 1 else []
-    return found[0] if len(found) == 1 else None

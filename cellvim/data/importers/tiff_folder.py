@@ -1,15 +1,14 @@
-"""Importing a folder of single-plane TIFFs whose names tell well, site and channel."""
+"""Import a folder of single-plane TIFFs with well, site and channel in their names."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from cellvim.data.importers.import_plan import Choice, ImportPlan, PlaneFile, make_plan, site_name
-from cellvim.data.wells import canonical_well
-from cellvim.errors import InputError, MetadataError, PlateError, listing
+from cellvim.data.importers.import_plan import ImportOptions, ImportPlan, PlaneFile, make_plan, parse_site
+from cellvim.errors import InputError, PlateError, listing
 
-PATTERNS: dict[str, str] = {  # ready patterns, tried in this order; each must match the whole file name
+PATTERNS: dict[str, str] = {  # ready patterns, tried in this order; each must match the complete file name
     # r01c01f01p01-ch5sk1fk1fl1.tiff: Opera Phenix, Operetta (Harmony)
     "phenix": r"r(?P<row>\d{2})c(?P<column>\d{2})f(?P<site>\d+)p(?P<plane>\d+)-(?P<channel>ch\d+)sk(?P<time>\d+).*",
     # Channel1-01-A-01.tif: CellProfiler's SBS example
@@ -21,58 +20,55 @@ PATTERNS: dict[str, str] = {  # ready patterns, tried in this order; each must m
     # plate_A01_f03_DAPI.tif, A01-3-ch2.tif: any of the common orders
     "plain": r"(?:.*[_-])?(?P<well>[A-P]\d{1,2})[_-](?:[sf]|site|field)?(?P<site>\d+)[_-](?P<channel>[A-Za-z][\w]*)",
 }
-SUFFIXES = (".tif", ".tiff")
-# MetaXpress keeps a thumbnail beside each image
+# MetaXpress stores a thumbnail beside each image
 _THUMBNAIL = re.compile(r"_thumb(?:[0-9A-F-]{36}|_?\[[0-9A-F-]+\])?\.tiff?$", re.I)
 
 
 def find_tiffs(source: Path) -> list[Path]:
-    """Return the TIFF files in a folder and below it, in a fixed order; hidden ones (``._a.tif``) are not images."""
-    found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    """Return the TIFF files in a folder and below it, sorted, without hidden ones (``._a.tif``)."""
+    found = (p for p in source.rglob("*") if p.suffix.lower() in (".tif", ".tiff") and not p.name.startswith("."))
     return sorted(p for p in found if p.is_file())
 
 
-def plan_tiff_folder(source: Path, *, pattern: str | None = None, choice: Choice | None = None) -> ImportPlan:
-    """Read the files' names.
+def plan_tiff_folder(source: Path, options: ImportOptions) -> ImportPlan:
+    """Plan the import from the file names in a folder and its sub-folders.
 
-    Parameters
-    ----------
-    source
-        The folder; sub-folders are searched too.
-    pattern
-        The name of one of `PATTERNS`, or a regular expression with named groups: ``well``, or ``row`` and
-        ``column``; ``channel``; and if there are several, ``site``. Searched for in the path below ``source`` if it
-        contains a ``/``, else in the file's name. Without one, the first ready pattern that fits all files is used.
-        The groups ``plane`` (or ``z``) and ``time`` (or ``t``) tell z planes and time points apart.
-    choice
-        Which z plane and time point to take.
+    ``options.pattern`` is the name of one of `PATTERNS`, or a regular expression with the named groups ``well``, or
+    ``row`` and ``column``; ``channel``; and optionally ``site``, ``plane`` (or ``z``) and ``time`` (or ``t``). It is
+    searched for in the path below ``source`` if it contains a ``/``, otherwise in the file name. Without a pattern, the
+    first ready one that fits all files is used.
 
     Raises
     ------
     InputError
-        The pattern is no regular expression, or lacks a group.
+        The pattern is not a regular expression, or lacks a group.
     PlateError
         No pattern fits, or a site lacks a channel.
     """
     files = [p for p in find_tiffs(source) if not _THUMBNAIL.search(p.name)]
     if not files:
         raise PlateError(f"{source} has no TIFF files; expected a folder of .tif or .tiff images.")
-    expression = _compile(pattern) if pattern else _choose(source, files)
+    expression = _compile(options.pattern) if options.pattern else _choose(source, files)
     planes, missed = [], []
     for path in files:
-        text = path.relative_to(source).as_posix() if "/" in expression.pattern else path.name
-        match = expression.search(text)
-        (missed.append(path) if match is None else planes.append(_plane(path, match)))
+        match = expression.search(path.relative_to(source).as_posix() if "/" in expression.pattern else path.name)
+        if match is None:
+            missed.append(path.name)
+            continue
+        groups = match.groupdict()
+        well, site = parse_site(groups, path.name)
+        if not groups.get("channel"):
+            raise PlateError(f"{path.name}: the pattern finds no channel in its name; correct --pattern.")
+        z, t = (groups.get(long) or groups.get(short) or "" for long, short in (("plane", "z"), ("time", "t")))
+        planes.append(PlaneFile(path, well, site, groups["channel"], z, t))
     if not planes:
         raise PlateError(
             f"{source}: the pattern '{expression.pattern}' fits none of its {len(files)} TIFF files, such as "
             f"{files[0].name}. Correct --pattern; ready ones are {listing(PATTERNS)}."
         )
-    plan = make_plan(planes, source=source, format="tiff_folder", choice=choice)
+    plan = make_plan(planes, source=source, format="tiff_folder", options=options)
     if missed:
-        plan.notes.append(
-            f"{len(missed)} TIFF files do not fit the pattern and were left out: {listing((p.name for p in missed), 4)}"
-        )
+        plan.notes.append(f"{len(missed)} TIFF files do not fit the pattern and were left out: {listing(missed, 4)}")
     return plan
 
 
@@ -97,8 +93,7 @@ def _ready(name: str) -> re.Pattern[str]:
 
 
 def _choose(source: Path, files: list[Path]) -> re.Pattern[str]:
-    for name in PATTERNS:
-        expression = _ready(name)
+    for expression in map(_ready, PATTERNS):
         if all(expression.search(path.name) for path in files):
             return expression
     raise PlateError(
@@ -106,18 +101,3 @@ def _choose(source: Path, files: list[Path]) -> re.Pattern[str]:
         "one with --pattern, a regular expression with the groups well (or row and column), site and channel; ready "
         f"ones are {listing(PATTERNS)}."
     )
-
-
-def _plane(path: Path, match: re.Match[str]) -> PlaneFile:
-    groups = match.groupdict()
-    text = groups.get("well") or f"{groups.get('row') or ''}{groups.get('column') or ''}"
-    if "well" not in groups and str(groups.get("row")).isdigit():
-        text = f"r{groups['row']}c{groups['column']}"
-    try:
-        well = canonical_well(text)
-    except MetadataError as error:
-        raise PlateError(f"{path.name}: the pattern finds the well '{text}' in its name. {error}") from error
-    if not groups.get("channel"):
-        raise PlateError(f"{path.name}: the pattern finds no channel in its name; correct --pattern.")
-    z, t = (groups.get(long) or groups.get(short) or "" for long, short in (("plane", "z"), ("time", "t")))
-    return PlaneFile(path, well, site_name(groups.get("site")), groups["channel"], z, t)
