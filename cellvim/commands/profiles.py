@@ -99,8 +99,7 @@ def evaluate(
     """Say what profiles can tell: retrieval, mechanisms, classification, batches, Z′, dose response."""
     from rich.console import Console
 
-    from cellvim.evaluate.evaluation import TASKS, evaluate_profiles
-    from cellvim.evaluate.tables import summary_tables
+    from cellvim.evaluate.evaluation import TASKS, evaluate_profiles, summary_tables
     from cellvim.profiles import read_profiles
 
     if output is not None and output.exists() and not overwrite:

@@ -1,4 +1,4 @@
-"""Evaluation: AnnData in, figures out; never torch. `evaluate_profiles` does all of it."""
+"""Evaluation of profiles: AnnData in, measures out, without torch. `evaluate_profiles` computes all of them."""
 
 from cellvim.evaluate.evaluation import TASKS, Evaluation, evaluate_profiles
 

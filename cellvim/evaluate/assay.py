@@ -1,6 +1,8 @@
-"""Assay quality: where each well lies with respect to the controls of its plate, and Z′, how well these are apart."""
+"""Assay quality: activity of each well relative to the controls of its plate, and Z′, the separation of controls."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -14,26 +16,26 @@ MAD_TO_STD = 1.4826
 
 
 def activity_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Place each row on the line from the negative to the positive controls of its plate.
+    """Project each row onto the line from the negative to the positive controls of its plate.
 
-    The score is the projection onto the line from the mean of the negative controls, 0, to that of the positive ones,
-    1. A control is placed on the line of the *other* controls: with more features than wells, a line that it had a part
-    in would tell it apart by chance.
+    The score is 0 at the mean of the negative controls and 1 at the mean of the positive controls. Each control is
+    projected onto the line defined by the *other* controls; otherwise, with more features than wells, controls would be
+    separated by chance.
 
     Parameters
     ----------
     features
-        What is projected.
+        Features of the rows.
     obs
-        The table of the same rows.
+        Table of the same rows.
     columns
-        Controls and plate (all rows are one plate where obs has none).
+        Columns of controls and plates (without a plate column, all rows are one plate).
 
     Returns
     -------
     pandas.DataFrame
-        One row a row of ``obs``, with its index: ``plate``, ``kind`` ("negative", "positive" or ""), ``activity`` (NaN
-        on plates without two controls of either kind).
+        One row per row of ``obs``, with its index: ``plate``, ``kind`` ("negative", "positive" or ""), ``activity``
+        (NaN on plates with fewer than two negative or positive controls).
 
     Raises
     ------
@@ -41,25 +43,23 @@ def activity_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> 
         There are no negative or no positive controls, or no plate has two of each.
     """
     negative, positive = negative_controls(obs, columns), positive_controls(obs, columns)
-    plate = text(obs[columns.plate]).fillna("") if columns.plate is not None else pd.Series("", index=obs.index)
-    score = np.full(len(obs), np.nan)
-    for name in plate.unique():
-        rows = np.flatnonzero(plate == name)
-        if negative[rows].sum() >= 2 and positive[rows].sum() >= 2:
-            score[rows] = _project(features.values[rows], negative[rows], positive[rows])
-    if np.isnan(score).all():
-        raise MetadataError("No plate has two negative and two positive controls.")
+
+    def score(rows: np.ndarray) -> np.ndarray | None:
+        enough = negative[rows].sum() >= 2 and positive[rows].sum() >= 2
+        return _project(features.values[rows], negative[rows], positive[rows]) if enough else None
+
     kind = np.where(negative, "negative", np.where(positive, "positive", ""))
-    return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: score}, index=obs.index)
+    return _score_plates(obs, columns, kind, score, "No plate has two negative and two positive controls.")
 
 
 def distance_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Measure how far each row is from the negative controls of its plate, for want of positive ones.
+    """Measure the distance of each row from the negative controls of its plate; for plates without positive controls.
 
-    The score is the Euclidean distance to the controls' mean, less the median of the controls' own distances, in
-    median absolute deviations (times 1.4826) of these. A control's distance is to the mean of the *other* controls.
+    The score is the Euclidean distance from the mean of the controls, minus the median of the distances of the
+    controls, divided by their median absolute deviation (times 1.4826). The distance of a control is measured from the
+    mean of the *other* controls.
 
-    Parameters and returns are those of `activity_scores`; plates need three negative controls.
+    Parameters and returns are those of `activity_scores`; a plate needs three negative controls.
 
     Raises
     ------
@@ -67,16 +67,30 @@ def distance_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> 
         There are no negative controls, or no plate has three.
     """
     negative = negative_controls(obs, columns)
+
+    def score(rows: np.ndarray) -> np.ndarray | None:
+        return _distances(features.values[rows], negative[rows]) if negative[rows].sum() >= 3 else None
+
+    kind = np.where(negative, "negative", "")
+    return _score_plates(obs, columns, kind, score, "No plate has three negative controls.")
+
+
+def _score_plates(
+    obs: pd.DataFrame,
+    columns: Columns,
+    kind: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray | None],
+    error: str,
+) -> pd.DataFrame:
     plate = text(obs[columns.plate]).fillna("") if columns.plate is not None else pd.Series("", index=obs.index)
-    score = np.full(len(obs), np.nan)
+    scores = np.full(len(obs), np.nan)
     for name in plate.unique():
         rows = np.flatnonzero(plate == name)
-        if negative[rows].sum() >= 3:
-            score[rows] = _distances(features.values[rows], negative[rows])
-    if np.isnan(score).all():
-        raise MetadataError("No plate has three negative controls to measure distances from.")
-    kind = np.where(negative, "negative", "")
-    return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: score}, index=obs.index)
+        if (found := score(rows)) is not None:
+            scores[rows] = found
+    if np.isnan(scores).all():
+        raise MetadataError(error)
+    return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: scores}, index=obs.index)
 
 
 def _distances(values: np.ndarray, negative: np.ndarray) -> np.ndarray:
@@ -95,7 +109,7 @@ def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> 
     for rows, others, sign in ((negative, low, -1), (positive, high, 1)):
         n = int(rows.sum())
         own = values[rows]
-        without = (n * others - own) / (n - 1)  # the mean of the other controls of its kind
+        without = (n * others - own) / (n - 1)  # mean of the other controls of this kind
         ends = (without, np.broadcast_to(high, own.shape)) if sign < 0 else (np.broadcast_to(low, own.shape), without)
         line = _direction(ends[1] - ends[0])
         projected[rows] = ((own - (ends[0] + ends[1]) / 2) * line).sum(axis=1)
@@ -103,7 +117,7 @@ def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> 
 
 
 def _direction(difference: np.ndarray) -> np.ndarray:
-    """Return the direction of a line, scaled so that its whole length is 1."""
+    """Return the direction of a line, scaled so that projections are in units of its length."""
     length = (difference**2).sum(axis=-1, keepdims=True)
     return difference / np.where(length > 0, length, 1)
 
@@ -114,15 +128,14 @@ def assay_quality(scores: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     scores
-        By `activity_scores`.
+        Returned by `activity_scores`.
 
     Returns
     -------
     pandas.DataFrame
-        One row a plate: ``plate``, ``n_negative``, ``n_positive``; ``z_prime``, 1 − 3 (σ₊ + σ₋) / (μ₊ − μ₋), above 0.5
-        in an excellent assay, below 0 where the controls overlap, −∞ where μ₊ is not above μ₋; ``robust_z_prime``, the
-        same of medians and median absolute deviations; ``ssmd``, (μ₊ − μ₋) / √(σ₊² + σ₋²). Plates without scores have
-        NaN.
+        One row per plate: ``plate``, ``n_negative``, ``n_positive``; ``z_prime``, 1 − 3 (σ₊ + σ₋) / (μ₊ − μ₋), above
+        0.5 for an excellent assay, below 0 if the controls overlap, −∞ if μ₊ ≤ μ₋; ``robust_z_prime``, the same with
+        medians and median absolute deviations; ``ssmd``, (μ₊ − μ₋) / √(σ₊² + σ₋²). NaN for plates without scores.
 
     References
     ----------

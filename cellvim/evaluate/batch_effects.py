@@ -1,7 +1,7 @@
-"""Batch effects: can batches be told apart where they should not be?
+"""Batch effects: separation of batches that should be indistinguishable.
 
-Silhouettes by scikit-learn and LISI by harmonypy. kBET is a chi-squared test of every neighbourhood, with scipy:
-scib-metrics, which has it, brings jax, several times the size of all else that this needs.
+Silhouettes are computed by scikit-learn and LISI by harmonypy. kBET, a chi-squared test of each neighbourhood, is
+computed here with scipy: scib-metrics, which implements it, depends on jax.
 """
 
 from __future__ import annotations
@@ -10,48 +10,48 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import InputError, MetadataError
-from cellvim.evaluate.features import Features
+from cellvim.evaluate.features import Features, unit_rows
 
-MAX_ROWS = 5000  # silhouettes take the square of the rows; more are sampled, and the table says how many were used
+MAX_ROWS = 5000  # silhouettes are quadratic in the rows; larger tables are sampled, as recorded in ``n_rows``
 MIN_NEIGHBOURS = 5
 
 
 def batch_effects(
     features: Features, batch: pd.Series, *, label: pd.Series | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Measure how far rows of different batches lie apart.
+    """Measure the separation of batches.
 
     Parameters
     ----------
     features
-        What is compared. Best of negative controls alone, which are the same thing in every batch.
+        Features of the rows, preferably of negative controls only, which are the same in all batches.
     batch
-        (n,) the batch of each row; rows without one take no part.
+        (n,) batch of each row; rows without a batch are ignored.
     label
-        (n,) treatments; with it, the silhouette of the treatments is measured, too.
+        (n,) treatments; if given, the silhouette of the treatments is measured as well.
     seed
-        Of the sample, where there are more than 5,000 rows.
+        Random seed for sampling more than 5,000 rows.
 
     Returns
     -------
     pandas.DataFrame
-        One row a measure: ``measure``, ``value``, ``best`` (what no batch effect would give), ``n_rows``.
+        One row per measure: ``measure``, ``value``, ``best`` (its value without batch effects), ``n_rows``.
 
         ``batch silhouette``
             1 − |s|, s the mean silhouette of the batches [1]_; 1 is best.
         ``kBET acceptance``
-            Share of rows whose nearest neighbours (a quarter of the mean batch, at least 5) are of the batches in the
+            Share of rows whose nearest neighbours (a quarter of the mean batch size, at least 5) have the batch
             proportions of all rows, by a chi-squared test at 5 % [2]_; 0.95 is best.
         ``batch LISI``
-            Number of batches in a row's neighbourhood, from 0 (only its own) to 1 (all) [3]_; 1 is best. NaN for fewer
-            than 7 rows.
+            Effective number of batches in the neighbourhood of a row, scaled from 0 (one) to 1 (all) [3]_; 1 is best.
+            NaN for fewer than 7 rows.
         ``label silhouette``
             Mean silhouette of the labels, scaled to 0 … 1 [1]_; 1 is best.
 
     Raises
     ------
     MetadataError
-        There are fewer than two batches of at least two rows.
+        There are fewer than two batches with at least two rows.
 
     References
     ----------
@@ -65,14 +65,13 @@ def batch_effects(
     codes, names = pd.factorize(batch)
     counts = np.bincount(codes[codes >= 0], minlength=len(names))
     if (counts >= 2).sum() < 2:
-        raise MetadataError(f"{len(names)} batches, {(counts >= 2).sum()} of them of two or more rows; expected two.")
+        raise MetadataError(f"{len(names)} batches, {(counts >= 2).sum()} of them with two or more rows; expected two.")
     rows = np.flatnonzero((codes >= 0) & (np.r_[counts, 0][codes] >= 2))
     if len(rows) > MAX_ROWS:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_ROWS, replace=False))
     values, (codes, _) = features.values[rows], pd.factorize(codes[rows])
-    if features.distance == "cosine":  # so that Euclidean neighbours are those by cosine
-        norm = np.linalg.norm(values, axis=1, keepdims=True)
-        values = values / np.where(norm > 0, norm, 1)
+    if features.distance == "cosine":  # Euclidean neighbours of unit vectors are neighbours by cosine
+        values = unit_rows(values)
     n_batches = int(codes.max()) + 1
     results = [("batch silhouette", 1 - abs(silhouette_score(values, codes)), 1.0)]
     results.append(("kBET acceptance", kbet_acceptance(values, codes), 0.95))
@@ -88,7 +87,7 @@ def batch_effects(
 
 
 def kbet_acceptance(values: np.ndarray, codes: np.ndarray, *, neighbours: int | None = None) -> float:
-    """Return the share of rows whose neighbourhood has the batches in the proportions of all rows (kBET).
+    """Return the share of rows whose neighbourhood has the batch proportions of all rows (kBET).
 
     Parameters
     ----------
@@ -97,7 +96,7 @@ def kbet_acceptance(values: np.ndarray, codes: np.ndarray, *, neighbours: int | 
     codes
         (n,) batch numbers from 0.
     neighbours
-        How many besides the row itself; a quarter of the mean batch, at least 5, by default.
+        Number of neighbours without the row itself; by default a quarter of the mean batch size, at least 5.
     """
     from scipy.stats import chi2
     from sklearn.neighbors import NearestNeighbors
@@ -113,11 +112,11 @@ def kbet_acceptance(values: np.ndarray, codes: np.ndarray, *, neighbours: int | 
 
 
 def _lisi(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return each row's LISI; NaN where there are too few rows for a neighbourhood."""
+    """Return the LISI of each row; NaN if there are too few rows for a neighbourhood."""
     try:
         from harmonypy import compute_lisi
     except ImportError as error:
-        raise InputError("Batch LISI needs harmonypy. Install it: pip install 'cellvim[profiles]'") from error
+        raise InputError("Batch LISI requires harmonypy: pip install 'cellvim[profiles]'.") from error
     perplexity = min(30, (len(codes) - 1) // 3)
     if perplexity < 2:
         return np.full(len(codes), np.nan)

@@ -1,4 +1,4 @@
-"""Classification with whole wells, plates or perturbations held out: logistic regression and nearest neighbours."""
+"""Classification with wells, plates or perturbations held out: logistic regression and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from cellvim.evaluate.features import Features
 
 N_FOLDS = 5
 N_NEIGHBOURS = 5
-MAX_CLASSES = 1000  # beyond, a logistic regression takes hours and its figure says little
+MAX_CLASSES = 1000  # a logistic regression with more takes hours and is not informative
 CLASSIFIERS = ("logistic", "kNN")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows dealt into folds, so that no group is on both sides.
+    """Folds of rows that never split a group between training and test.
 
     Attributes
     ----------
     rows
-        Positions of the rows that take part.
+        Positions of the rows used.
     target
         (len(rows),) class numbers.
     classes
         Names of the classes.
     folds
-        For each fold the training and the test rows, as positions in ``rows``.
+        Training and test rows of each fold, as positions in ``rows``.
     remark
-        What was left out, or "".
+        What was omitted, or "".
     """
 
     rows: np.ndarray
@@ -43,23 +43,23 @@ class Split:
 
 
 def split_by_group(labels: pd.Series, groups: pd.Series, *, n_folds: int = N_FOLDS, seed: int = 0) -> Split:
-    """Deal rows into folds by group; classes that are in one group only are left out, since none could predict them.
+    """Split rows into folds by group, omitting classes that occur in one group only, which cannot be predicted.
 
     Parameters
     ----------
     labels
-        (n,) class of each row; rows without one take no part.
+        (n,) class of each row; rows without a class are ignored.
     groups
-        (n,) what is held out together: wells, plates.
+        (n,) groups that are held out together, such as wells or plates.
     n_folds
-        Folds at most; fewer where the rarest class is in fewer groups.
+        Maximum number of folds; fewer if the rarest class occurs in fewer groups.
     seed
-        Of the dealing.
+        Random seed of the split.
 
     Raises
     ------
     MetadataError
-        Fewer than two classes are in two groups, or the folds cannot be dealt.
+        Fewer than two classes occur in two groups, or no split is possible.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -71,46 +71,50 @@ def split_by_group(labels: pd.Series, groups: pd.Series, *, n_folds: int = N_FOL
     usable = n_groups >= 2
     if usable.sum() < 2:
         raise MetadataError(
-            f"{int(usable.sum())} of {len(classes)} classes are in two or more of the {len(names)} groups that are "
-            "held out; expected at least 2 classes."
+            f"{int(usable.sum())} of {len(classes)} classes occur in two or more of the {len(names)} held-out groups; "
+            "expected at least 2 classes."
         )
     if usable.sum() > MAX_CLASSES:
         raise MetadataError(f"There are {usable.sum():,} classes; classification is limited to {MAX_CLASSES:,}.")
     rows = np.flatnonzero(known & np.r_[usable, False][class_of])
     number = np.cumsum(usable) - 1
     target, group = number[class_of[rows]], group_of[rows]
-    folds = min(n_folds, int(n_groups[usable].min()))
+    splitter = StratifiedGroupKFold(min(n_folds, int(n_groups[usable].min())), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of rare classes; they are checked below
-        dealt = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, target, group))
-    dealt = [(train, test) for train, test in dealt if len(test) and len(np.unique(target[train])) > 1]
-    if not dealt:
-        raise MetadataError("No fold has two classes to learn from.")
-    left = listing(map(str, np.asarray(classes)[~usable]))
-    remark = f"{(~usable).sum()} classes are in one group only and were left out: {left}." if (~usable).any() else ""
-    return Split(rows, target, np.asarray(classes)[usable].astype(str), dealt, remark)
+        warnings.simplefilter("ignore", UserWarning)  # for rare classes, which are checked below
+        folds = [
+            (train, test)
+            for train, test in splitter.split(rows, target, group)
+            if len(test) and len(np.unique(target[train])) > 1
+        ]
+    if not folds:
+        raise MetadataError("No fold has two classes to train on.")
+    omitted = listing(map(str, np.asarray(classes)[~usable]))
+    remark = f"{(~usable).sum()} classes occur in one group only and were omitted: {omitted}."
+    return Split(rows, target, np.asarray(classes)[usable].astype(str), folds, "" if usable.all() else remark)
 
 
 def classify(features: Features, split: Split, *, seed: int = 0) -> pd.DataFrame:
     """Predict the class of held-out rows.
 
-    Features are standardised on the training rows. Logistic regression has scikit-learn's defaults with classes
-    weighted equally; the nearest neighbours are 5, by the distance of the features. Nothing is tuned.
+    Features are standardised on the training rows. The classifiers are logistic regression with the defaults of
+    scikit-learn and equal class weights, and the 5 nearest neighbours by the distance of the features. There is no
+    hyperparameter tuning.
 
     Parameters
     ----------
     features
-        What the classifiers see.
+        Features of the rows.
     split
-        By `split_by_group`; the same one for every set of features, so that their figures compare.
+        Returned by `split_by_group`; use the same split to compare sets of features.
     seed
-        Of the solver.
+        Random seed of the solver.
 
     Returns
     -------
     pandas.DataFrame
-        One row a classifier: ``classifier``, ``balanced_accuracy``, ``accuracy``, ``macro_f1``, over all held-out rows
-        together; ``balanced_accuracy_std`` over the folds; ``chance`` (1 / classes), ``n_classes``, ``n_rows``,
+        One row per classifier: ``classifier``, ``balanced_accuracy``, ``accuracy``, ``macro_f1`` over all held-out
+        rows; ``balanced_accuracy_std`` over the folds; ``chance`` (1 / classes), ``n_classes``, ``n_rows``,
         ``n_folds``.
     """
     try:
@@ -120,7 +124,7 @@ def classify(features: Features, split: Split, *, seed: int = 0) -> pd.DataFrame
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise InputError("Classifying needs scikit-learn. Install it: pip install 'cellvim[analysis]'") from error
+        raise InputError("Classification requires scikit-learn: pip install 'cellvim[analysis]'.") from error
 
     values = features.values[split.rows]
     fewest = min(len(train) for train, _ in split.folds)
@@ -135,14 +139,14 @@ def classify(features: Features, split: Split, *, seed: int = 0) -> pd.DataFrame
     for name, model in models.items():
         predicted = np.full(len(split.rows), -1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of more classes than half the rows: replicates are few
+            warnings.simplefilter("ignore", UserWarning)  # for classes with few replicates
             for train, test in split.folds:
                 fitted = make_pipeline(StandardScaler(), model).fit(values[train], split.target[train])
                 predicted[test] = fitted.predict(values[test])
         held_out = predicted >= 0
         truth, guess = split.target[held_out], predicted[held_out]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of classes that were guessed but not there in a fold
+            warnings.simplefilter("ignore", UserWarning)  # for predicted classes that do not occur in a fold
             by_fold = [balanced_accuracy_score(split.target[test], predicted[test]) for _, test in split.folds]
             results.append(
                 {

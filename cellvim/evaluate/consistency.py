@@ -1,44 +1,45 @@
-"""Perturbation consistency: are replicates more alike than rows drawn at random?"""
+"""Perturbation consistency: the similarity of replicates, compared with randomly drawn rows."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
 from cellvim.errors import MetadataError
-from cellvim.evaluate.features import Features
-from cellvim.evaluate.treatments import find_treatments
-from cellvim.profiles.columns import Columns
-
-NULL_SIZE = 10_000
+from cellvim.evaluate.features import Features, unit_rows
+from cellvim.evaluate.retrieval import NULL_SIZE, THRESHOLD
+from cellvim.profiles.columns import Columns, find_treatments
 
 
 def replicate_consistency(
     features: Features, obs: pd.DataFrame, columns: Columns, *, null_size: int = NULL_SIZE, seed: int = 0
 ) -> pd.DataFrame:
-    """Compare the similarity of each treatment's replicates with that of as many treated rows drawn at random [1]_.
+    """Compare the similarity of the replicates of each treatment with that of randomly drawn treated rows [1]_.
 
-    Needs no controls. Replicates that share a plate are alike for that reason alone; this does not correct for it.
+    No controls are needed. The similarity of replicates on the same plate is not corrected for plate effects.
 
     Parameters
     ----------
     features
-        What is compared.
+        Features of the rows.
     obs
-        The table of the same rows.
+        Table of the same rows.
     columns
-        Perturbation and dose.
+        Columns of perturbations and doses.
     null_size
-        Random draws for each number of replicates.
+        Number of random draws for each number of replicates.
     seed
-        Of these.
+        Random seed.
 
     Returns
     -------
     pandas.DataFrame
-        One row a treatment of at least two replicates: its columns, ``n_replicates``, ``mean_similarity`` (mean cosine
-        of all pairs; for euclidean features the negative mean squared distance), ``p_value`` (share of draws that are
-        at least as similar), ``corrected_p_value`` (Benjamini-Hochberg) and ``consistent``, whether that is below 0.05.
+        One row per treatment with at least two replicates: its columns, ``n_replicates``, ``mean_similarity`` (mean
+        cosine of all pairs; for euclidean features the negative mean squared distance), ``p_value`` (share of draws
+        that are at least as similar), ``corrected_p_value`` (Benjamini-Hochberg) and ``consistent`` (corrected p value
+        below 0.05).
 
     Raises
     ------
@@ -61,44 +62,51 @@ def replicate_consistency(
     order = np.argsort(treatments.codes, kind="stable")
     members = np.split(order, np.cumsum(counts)[:-1])
     rng = np.random.default_rng(seed)
-    null = {
-        int(m): np.sort(
-            np.concatenate(
-                [
-                    _similarity(values[draw], features.distance)
-                    for draw in _draws(rng, len(values), int(m), null_size, values.shape[1])
-                ]
-            )
-        )
-        for m in np.unique(counts[replicated])
-    }
-    similarity = np.array([_similarity(values[members[t]][None], features.distance)[0] for t in replicated])
+    null = {}
+    for m in np.unique(counts[replicated]):
+        draws = random_subsets(rng, len(values), int(m), null_size, values.shape[1])
+        null[int(m)] = np.sort(np.concatenate([mean_similarity(values[draw], features.distance) for draw in draws]))
+    similarity = np.array([mean_similarity(values[members[t]][None], features.distance)[0] for t in replicated])
     less = [np.searchsorted(null[int(counts[t])], s - 1e-12) for t, s in zip(replicated, similarity, strict=True)]
     p = (1 + null_size - np.array(less)) / (1 + null_size)
     q = false_discovery_control(p)
-    result = treatments.table.loc[replicated].reset_index(drop=True)
-    result = result.assign(
-        n_replicates=counts[replicated], mean_similarity=similarity, p_value=p, corrected_p_value=q, consistent=q < 0.05
+    result = treatments.table.loc[replicated].assign(
+        n_replicates=counts[replicated],
+        mean_similarity=similarity,
+        p_value=p,
+        corrected_p_value=q,
+        consistent=q < THRESHOLD,
     )
     return result.sort_values("mean_similarity", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def _similarity(values: np.ndarray, distance: str) -> np.ndarray:
-    """Return the mean similarity over all pairs of the m rows of each draw; values (draws, m, D).
+def mean_similarity(values: np.ndarray, distance: str) -> np.ndarray:
+    """Return the mean similarity of all pairs of the m rows of each draw.
 
-    From sums alone: for unit vectors z, the sum of all pairs' cosines is (|Σz|² − m) / 2.
+    Computed from sums: for unit vectors z, the sum of the cosines of all pairs is (|Σz|² − m) / 2.
+
+    Parameters
+    ----------
+    values
+        (draws, m, D).
+    distance
+        "cosine", or "euclidean" for the negative mean squared distance.
+
+    Returns
+    -------
+    numpy.ndarray
+        (draws,).
     """
     m = values.shape[1]
     if distance == "cosine":
-        norm = np.linalg.norm(values, axis=2, keepdims=True)
-        unit = values / np.where(norm > 0, norm, 1)
+        unit = unit_rows(values)
         total = (unit.sum(axis=1) ** 2).sum(axis=1)
         return (total - (unit**2).sum(axis=(1, 2))) / (m * (m - 1))
     return -2 * values.var(axis=1, ddof=1).sum(axis=1)
 
 
-def _draws(rng: np.random.Generator, n: int, m: int, draws: int, width: int):
-    """Yield (draws, m) positions, distinct within a draw, a few draws at a time so that memory stays small."""
+def random_subsets(rng: np.random.Generator, n: int, m: int, draws: int, width: int) -> Iterator[np.ndarray]:
+    """Yield (some draws, m) positions below n, distinct within a draw, in batches to limit memory."""
     at_once = max(1, min(draws, 32_000_000 // max(1, m * width), 32_000_000 // n))
     for start in range(0, draws, at_once):
         size = min(at_once, draws - start)

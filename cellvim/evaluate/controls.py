@@ -1,8 +1,7 @@
-"""Can positive and negative controls be told apart? A plain classifier on an AnnData, split by well."""
+"""Separation of positive and negative controls by a classifier, with wells held out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,29 +9,42 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import InputError, listing
+from cellvim.evaluate.features import CELL_COUNT, INTENSITIES, intensity_columns, sample_rows
+from cellvim.profiles.columns import (
+    PLATE,
+    WELL,
+    Columns,
+    column_of,
+    is_value,
+    negative_controls,
+    positive_controls,
+    require,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-WELL = ["Metadata_Plate", "Metadata_Well"]
+    from cellvim.anndata_io import StoredAnnData
+
+MAX_CELLS = 10_000
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How well one set of features separates two groups of wells that the classifier has not seen.
+    """Separation of two groups of held-out wells by one set of features.
 
     Attributes
     ----------
     features
-        What the classifier saw.
+        Name of the features.
     n_features
-        How many numbers that is.
+        Number of features.
     balanced_accuracy, auc
         Mean over the folds; chance is 0.5.
     balanced_accuracy_std
-        Over the folds.
+        Standard deviation over the folds.
     n_rows, n_wells, n_folds
-        Rows classified, the wells that they are from, and the folds the wells were dealt into.
+        Number of rows, of their wells, and of folds.
     """
 
     features: str
@@ -61,97 +73,128 @@ def separate_controls(
     n_folds: int = 5,
     seed: int = 0,
 ) -> list[Separation]:
-    """Classify controls from embeddings, and from two baselines that any embedding has to beat.
+    """Classify controls from embeddings, and from two baselines.
 
-    Logistic regression (scikit-learn's defaults, classes weighted equally) on standardised features. Whole wells are
-    held out: cells of one well are never on both sides. Nothing is tuned.
+    The classifier is logistic regression (defaults of scikit-learn, equal class weights) on standardised features.
+    Wells are held out: cells of one well are never in both training and test. There is no hyperparameter tuning.
 
     Parameters
     ----------
     adata
-        As `cellvim.embed` makes it.
+        Embeddings, as returned by `cellvim.embed`.
     label
-        Column of ``obs`` that tells the groups.
+        Column of ``obs`` with the groups.
     negative, positive
-        Its values for the two groups; all other rows are left out.
+        Values of ``label`` for the two groups; other rows are ignored.
     level
-        What is classified: each "cell", or each "well" by the mean over its cells.
+        Classify each "cell", or each "well" by the mean over its cells.
     n_folds
-        Folds that the wells are dealt into; fewer if the smaller group has fewer wells.
+        Number of folds; fewer if the smaller group has fewer wells.
     seed
-        Of the dealing.
+        Random seed for assigning wells to folds.
 
     Returns
     -------
     list[Separation]
-        For "embedding"; "mean intensities" (``obs`` columns ``mean_intensity_*``), where they are known; and
-        "cell count" (of the well).
+        For "embedding"; "mean intensities" (``obs`` columns ``mean_intensity_*``), if available; and "cell count" (of
+        the well).
 
     Raises
     ------
     InputError
-        The column or a group is not there, or a group has fewer than two wells.
+        The column or a group does not exist, or a group has fewer than two wells.
     """
-    table = _controls(adata, label, negative, positive)
-    target = table["target"].to_numpy()
-    features = _features(adata, table)
-    groups = table["well"].to_numpy()
+    for column in (label, PLATE, WELL):
+        require(adata.obs, column, option="another label, for embeddings of cells as returned by cellvim.embed")
+    is_negative, is_positive = (is_value(adata.obs[label], value) for value in (negative, positive))
+    rows = np.flatnonzero(is_negative | is_positive)
+    target = is_positive[rows].astype(int)
+    groups = _well_names(adata.obs, PLATE, WELL)[rows]
+    for value, number in ((negative, 0), (positive, 1)):
+        if (n_wells := len(np.unique(groups[target == number]))) < 2:
+            raise InputError(
+                f"'{label}' is {value!r} in {n_wells} wells; expected at least 2, to hold wells out. It has the values "
+                f"{listing(pd.unique(adata.obs[label].astype(object).dropna()))}."
+            )
+    features = {"embedding": np.asarray(adata.X[rows], dtype=np.float64)}
+    if intensities := intensity_columns(adata.obs):
+        features[INTENSITIES] = adata.obs[intensities].to_numpy(np.float64)[rows]
+    features[CELL_COUNT] = pd.Series(groups).map(pd.Series(groups).value_counts()).to_numpy(np.float64)[:, None]
     if level == "well":
-        first = table.drop_duplicates("well").index
-        wells = table.loc[first, "well"]
+        wells, first = pd.unique(groups), np.flatnonzero(~pd.Series(groups).duplicated())
         features = {
             name: pd.DataFrame(values, index=groups).groupby(level=0, observed=True).mean().loc[wells].to_numpy()
             for name, values in features.items()
         }
-        target, groups = table.loc[first, "target"].to_numpy(), wells.to_numpy()
-    folds = _folds(target, groups, n_folds, seed)
+        target, groups = target[first], wells
+    folds = split_wells(target, groups, n_folds, seed)
     return [_separation(name, values, target, groups, folds) for name, values in features.items()]
 
 
-def _controls(adata: AnnData, label: str, negative: object, positive: object) -> pd.DataFrame:
-    """Return the rows of the two groups: their position in ``adata``, the target (1 positive) and the well."""
-    for column in (label, *WELL):
-        if column not in adata.obs:
-            raise InputError(f"The AnnData has no column '{column}' in obs; it has {listing(adata.obs.columns)}.")
-    values = adata.obs[label].astype(object)
-    is_negative, is_positive = (_equal(values, group) for group in (negative, positive))
-    chosen = is_negative | is_positive
-    well = adata.obs[WELL[0]].astype(str) + "/" + adata.obs[WELL[1]].astype(str)
-    table = pd.DataFrame(
-        {"position": np.flatnonzero(chosen), "target": is_positive[chosen].astype(int), "well": well.to_numpy()[chosen]}
+def separate_stored_controls(
+    stored: StoredAnnData, obs: pd.DataFrame, columns: Columns, *, seed: int = 0
+) -> tuple[list[Separation], list[str]]:
+    """Classify positive and negative controls of stored embeddings, reading at most 10,000 cells.
+
+    Parameters
+    ----------
+    stored
+        Embeddings of cells.
+    obs
+        All columns of ``obs``.
+    columns
+        Columns of plates, wells and controls.
+    seed
+        Random seed of the sample.
+
+    Returns
+    -------
+    list[Separation]
+        As `separate_controls`, without "cell count" if cells were sampled.
+    list[str]
+        What was sampled or omitted, one sentence each.
+
+    Raises
+    ------
+    CellvimError
+        There are no controls of both kinds in two wells each, or scikit-learn is not installed.
+    """
+    import anndata
+
+    label, plate, well = (column_of(columns, role, obs) for role in ("pert_type", "plate", "well"))
+    rows = np.flatnonzero(negative_controls(obs, columns) | positive_controls(obs, columns))
+    notes, total = [], len(rows)
+    is_sampled = total > MAX_CELLS
+    if is_sampled:
+        wells, _ = pd.factorize(_well_names(obs, plate, well))
+        rows = rows[sample_rows(wells[rows], MAX_CELLS, seed=seed)]
+        notes.append(f"{len(rows):,} of {total:,} control cells, sampled evenly from the wells.")
+    values = stored.take(rows)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        notes.append(f"{int((~finite).sum()):,} cells with values that are not finite are omitted.")
+        rows, values = rows[finite], values[finite]
+    table = obs.iloc[rows].assign(**{PLATE: obs[plate], WELL: obs[well]})
+    intensities = intensity_columns(table)
+    if intensities and not np.isfinite(table[intensities].to_numpy(np.float64)).all():
+        table = table.drop(columns=intensities)
+        notes.append("Mean intensities are omitted: some are not finite.")
+    table.index = table.index.astype(str)
+    results = separate_controls(
+        anndata.AnnData(X=values, obs=table), label, negative=columns.negative, positive=columns.positive
     )
-    for group, number in ((negative, 0), (positive, 1)):
-        n_wells = table.loc[table["target"] == number, "well"].nunique()
-        if n_wells < 2:
-            raise InputError(
-                f"'{label}' is {group!r} in {n_wells} wells; expected at least 2, to hold wells out. It has the values "
-                f"{listing(pd.unique(values.dropna()))}."
-            )
-    return table
+    if is_sampled:  # all wells have the same number of sampled cells
+        results = [result for result in results if result.features != CELL_COUNT]
+        notes.append("The baseline of cell counts is omitted: it does not apply to sampled cells.")
+    return results, notes
 
 
-def _equal(values: pd.Series, group: object) -> np.ndarray:
-    """Compare as given or as text, so that -1, -1.0 and "-1" are one group."""
-    numbers = pd.to_numeric(values, errors="coerce")
-    try:
-        as_number = numbers == float(str(group))
-    except ValueError:
-        as_number = pd.Series(False, index=values.index)
-    return ((values == group) | as_number).to_numpy(dtype=bool)
+def _well_names(obs: pd.DataFrame, plate: str, well: str) -> np.ndarray:
+    return (obs[plate].astype(str) + "/" + obs[well].astype(str)).to_numpy(dtype=object)
 
 
-def _features(adata: AnnData, table: pd.DataFrame) -> Mapping[str, np.ndarray]:
-    position = table["position"].to_numpy()
-    features = {"embedding": np.asarray(adata.X[position], dtype=np.float64)}
-    intensities = [name for name in adata.obs.columns if name.startswith("mean_intensity_")]
-    if intensities:
-        features["mean intensities"] = adata.obs[intensities].to_numpy(np.float64)[position]
-    features["cell count"] = table.groupby("well")["well"].transform("size").to_numpy(np.float64)[:, None]
-    return features
-
-
-def _folds(target: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Deal whole wells into folds, each group's wells evenly."""
+def split_wells(target: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Assign wells to folds, those of each target evenly; return training and test rows."""
     rng = np.random.default_rng(seed)
     wells_of = [np.unique(groups[target == number]) for number in (0, 1)]
     n_folds = min(n_folds, *map(len, wells_of))
@@ -170,7 +213,7 @@ def _separation(name: str, values: np.ndarray, target: np.ndarray, groups: np.nd
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise InputError("Classifying needs scikit-learn. Install it: pip install 'cellvim[analysis]'") from error
+        raise InputError("Classification requires scikit-learn: pip install 'cellvim[analysis]'.") from error
 
     accuracies, areas = [], []
     for train, test in folds:

@@ -1,4 +1,4 @@
-"""Dose response: a four-parameter logistic curve through the activity of each perturbation's doses, by scipy."""
+"""Dose response: a four-parameter logistic curve of activity against dose for each perturbation, fitted by scipy."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ import pandas as pd
 
 from cellvim.errors import InputError, MetadataError
 from cellvim.evaluate.assay import ACTIVITY
-from cellvim.profiles.columns import Columns, role, text
+from cellvim.profiles.columns import Columns, column_of, text
 
 MIN_DOSES = 4
 HILL = (0.1, 20.0)
 
 
 def dose_response(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Fit a curve to each perturbation that has four or more doses.
+    """Fit a curve to each perturbation with at least four doses.
 
     Parameters
     ----------
     scores
-        By `cellvim.evaluate.assay.activity_scores`: 0 is the negative, 1 the positive control.
+        Returned by `cellvim.evaluate.assay.activity_scores` or `distance_scores`.
     obs
-        The table of the same rows.
+        Table of the same rows.
     columns
-        Dose, and perturbation; where there is none, all doses are of one.
+        Columns of doses and perturbations; without a perturbation column, all doses belong to one curve.
 
     Returns
     -------
     curves : pandas.DataFrame
-        One row a perturbation: ``perturbation``, ``n_wells``, ``n_doses``, ``lowest_dose``, ``highest_dose``, the
+        One row per perturbation: ``perturbation``, ``n_wells``, ``n_doses``, ``lowest_dose``, ``highest_dose``, the
         parameters ``bottom``, ``top``, ``ec50`` and ``hill`` (see `logistic`), ``log10_ec50_se`` (standard error),
         ``r_squared``, ``p_value`` of the F test against no response, ``spearman`` (rank correlation of dose and
-        activity), ``in_range``, whether the EC50 lies within the doses, and ``remark``, why there is no curve.
+        activity), ``in_range`` (whether the EC50 is within the doses), and ``remark``, why there is no curve.
     points : pandas.DataFrame
-        One row a perturbation and dose: ``perturbation``, ``dose``, ``n_wells``, ``mean`` and ``std`` of the activity.
+        One row per perturbation and dose: ``perturbation``, ``dose``, ``n_wells``, ``mean`` and ``std`` of activity.
 
     Raises
     ------
     MetadataError
-        There is no column of doses, it holds no numbers, or no perturbation has four doses.
+        There is no column of doses, it has no numbers, or no perturbation has four doses.
     """
     wells = dosed_wells(scores, obs, columns)
     points = wells.groupby(["perturbation", "dose"])[ACTIVITY].agg(n_wells="size", mean="mean", std="std").reset_index()
@@ -51,7 +51,7 @@ def dose_response(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> 
     curves = pd.DataFrame(curves)
     if not (curves["n_doses"] >= MIN_DOSES).any():
         raise MetadataError(
-            f"No perturbation has {MIN_DOSES} doses above 0; the most is {curves['n_doses'].max()} in column "
+            f"No perturbation has {MIN_DOSES} doses above 0; the maximum is {curves['n_doses'].max()} in column "
             f"'{columns.dose}'."
         )
     return curves, points
@@ -66,7 +66,7 @@ def logistic(dose: np.ndarray, bottom: float, top: float, ec50: float, hill: flo
 
 
 def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit `logistic` by least squares, from the best point of a grid.
+    """Fit `logistic` by least squares, starting from the best point of a grid.
 
     Parameters
     ----------
@@ -76,21 +76,21 @@ def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, fl
     Returns
     -------
     numpy.ndarray
-        (4,) bottom, top, ec50, hill. The curve rises or falls from bottom to top as the data do; the EC50 is sought
-        from a tenth of the lowest to ten times the highest dose.
+        (4,) bottom, top, ec50, hill. Bottom may be above top. The EC50 is between a tenth of the lowest and ten times
+        the highest dose.
     float
         Standard error of log10(ec50).
 
     Raises
     ------
     InputError
-        There are too few doses, or the least squares do not converge.
+        There are too few doses, or the fit does not converge.
     """
     from scipy.optimize import OptimizeWarning, curve_fit
 
     positive = np.unique(dose[dose > 0])
     if len(positive) < MIN_DOSES:
-        raise InputError(f"{len(positive)} doses above 0; a curve needs {MIN_DOSES}.")
+        raise InputError(f"{len(positive)} doses above 0; a curve requires {MIN_DOSES}.")
     if np.ptp(response) == 0:
         raise InputError("The response is the same at every dose.")
     log_range = np.log10(positive[0]) - 1, np.log10(positive[-1]) + 1
@@ -99,7 +99,7 @@ def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, fl
     bounds = ([limits[0], limits[0], log_range[0], HILL[0]], [limits[1], limits[1], log_range[1], HILL[1]])
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", OptimizeWarning)  # of a covariance that cannot be told: the error is NaN
+            warnings.simplefilter("ignore", OptimizeWarning)  # if the covariance cannot be estimated, the error is NaN
             found, covariance = curve_fit(
                 lambda x, bottom, top, log_ec50, hill: logistic(x, bottom, top, 10**log_ec50, hill),
                 dose,
@@ -109,13 +109,13 @@ def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, fl
                 max_nfev=2000,
             )
     except RuntimeError as error:
-        raise InputError("No curve fits: the least squares do not converge.") from error
+        raise InputError("The fit of the curve does not converge.") from error
     error = float(np.sqrt(covariance[2, 2])) if np.isfinite(covariance[2, 2]) else np.nan
     return np.array([found[0], found[1], 10 ** found[2], found[3]]), error
 
 
 def _start(dose: np.ndarray, response: np.ndarray, log_range: tuple[float, float]) -> np.ndarray:
-    """Return the best of a grid of EC50s and slopes; for each, bottom and top are a straight line's least squares."""
+    """Return the best point of a grid of EC50s and Hill slopes; bottom and top of each by linear least squares."""
     log_ec50, hill = np.meshgrid(np.linspace(*log_range, 41)[1:-1], np.geomspace(0.3, 10, 9), indexing="ij")
     log_ec50, hill = log_ec50.ravel()[:, None], hill.ravel()[:, None]
     share = logistic(dose[None], 0, 1, 10**log_ec50, hill)  # (grid, n)
@@ -123,7 +123,7 @@ def _start(dose: np.ndarray, response: np.ndarray, log_range: tuple[float, float
     variance = (centred**2).sum(axis=1)
     slope = np.where(variance > 1e-12, centred @ response / np.maximum(variance, 1e-12), 0)
     bottom = response.mean() - slope * share.mean(axis=1)
-    # a slope far beyond the data is an extrapolation from a corner of the curve
+    # a large difference of top and bottom is an extrapolation from a part of the curve
     slope_is_sane = np.abs(slope) <= 2 * np.ptp(response)
     cost = ((bottom[:, None] + slope[:, None] * share - response) ** 2).sum(axis=1)
     best = int(np.argmin(np.where(slope_is_sane, cost, np.inf)))
@@ -131,14 +131,14 @@ def _start(dose: np.ndarray, response: np.ndarray, log_range: tuple[float, float
 
 
 def dosed_wells(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Return ``perturbation``, ``dose`` and ``activity`` of the rows that have a dose and are no controls.
+    """Return ``perturbation``, ``dose`` and ``activity`` of the rows with a dose that are not controls.
 
     Raises
     ------
     MetadataError
-        There are none, or no column of doses.
+        There are no such rows, or no column of doses.
     """
-    name = role(columns, "dose", obs)
+    name = column_of(columns, "dose", obs)
     dose = pd.to_numeric(text(obs[name]), errors="coerce").to_numpy(np.float64)
     if columns.perturbation is not None and columns.perturbation != name:
         perturbation = text(obs[columns.perturbation]).to_numpy()

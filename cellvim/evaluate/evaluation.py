@@ -1,12 +1,13 @@
-"""All figures about a table of profiles, baselines beside them. The job of ``cellvim evaluate``.
+"""``cellvim evaluate``: all measures that a table of profiles allows, for the profiles and for baselines.
 
-What cannot be computed, for want of a column or of replicates, is listed with its reason.
+Measures that cannot be computed, because a column or replicates are missing, are listed with the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,61 +15,74 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import CellvimError, InputError, MetadataError, OutputError, listing
+from cellvim.errors import CellvimError, InputError, MetadataError, listing
 from cellvim.evaluate.assay import activity_scores, assay_quality, distance_scores
 from cellvim.evaluate.batch_effects import batch_effects
 from cellvim.evaluate.classification import classify, split_by_group
 from cellvim.evaluate.consistency import replicate_consistency
 from cellvim.evaluate.dose_response import dose_response
-from cellvim.evaluate.features import Features, feature_sets, latest_representation
+from cellvim.evaluate.features import Features, feature_sets
 from cellvim.evaluate.mechanism import mechanism_map, nearest_mechanism
 from cellvim.evaluate.retrieval import NULL_SIZE, replicate_map
-from cellvim.evaluate.treatments import find_treatments
-from cellvim.profiles.columns import Columns, find_columns, is_value, keys, negative_controls, require, role, text
+from cellvim.files import write_atomic
+from cellvim.profiles.columns import (
+    Columns,
+    Treatments,
+    column_of,
+    find_columns,
+    find_treatments,
+    is_value,
+    keys,
+    negative_controls,
+    require,
+    text,
+)
+from cellvim.profiles.representations import latest_representation
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from rich.table import Table
 
 FORMAT = 1  # of the JSON
-BETWEEN, DISTANCE = "between the controls", "distance from the negative controls"  # what activity is
+BETWEEN, DISTANCE = "between the controls", "distance from the negative controls"  # definitions of activity
 TASKS = ("retrieval", "consistency", "mechanism", "classification", "batch_effects", "assay", "dose_response")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_profiles` found.
+    """Result of `evaluate_profiles`.
 
     Attributes
     ----------
     summary
-        One row a measure and set of features: ``task``, ``measure``, ``features``, ``value``, ``n`` (what it is a mean
-        over, or a share of), ``best`` (the value of a perfect result), ``is_baseline``.
+        One row per measure and set of features: ``task``, ``measure``, ``features``, ``value``, ``n`` (number of
+        values averaged, or the denominator of a share), ``best`` (value of a perfect result), ``is_baseline``.
     tables
-        Details; each has a column ``features``. Those that could be computed, of:
+        Details, each with a column ``features``. Those that could be computed of:
 
         ``retrieval``
-            By `replicate_map`, one row a treatment.
+            From `replicate_map`, one row per treatment.
         ``consistency``
-            By `replicate_consistency`, one row a treatment.
+            From `replicate_consistency`, one row per treatment.
         ``mechanism``
-            By `nearest_mechanism`, one row a treatment.
+            From `nearest_mechanism`, one row per treatment.
         ``mechanism_retrieval``
-            By `mechanism_map`, one row a mechanism.
+            From `mechanism_map`, one row per mechanism.
         ``classification``
-            By `classify`, one row a classifier, with the columns ``label`` and ``held_out``.
+            From `classify`, one row per classifier, with the columns ``label`` and ``held_out``.
         ``batch_effects``
-            By `batch_effects`, one row a measure, with the column ``rows`` ("negative controls" or "all").
+            From `batch_effects`, one row per measure, with the column ``rows`` ("negative controls" or "all").
         ``activity``
-            By `activity_scores`, or `distance_scores` where there are no positive controls (``score`` says which), one
-            row a well, named by ``row``; of the first set of features alone.
+            From `activity_scores`, or `distance_scores` if there are no positive controls (see ``score``), one row per
+            well, named by ``row``; for the first set of features only.
         ``assay``
-            By `assay_quality`, one row a plate.
+            From `assay_quality`, one row per plate.
         ``dose_response``, ``dose_points``
-            By `dose_response`, one row a perturbation, and one a perturbation and dose.
+            From `dose_response`, one row per perturbation, and one per perturbation and dose.
     left_out
         What could not be computed: ``task`` and ``reason``.
     settings
-        The representations, which columns were taken, the seed, how many rows and plates there were.
+        Representations, columns, seed, and numbers of rows and plates.
     """
 
     summary: pd.DataFrame
@@ -77,13 +91,13 @@ class Evaluation:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def wide(self) -> pd.DataFrame:
-        """Return the summary with a column for each set of features; rows are task and measure."""
+        """Return the summary with one column per set of features; the index is task and measure."""
         order = self.summary.drop_duplicates(["task", "measure"])[["task", "measure"]]
         table = self.summary.pivot(index=["task", "measure"], columns="features", values="value")
         return table.loc[pd.MultiIndex.from_frame(order), list(dict.fromkeys(self.summary["features"]))]
 
     def value(self, measure: str, features: str | None = None) -> float:
-        """Return one figure of the summary; of the first set of features if none is named.
+        """Return one value of the summary, by default for the first set of features.
 
         Raises
         ------
@@ -95,11 +109,11 @@ class Evaluation:
             rows = rows[rows["features"] == features]
         if rows.empty:
             known = listing(self.summary["measure"].unique(), 40)
-            raise InputError(f"'{measure}' was not computed; there are {known}.")
+            raise InputError(f"'{measure}' was not computed; available: {known}.")
         return float(rows["value"].iloc[0])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values; what is not finite becomes None."""
+        """Return everything as JSON values; numbers that are not finite become None."""
         return {
             "format": FORMAT,
             "settings": self.settings,
@@ -109,31 +123,23 @@ class Evaluation:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON.
+        """Write everything as JSON, atomically.
 
         Raises
         ------
         OutputError
-            It cannot be written.
+            The file cannot be written.
         """
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-            partial.write_text(text + "\n", "utf-8")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        write_atomic(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises
         ------
         InputError
-            It is not there, or is something else.
+            The file does not exist, or is not an evaluation.
         """
         try:
             found = json.loads(Path(path).read_text("utf-8"))
@@ -143,7 +149,7 @@ class Evaluation:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is no evaluation as cellvim evaluate writes it.") from error
+            raise InputError(f"{path} is not an evaluation written by cellvim evaluate.") from error
 
 
 def evaluate_profiles(
@@ -159,29 +165,29 @@ def evaluate_profiles(
     progress: Callable[[int, int], None] | None = None,
     **columns: str | None,
 ) -> Evaluation:
-    """Compute all figures that the profiles allow, and the same for baselines.
+    """Compute all measures that the profiles allow, for the profiles and for baselines.
 
     Parameters
     ----------
     adata
-        Profiles, one row a well, as `cellvim.profile` makes them.
+        Profiles, one row per well, as returned by `cellvim.profile`.
     use
-        Representations to evaluate: "X", layers, entries of obsm. By default what was normalised last.
+        Representations to evaluate: "X", layers, entries of ``obsm``. By default the latest.
     tasks
-        Which of `TASKS` to do.
+        Tasks to compute, of `TASKS`.
     label
-        Column of ``obs`` to classify; the treatment by default.
+        Column of ``obs`` to classify; by default the treatment.
     control, positive
-        Values of the column of controls, or COLUMN:VALUE.
+        Values of the control column for negative and positive controls, or COLUMN:VALUE.
     null_size
-        Random ranks and draws for p values.
+        Number of random ranks and draws for p values.
     seed
-        Of all that is random.
+        Random seed.
     progress
-        Takes the tasks done and their number.
+        Called with the number of tasks done and the total.
     **columns
-        ``plate``, ``well``, ``batch``, ``perturbation``, ``dose``, ``mechanism`` or ``pert_type``: names of columns of
-        ``obs``; found by their usual names if not given.
+        Name of the column of ``obs`` for ``plate``, ``well``, ``batch``, ``perturbation``, ``dose``, ``mechanism`` or
+        ``pert_type``; found by their common names by default.
 
     Returns
     -------
@@ -190,22 +196,22 @@ def evaluate_profiles(
     Raises
     ------
     CellvimError
-        A column or representation that was named is not there, wells are there twice, or nothing can be computed.
+        A named column or representation does not exist, a well has several rows, or nothing can be computed.
     """
     if wrong := [task for task in tasks if task not in TASKS]:
-        raise InputError(f"There is no task {listing(wrong)}; there are {listing(TASKS)}.")
+        raise InputError(f"There is no task {listing(wrong)}; expected {listing(TASKS)}.")
     if adata.n_obs == 0:
         raise InputError("There are no profiles: the AnnData has no rows.")
     found = find_columns(adata.obs, negative=control, positive=positive, **columns)
     if label is not None:
         require(adata.obs, label, option="--label")
-    _check_one_row_a_well(adata, found)
+    _check_one_row_per_well(adata, found)
     names = [use] if isinstance(use, str) else list(use or [latest_representation(adata)])
     sets, reasons = feature_sets(adata, names, seed=seed)
     run = _Run(adata.obs, found, sets, label, null_size, seed)
     run.left_out += [{"task": "baselines", "reason": reason} for reason in reasons]
     run.left_out += [
-        {"task": "features", "reason": f"{s.name}: {s.left_out} features are not finite and were left out."}
+        {"task": "features", "reason": f"{s.name}: {s.left_out} features are not finite and were omitted."}
         for s in sets
         if s.left_out
     ]
@@ -216,6 +222,7 @@ def evaluate_profiles(
     if not run.summary:
         reasons = " ".join(f"{r['task']}: {r['reason']}" for r in run.left_out if r["task"].replace(" ", "_") in tasks)
         raise InputError(f"Nothing can be evaluated. {reasons}")
+    trained = adata.uns.get("cellvim", {}).get("weights", {}).get("trained")
     return Evaluation(
         summary=pd.DataFrame(run.summary),
         tables={name: pd.concat(tables, ignore_index=True) for name, tables in run.tables.items()},
@@ -228,46 +235,50 @@ def evaluate_profiles(
             "seed": seed,
             "n_rows": adata.n_obs,
             "n_plates": int(adata.obs[found.plate].nunique()) if found.plate else None,
-            "trained": _is_trained(adata),
+            "trained": None if trained is None else bool(trained),
         },
     )
 
 
-def _is_trained(adata: AnnData) -> bool | None:
-    trained = adata.uns.get("cellvim", {}).get("weights", {}).get("trained")
-    return None if trained is None else bool(trained)
-
-
-def _check_one_row_a_well(adata: AnnData, columns: Columns) -> None:
+def _check_one_row_per_well(adata: AnnData, columns: Columns) -> None:
     if columns.plate is None or columns.well is None:
         return
     well = keys(adata.obs, [columns.plate, columns.well], " ")
-    twice = well[well.duplicated() & well.notna()]
-    if len(twice):
+    repeated = well[well.duplicated() & well.notna()]
+    if len(repeated):
         raise MetadataError(
-            f"{twice.nunique()} wells have more than one row ({listing(twice.unique(), 3)}); expected one profile a "
-            "well, since rows of one well are no replicates. Aggregate first: cellvim profile."
+            f"{repeated.nunique()} wells have more than one row ({listing(repeated.unique(), 3)}); expected one "
+            "profile per well, because rows of one well are not replicates. Aggregate first: cellvim profile."
         )
 
 
 class _Run:
-    """The tasks, each of which adds to the tables and the summary, or says why it cannot."""
+    """The tasks; each adds to the tables and the summary, or records why it cannot be computed."""
 
-    def __init__(self, obs, columns: Columns, sets: list[Features], label, null_size: int, seed: int):
+    def __init__(
+        self,
+        obs: pd.DataFrame,
+        columns: Columns,
+        sets: list[Features],
+        label: str | None,
+        null_size: int,
+        seed: int,
+    ) -> None:
         self.obs, self.columns, self.sets = obs, columns, sets
-        self.label, self.null_size, self.seed = label, null_size, seed
+        self.label, self.seed = label, seed
+        self.random = {"null_size": null_size, "seed": seed}
         self.summary: list[dict[str, Any]] = []
         self.tables: dict[str, list[pd.DataFrame]] = {}
         self.left_out: list[dict[str, str]] = []
 
     def _each(self, task: str, work: Callable[[Features], pd.DataFrame]) -> list[tuple[Features, pd.DataFrame]]:
-        """Do ``work`` for every set of features; note why if it cannot be done."""
+        """Call ``work`` for every set of features; record the reason if it fails."""
         results = []
         for features in self.sets:
             try:
                 results.append((features, work(features)))
             except CellvimError as error:
-                if results or features is not self.sets[0]:  # the others can be done: it is this set
+                if results or features is not self.sets[0]:  # specific to this set
                     self.left_out.append({"task": task, "reason": f"{features.name}: {error}"})
                     continue
                 self.left_out.append({"task": task, "reason": str(error)})
@@ -291,17 +302,17 @@ class _Run:
         )
 
     def retrieval(self) -> None:
-        options = {"null_size": self.null_size, "seed": self.seed}
-        for features, table in self._each("retrieval", lambda f: replicate_map(f, self.obs, self.columns, **options)):
+        for features, table in self._each(
+            "retrieval", lambda f: replicate_map(f, self.obs, self.columns, **self.random)
+        ):
             self._keep("retrieval", features, table)
             precision, n = table["mean_average_precision"], len(table)
             self._note("retrieval", "mean average precision", features, precision.mean(), n)
             self._note("retrieval", "treatments active (q < 0.05)", features, table["active"].mean(), n)
 
     def consistency(self) -> None:
-        options = {"null_size": self.null_size, "seed": self.seed}
         for features, table in self._each(
-            "consistency", lambda f: replicate_consistency(f, self.obs, self.columns, **options)
+            "consistency", lambda f: replicate_consistency(f, self.obs, self.columns, **self.random)
         ):
             self._keep("consistency", features, table)
             share = table["consistent"].mean()
@@ -319,13 +330,12 @@ class _Run:
         if not found:
             return
         if "nsb_correct" not in found[0][1]:
-            self.left_out.append({"task": "mechanism", "reason": "NSB: there are no two batches."})
+            self.left_out.append({"task": "mechanism", "reason": "NSB: there are fewer than two batches."})
         elif found[0][1]["nsb_correct"].isna().all():
-            reason = "NSB: no treatment has another compound of its mechanism in another batch."
+            reason = "NSB: no treatment has another compound with its mechanism in another batch."
             self.left_out.append({"task": "mechanism", "reason": reason})
-        options = {"null_size": self.null_size, "seed": self.seed}
         for features, table in self._each(
-            "mechanism retrieval", lambda f: mechanism_map(f, self.obs, self.columns, **options)
+            "mechanism retrieval", lambda f: mechanism_map(f, self.obs, self.columns, **self.random)
         ):
             self._keep("mechanism_retrieval", features, table)
             precision = table["mean_average_precision"].mean()
@@ -348,8 +358,8 @@ class _Run:
                     measure = f"{label}, {held_out} held out: {row.classifier}"
                     self._note("classification", measure, features, row.balanced_accuracy, row.n_rows)
 
-    def _splits(self):
-        """Yield (label's name, function of the labels, what is held out, function of the groups)."""
+    def _splits(self) -> Iterator[tuple[str, Callable[[], pd.Series], str, Callable[[], pd.Series]]]:
+        """Yield the name of the label, a function for the labels, what is held out, and a function for the groups."""
         obs, columns = self.obs, self.columns
 
         def wells() -> pd.Series:
@@ -357,40 +367,40 @@ class _Run:
                 return keys(obs, [columns.plate, columns.well])
             return pd.Series(np.arange(len(obs)).astype(str), index=obs.index)  # a row is a well
 
-        def treatments() -> pd.Series:
-            if self.label is not None:
-                return text(obs[self.label])
+        def of_treated(names: Callable[[Treatments], np.ndarray]) -> pd.Series:
             found = find_treatments(obs, columns)
-            names = keys(found.table.astype(str), [c for c in found.table if c != columns.mechanism], " ")
             labels = pd.Series(None, index=obs.index, dtype=object)
-            labels.iloc[found.rows] = names.to_numpy()[found.codes]
+            labels.iloc[found.rows] = names(found)
             return labels
 
+        def treatment_names(found: Treatments) -> np.ndarray:
+            names = keys(found.table.astype(str), [c for c in found.table if c != columns.mechanism], " ")
+            return names.to_numpy()[found.codes]
+
+        def labels() -> pd.Series:
+            return of_treated(treatment_names) if self.label is None else text(obs[self.label])
+
         def controls() -> pd.Series:
-            column = obs[role(columns, "pert_type", obs)]
+            column = obs[column_of(columns, "pert_type", obs)]
             known = is_value(column, columns.negative) | is_value(column, columns.positive)
             return text(column).where(known)
 
         def mechanisms() -> pd.Series:
-            found = find_treatments(obs, columns)
-            labels = pd.Series(None, index=obs.index, dtype=object)
-            column = text(obs[role(columns, "mechanism", obs)])
-            labels.iloc[found.rows] = column.iloc[found.rows].to_numpy()
-            return labels
+            return of_treated(lambda found: text(obs[columns.mechanism]).iloc[found.rows].to_numpy())
 
         name = self.label or "treatment"
-        yield name, treatments, "wells", wells
+        yield name, labels, "wells", wells
         if columns.plate is not None:
-            yield name, treatments, "plates", lambda: text(obs[columns.plate])
+            yield name, labels, "plates", lambda: text(obs[columns.plate])
         yield "controls", controls, "wells", wells
         if columns.mechanism is not None:
-            yield "mechanism", mechanisms, "perturbations", lambda: text(obs[role(columns, "perturbation", obs)])
+            yield "mechanism", mechanisms, "perturbations", lambda: text(obs[column_of(columns, "perturbation", obs)])
 
     def batch_effects(self) -> None:
         columns, obs = self.columns, self.obs
 
         def of_rows(features: Features, rows: np.ndarray, label: pd.Series | None) -> pd.DataFrame:
-            batch = text(obs[role(columns, "batch", obs)])
+            batch = text(obs[column_of(columns, "batch", obs)])
             return batch_effects(features[rows], batch.iloc[rows], label=label, seed=self.seed)
 
         def of_controls(features: Features) -> pd.DataFrame:
@@ -436,12 +446,12 @@ class _Run:
         except CellvimError:
             score, measure = DISTANCE, self._distances
 
-        def work(features: Features) -> pd.DataFrame:
+        def fit(features: Features) -> pd.DataFrame:
             curves, points = dose_response(measure(features), self.obs, self.columns)
             self._keep("dose_points", features, points.assign(score=score))
             return curves.assign(score=score)
 
-        found = self._each("dose response", work)
+        found = self._each("dose response", fit)
         for features, table in found:
             self._keep("dose_response", features, table)
             fitted = table.dropna(subset=["r_squared", "p_value"])
@@ -454,7 +464,7 @@ class _Run:
                 self._note("dose response", "|rank correlation| with the dose, median", features, rank, len(fitted))
         if found:
             if score == DISTANCE:
-                reason = "No positive controls to scale by: activity is the distance from the negative ones."
+                reason = "There are no positive controls: activity is the distance from the negative controls."
                 self.left_out.append({"task": "dose response", "reason": reason})
             remarks = found[0][1].loc[found[0][1]["remark"] != ""].groupby("remark")["perturbation"]
             for remark, names in remarks:
@@ -473,3 +483,31 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value if isinstance(value, bool | int | str) else str(value)
+
+
+def summary_tables(evaluation: Evaluation) -> list[Table]:
+    """Return one table per task for the terminal: one row per measure, one column per set of features, baselines last.
+
+    Names originate from files and are not interpreted as markup.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    wide = evaluation.wide()
+    counts = evaluation.summary.drop_duplicates(["task", "measure"]).set_index(["task", "measure"])
+    baselines = set(evaluation.summary.loc[evaluation.summary["is_baseline"], "features"])
+    tables = []
+    for task in dict.fromkeys(wide.index.get_level_values(0)):
+        title = f"{task}: balanced accuracy" if task == "classification" else str(task)
+        table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for name in wide.columns:
+            table.add_column(Text(str(name), style="dim" if name in baselines else "bold"), justify="right")
+        table.add_column("best", justify="right", style="dim")
+        table.add_column("n", justify="right", style="dim")
+        for measure, row in wide.loc[task].iterrows():
+            about = counts.loc[(task, measure)]
+            cells = [Text("–" if math.isnan(value) else f"{value:.3f}") for value in row]
+            table.add_row(Text(str(measure)), *cells, f"{about['best']:g}", f"{about['n']:,}")
+        tables.append(table)
+    return tables

@@ -1,15 +1,17 @@
-"""What is evaluated, and the baselines that stand beside it: cell count, mean intensities, random numbers."""
+"""Features to evaluate, and the baselines to compare them with: cell count, mean intensities, random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pandas as pd
 
-from cellvim.errors import InputError, listing
-from cellvim.profiles.columns import OBJECT_COUNT, matrix, representations
+from cellvim.errors import InputError
+from cellvim.profiles.columns import OBJECT_COUNT
+from cellvim.profiles.representations import latest_representation, matrix
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -20,20 +22,20 @@ CELL_COUNT, INTENSITIES, RANDOM = "cell count", "mean intensities", "random"
 
 @dataclass(frozen=True)
 class Features:
-    """One set of numbers about each row.
+    """A set of features.
 
     Attributes
     ----------
     name
-        What it is called in tables.
+        Name in tables.
     values
         (n, D) float64, finite.
     distance
-        How rows are compared: "cosine"; "euclidean" for a handful of numbers, whose direction says little.
+        Distance between rows: "cosine", or "euclidean" for few features, whose direction is not informative.
     left_out
-        Features that were left out because they are not finite.
+        Number of features that were omitted because they are not finite.
     is_baseline
-        Whether it is there to be beaten.
+        Whether this is a baseline.
     """
 
     name: str
@@ -43,45 +45,43 @@ class Features:
     is_baseline: bool = False
 
     def __getitem__(self, rows: np.ndarray) -> Features:
-        return Features(self.name, self.values[rows], self.distance, self.left_out, self.is_baseline)
+        return replace(self, values=self.values[rows])
 
 
 def feature_sets(adata: AnnData, use: Sequence[str], *, seed: int = 0) -> tuple[list[Features], list[str]]:
-    """Return the representations that were asked for, then the baselines.
+    """Return representations and the baselines.
 
     Parameters
     ----------
     adata
         Profiles.
     use
-        Names of representations: "X", layers, entries of obsm.
+        Names of representations: "X", layers, entries of ``obsm``.
     seed
-        Of the random numbers.
+        Random seed.
 
     Returns
     -------
     list[Features]
-        The representations; "mean intensities" (``obs`` columns ``mean_intensity_*``, standardised) and "cell count"
-        where they are known; and "random", normal numbers as many as the first representation has.
+        The representations; "mean intensities" (``obs`` columns ``mean_intensity_*``, standardised) and "cell count",
+        if available; and "random", as many normal random numbers as the first representation has features.
     list[str]
-        Why a baseline is missing, a line each.
+        Why a baseline is missing, one sentence each.
 
     Raises
     ------
     CellvimError
-        A representation is not there, or none of its features is finite.
+        A representation does not exist, or none of its features is finite.
     """
     sets, reasons = [], []
     for name in use:
-        values = matrix(adata, name)
-        finite = np.isfinite(values).all(axis=0)
-        if adata.n_obs > 1 and not np.ptp(values[:, finite], axis=0).any() and finite.any():
-            raise InputError(f"'{name}' is the same in every row; there is nothing to evaluate.")
-        if not finite.any():
+        features = finite_representation(adata, name)
+        if not features.values.shape[1]:
             raise InputError(f"'{name}' has no feature that is finite in every row; there is nothing to evaluate.")
-        sets.append(Features(name, values[:, finite], left_out=int((~finite).sum())))
-    known = [name for name in adata.obs.columns if str(name).startswith("mean_intensity_")]
-    if known:
+        if adata.n_obs > 1 and not np.ptp(features.values, axis=0).any():
+            raise InputError(f"'{name}' is the same in every row; there is nothing to evaluate.")
+        sets.append(features)
+    if known := intensity_columns(adata.obs):
         values = adata.obs[known].to_numpy(np.float64)
         if np.isfinite(values).all():
             spread = values.std(axis=0)
@@ -91,7 +91,7 @@ def feature_sets(adata: AnnData, use: Sequence[str], *, seed: int = 0) -> tuple[
             reasons.append(f"Baseline {INTENSITIES}: some are not finite.")
     if OBJECT_COUNT in adata.obs:
         count = adata.obs[OBJECT_COUNT].to_numpy(np.float64)[:, None]
-        # Wells with as many cells are ties, and copairs ranks replicates first among ties: break them at random.
+        # copairs ranks replicates first among ties, so ties of wells with equal counts are broken at random
         count = count + np.random.default_rng(seed).uniform(-0.1, 0.1, count.shape)
         sets.append(Features(CELL_COUNT, count, "euclidean", is_baseline=True))
     else:
@@ -101,12 +101,52 @@ def feature_sets(adata: AnnData, use: Sequence[str], *, seed: int = 0) -> tuple[
     return sets, reasons
 
 
-def latest_representation(adata: AnnData) -> str:
-    """Return the name of what was made last by `cellvim.profiles`, or "X"."""
-    latest = str(adata.uns.get("cellvim", {}).get("profile", {}).get("latest", "X"))
-    if latest not in representations(adata):
-        raise InputError(
-            f"'{latest}' was made last, but it is not there; there are {listing(representations(adata))}. Choose with "
-            "--use."
-        )
-    return latest
+def finite_representation(adata: AnnData, use: str | None = None) -> Features:
+    """Return the features of a representation (by default the latest) that are finite in all rows."""
+    use = use or latest_representation(adata)
+    values = matrix(adata, use)
+    finite = np.isfinite(values).all(axis=0)
+    return Features(use, values[:, finite], left_out=int((~finite).sum()))
+
+
+def intensity_columns(obs: pd.DataFrame) -> list[str]:
+    """Return the columns with the mean intensities of the channels."""
+    return [name for name in obs.columns if str(name).startswith("mean_intensity_")]
+
+
+def unit_rows(values: np.ndarray) -> np.ndarray:
+    """Scale vectors along the last axis to length 1; zero vectors remain zero."""
+    norm = np.linalg.norm(values, axis=-1, keepdims=True)
+    return values / np.where(norm > 0, norm, 1)
+
+
+def sample_rows(groups: np.ndarray, most: int, *, keep: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
+    """Sample up to ``most`` rows evenly from groups.
+
+    Parameters
+    ----------
+    groups
+        (n,) codes of the groups (wells), from 0; −1 is a group, too.
+    most
+        Maximum number of rows.
+    keep
+        Rows that are always included; they may exceed ``most``.
+    seed
+        Random seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        Rows, in ascending order.
+    """
+    keep = np.empty(0, np.int64) if keep is None else np.unique(np.asarray(keep, np.int64))
+    if len(groups) <= most:
+        return np.arange(len(groups))
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(groups))
+    shuffled = shuffled[np.argsort(groups[shuffled], kind="stable")]  # group by group, in random order within
+    place = np.arange(len(shuffled)) - np.searchsorted(groups[shuffled], groups[shuffled])  # 0, 1, … in each group
+    place = place + rng.random(len(place))  # breaks the ties of the last round at random
+    order = shuffled[np.argsort(place, kind="stable")]
+    order = order[~np.isin(order, keep)]
+    return np.sort(np.concatenate([keep, order[: max(0, most - len(keep))]]))

@@ -1,40 +1,39 @@
-"""Mechanism of action: is the nearest other compound one of the same mechanism?"""
+"""Mechanism of action: prediction from the nearest other compound, and retrieval of compounds by mechanism."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from cellvim.errors import MetadataError
-from cellvim.evaluate.features import Features
-from cellvim.evaluate.retrieval import average_precision, mean_average_precision
-from cellvim.evaluate.treatments import Treatments, find_treatments
-from cellvim.profiles.columns import Columns, role, text
-
-NULL_SIZE = 10_000
+from cellvim.evaluate.features import Features, unit_rows
+from cellvim.evaluate.retrieval import NULL_SIZE, average_precision, mean_average_precision
+from cellvim.profiles.columns import Columns, Treatments, column_of, find_treatments, text
 
 
 def nearest_mechanism(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Predict each treatment's mechanism by its nearest neighbour, NSC and NSB [1]_ [2]_.
+    """Predict the mechanism of each treatment from its nearest neighbour, NSC and NSB [1]_ [2]_.
 
-    A treatment's profile is the mean of its replicates. Its neighbour is the nearest treatment by another compound
-    (not-same-compound, NSC), or by another compound and in none of its own batches (not-same-compound-or-batch, NSB).
-    Treatments that have no such neighbour of their own mechanism cannot be predicted and do not count.
+    The profile of a treatment is the mean of its replicates. Its neighbour is the nearest treatment with another
+    compound (not-same-compound, NSC), or with another compound in other batches (not-same-compound-or-batch, NSB).
+    Treatments without a possible neighbour of the same mechanism cannot be predicted and are not counted.
 
     Parameters
     ----------
     features
-        What is compared.
+        Features of the rows.
     obs
-        The table of the same rows.
+        Table of the same rows.
     columns
-        Perturbation, dose, mechanism, and batch for NSB.
+        Columns of perturbations, doses, mechanisms, and batches for NSB.
 
     Returns
     -------
     pandas.DataFrame
-        One row a treatment: its columns; ``n_replicates``; and for ``nsc`` and, with batches, ``nsb``:
-        ``nsc_neighbour`` (the compound), ``nsc_mechanism``, ``nsc_similarity`` and ``nsc_correct`` (None where the
+        One row per treatment: its columns; ``n_replicates``; and for ``nsc`` and, with batches, ``nsb``:
+        ``nsc_neighbour`` (the compound), ``nsc_mechanism``, ``nsc_similarity`` and ``nsc_correct`` (None if the
         treatment cannot be predicted).
 
     Raises
@@ -55,7 +54,7 @@ def nearest_mechanism(features: Features, obs: pd.DataFrame, columns: Columns) -
     other = compound[:, None] != compound[None]
     same_mechanism = mechanism[:, None] == mechanism[None]
     if not (other & same_mechanism).any():
-        raise MetadataError(f"No mechanism of '{columns.mechanism}' has two compounds, so none can be predicted.")
+        raise MetadataError(f"No mechanism in '{columns.mechanism}' has two compounds, so none can be predicted.")
     result = treatments.table.assign(n_replicates=treatments.counts)
     schemes = {"nsc": other} | _other_batch(obs, columns, treatments, other)
     for name, allowed in schemes.items():
@@ -73,17 +72,17 @@ def nearest_mechanism(features: Features, obs: pd.DataFrame, columns: Columns) -
 def mechanism_map(
     features: Features, obs: pd.DataFrame, columns: Columns, *, null_size: int = NULL_SIZE, seed: int = 0
 ) -> pd.DataFrame:
-    """Compute the mean average precision of each mechanism: do its compounds find each other among all others?
+    """Compute the mean average precision of each mechanism: the retrieval of its compounds among all others.
 
-    By copairs, on the means of the treatments' replicates. Positive pairs are two compounds of one mechanism, negative
-    ones two compounds of two mechanisms.
+    Computed by copairs from the means of the replicates. Positive pairs are two compounds with the same mechanism,
+    negative pairs two compounds with different mechanisms.
 
     Returns
     -------
     pandas.DataFrame
-        One row a mechanism of at least two compounds: the mechanism, ``mean_average_precision``,
-        ``mean_normalized_average_precision``, ``p_value``, ``corrected_p_value`` and ``retrieved``, whether the last is
-        below 0.05.
+        One row per mechanism with at least two compounds: the mechanism, ``mean_average_precision``,
+        ``mean_normalized_average_precision``, ``p_value``, ``corrected_p_value`` and ``retrieved`` (corrected p value
+        below 0.05).
 
     Raises
     ------
@@ -91,7 +90,7 @@ def mechanism_map(
         As `nearest_mechanism`.
     """
     treatments = _with_mechanism(obs, columns)
-    means = Features(features.name, treatments.means(features.values), features.distance)
+    means = replace(features, values=treatments.means(features.values))
     table = pd.DataFrame(
         {
             "mechanism": treatments.table[columns.mechanism].astype(str),
@@ -105,14 +104,14 @@ def mechanism_map(
         pos_diffby=["compound"],
         neg_sameby=[],
         neg_diffby=["mechanism", "compound"],
-        wanted="two compounds of one mechanism, and one of another",
+        required="two compounds with the same mechanism, and one with another",
     )
     result = mean_average_precision(precision, ["mechanism"], null_size=null_size, seed=seed)
     return result.rename(columns={"mechanism": columns.mechanism, "below_corrected_p": "retrieved"})
 
 
 def _with_mechanism(obs: pd.DataFrame, columns: Columns) -> Treatments:
-    name = role(columns, "mechanism", obs)
+    name = column_of(columns, "mechanism", obs)
     treatments = find_treatments(obs, columns)
     known = treatments.table[name].notna().to_numpy() & (treatments.table[name] != "").to_numpy()
     if not known.any():
@@ -123,8 +122,10 @@ def _with_mechanism(obs: pd.DataFrame, columns: Columns) -> Treatments:
     return Treatments(treatments.rows[kept], number[treatments.codes[kept]], table)
 
 
-def _other_batch(obs: pd.DataFrame, columns: Columns, treatments: Treatments, other: np.ndarray):
-    """Return which pairs have no batch in common either, unless there is one batch only."""
+def _other_batch(
+    obs: pd.DataFrame, columns: Columns, treatments: Treatments, other: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the pairs for NSB, (treatments, treatments), unless there is only one batch."""
     if columns.batch is None:
         return {}
     codes, batches = pd.factorize(text(obs[columns.batch]).fillna("").to_numpy()[treatments.rows])
@@ -137,8 +138,7 @@ def _other_batch(obs: pd.DataFrame, columns: Columns, treatments: Treatments, ot
 
 def _similarity(means: np.ndarray, distance: str) -> np.ndarray:
     if distance == "cosine":
-        norm = np.linalg.norm(means, axis=1, keepdims=True)
-        unit = means / np.where(norm > 0, norm, 1)
+        unit = unit_rows(means)
         return unit @ unit.T
     from scipy.spatial.distance import cdist
 

@@ -1,4 +1,4 @@
-"""Mean average precision, by copairs: do replicates find each other among the controls?"""
+"""Mean average precision of replicates among controls, computed by copairs."""
 
 from __future__ import annotations
 
@@ -6,51 +6,45 @@ import pandas as pd
 
 from cellvim.errors import InputError, MetadataError
 from cellvim.evaluate.features import Features
-from cellvim.evaluate.treatments import Treatments, find_treatments
-from cellvim.profiles.columns import Columns, negative_controls, role, text
+from cellvim.profiles.columns import Columns, Treatments, find_treatments, negative_controls, text
 
 NULL_SIZE = 10_000
 THRESHOLD = 0.05
 
 
 def replicate_map(
-    features: Features,
-    obs: pd.DataFrame,
-    columns: Columns,
-    *,
-    null_size: int = NULL_SIZE,
-    seed: int = 0,
+    features: Features, obs: pd.DataFrame, columns: Columns, *, null_size: int = NULL_SIZE, seed: int = 0
 ) -> pd.DataFrame:
-    """Compute the mean average precision of each treatment's replicates against negative controls [1]_.
+    """Compute the mean average precision of the replicates of each treatment against negative controls [1]_.
 
-    Each replicate ranks the treatment's other replicates and the negative controls of its own plate (of all plates
-    where obs has no plates) by similarity. The mean of the replicates' average precisions is compared with that of
-    random ranks, and the p values are corrected by Benjamini and Hochberg. All of it is done by copairs.
+    Each replicate ranks the other replicates of the treatment and the negative controls on its plate (on all plates if
+    obs has no plate column) by similarity. The mean of the average precisions is compared with that of random ranks,
+    and the p values are corrected by the method of Benjamini and Hochberg. Computed by copairs.
 
     Parameters
     ----------
     features
-        What is compared.
+        Features of the rows.
     obs
-        The table of the same rows.
+        Table of the same rows.
     columns
-        Perturbation, dose, controls and plate.
+        Columns of perturbations, doses, controls and plates.
     null_size
-        Random ranks.
+        Number of random ranks.
     seed
-        Of these.
+        Random seed.
 
     Returns
     -------
     pandas.DataFrame
-        One row a treatment of at least two replicates: its columns, ``n_replicates``, ``mean_average_precision``,
+        One row per treatment with at least two replicates: its columns, ``n_replicates``, ``mean_average_precision``,
         ``mean_normalized_average_precision`` (0 for random ranks, 1 at best), ``p_value``, ``corrected_p_value``, and
-        ``active``, whether the last is below 0.05. Sorted by mean average precision, highest first.
+        ``active`` (corrected p value below 0.05). Sorted by mean average precision, in descending order.
 
     Raises
     ------
     MetadataError
-        A column is missing, no treatment has two replicates, or there are no controls to compare with.
+        A column is missing, no treatment has two replicates, or there are no controls.
 
     References
     ----------
@@ -67,7 +61,7 @@ def replicate_map(
         pos_diffby=[],
         neg_sameby=same_plate,
         neg_diffby=["treatment", "reference"],
-        wanted="two replicates of one treatment, and negative controls on the same plate",
+        required="two replicates of a treatment, and negative controls on the same plate",
     )
     precision = precision[precision["reference"] == -1]
     result = mean_average_precision(precision, ["treatment"], null_size=null_size, seed=seed)
@@ -78,30 +72,30 @@ def replicate_map(
 
 
 def _pairs_table(obs: pd.DataFrame, columns: Columns, treatments: Treatments) -> pd.DataFrame:
-    """Return what copairs pairs by: treated rows have the reference −1, each control one of its own."""
+    """Return the columns that copairs pairs by: ``reference`` is −1 for treated rows, and unique for each control."""
     control = negative_controls(obs, columns)
     table = pd.DataFrame({"treatment": "", "reference": -1}, index=range(len(obs)))
     table.loc[control, "treatment"] = "control"
     table.loc[control, "reference"] = range(int(control.sum()))
     table.loc[treatments.rows, "treatment"] = treatments.codes.astype(str)
     if columns.plate is not None:
-        table["plate"] = text(obs[role(columns, "plate", obs)]).fillna("").to_numpy()
+        table["plate"] = text(obs[columns.plate]).fillna("").to_numpy()
     return table[table["treatment"] != ""]
 
 
-def average_precision(table: pd.DataFrame, features: Features, *, wanted: str, **pairs: list[str]) -> pd.DataFrame:
-    """Run copairs' ``average_precision`` on rows of a table, whose index are positions in ``features``.
+def average_precision(table: pd.DataFrame, features: Features, *, required: str, **pairs: list[str]) -> pd.DataFrame:
+    """Run copairs' ``average_precision`` on the rows of a table, whose index contains positions in ``features``.
 
     Raises
     ------
     MetadataError
-        There are no pairs; ``wanted`` says of what.
+        There are no pairs; ``required`` describes the requirement.
     """
     try:
         from copairs import map as copairs_map
         from copairs.matching import UnpairedException
     except ImportError as error:
-        raise InputError("Retrieval needs copairs. Install it: pip install 'cellvim[profiles]'") from error
+        raise InputError("Retrieval requires copairs: pip install 'cellvim[profiles]'.") from error
     try:
         return copairs_map.average_precision(
             table.reset_index(drop=True),
@@ -111,15 +105,15 @@ def average_precision(table: pd.DataFrame, features: Features, *, wanted: str, *
             **pairs,
         )
     except UnpairedException as error:
-        raise MetadataError(f"Retrieval needs {wanted}, and there are none.") from error
+        raise MetadataError(f"Retrieval requires {required}; there are none.") from error
 
 
 def mean_average_precision(precision: pd.DataFrame, by: list[str], *, null_size: int, seed: int) -> pd.DataFrame:
-    """Run copairs' ``mean_average_precision``; sorted, and without its lists of rows."""
+    """Run copairs' ``mean_average_precision``, and sort the result in descending order."""
     from copairs import map as copairs_map
 
     if not (precision["n_pos_pairs"] > 0).any():
-        raise MetadataError("Retrieval needs two replicates of one treatment, and there are none.")
+        raise MetadataError("Retrieval requires two replicates of a treatment; there are none.")
     result = copairs_map.mean_average_precision(
         precision, by, null_size=null_size, threshold=THRESHOLD, seed=seed, progress_bar=False
     )

@@ -1,4 +1,4 @@
-"""Controls apart, and dose-response curves."""
+"""Plots of the separation of controls, and of dose-response curves."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from cellvim.errors import CellvimError, MetadataError, listing
 from cellvim.evaluate.assay import ACTIVITY, activity_scores, assay_quality, distance_scores
 from cellvim.evaluate.dose_response import dose_response as fit_curves
-from cellvim.evaluate.dose_response import logistic
-from cellvim.evaluate.features import Features, latest_representation
+from cellvim.evaluate.dose_response import dosed_wells, logistic
+from cellvim.evaluate.features import finite_representation
 from cellvim.pl.canvas import NEGATIVE, PALETTE, POSITIVE, TREATED, new_axes, plain
-from cellvim.profiles.columns import Columns, find_columns, matrix
+from cellvim.profiles.columns import find_columns
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,31 +28,31 @@ def controls(
     positive: str = "poscon",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw where the wells of each plate lie between its controls, with Z′.
+    """Plot the activity of the wells of each plate relative to its controls, with Z′.
 
     Parameters
     ----------
     adata
         Profiles.
     use
-        Representation; what was normalised last by default.
+        Representation; by default the latest.
     control, positive
-        Values of the column of controls, or COLUMN:VALUE.
+        Values of the control column for negative and positive controls, or COLUMN:VALUE.
     ax
-        Axes to draw on; a new figure without.
+        Axes to plot on; a new figure by default.
 
     Returns
     -------
     matplotlib.axes.Axes
-        One column of dots a plate. See `cellvim.evaluate.assay.activity_scores` for what is drawn.
+        One column of dots per plate; the activity is defined by `cellvim.evaluate.assay.activity_scores`.
 
     Raises
     ------
     CellvimError
-        There are no controls of one kind.
+        There are no negative or no positive controls.
     """
     columns = find_columns(adata.obs, negative=control, positive=positive)
-    scores = activity_scores(_features(adata, use), adata.obs, columns)
+    scores = activity_scores(finite_representation(adata, use), adata.obs, columns)
     quality = assay_quality(scores).set_index("plate")["z_prime"]
     plates = list(quality.index)
     axes = new_axes(ax, (min(14, 2.2 + 1.1 * len(plates)), 3.6))
@@ -87,37 +86,40 @@ def dose_response(
     ax: Axes | None = None,
     **columns: str | None,
 ) -> Axes:
-    """Draw activity against dose, a curve a perturbation.
+    """Plot activity against dose, with one curve per perturbation.
 
     Parameters
     ----------
     adata
         Profiles.
     perturbations
-        Which; by default those that respond most clearly, at most six.
+        Perturbations to plot; by default up to six with the lowest p values.
     use
-        Representation; what was normalised last by default.
+        Representation; by default the latest.
     control, positive
-        Values of the column of controls, or COLUMN:VALUE. Without positive controls the distance from the negative
-        ones is drawn.
+        Values of the control column for negative and positive controls, or COLUMN:VALUE. Without positive controls,
+        the distance from the negative controls is plotted.
     ax
-        Axes to draw on; a new figure without.
+        Axes to plot on; a new figure by default.
     **columns
-        ``dose``, ``perturbation``, ``plate``: names of columns, if not the usual.
+        Names of the columns for ``dose``, ``perturbation`` and ``plate``.
 
     Returns
     -------
     matplotlib.axes.Axes
-        Dots are wells, the dashed line is the EC50 where it lies within the doses.
+        Dots are wells; a dashed line is an EC50 within the doses.
 
     Raises
     ------
     CellvimError
-        There are no doses, no controls, or no such perturbation.
+        There are no doses, no controls, or a perturbation does not exist.
     """
     found = find_columns(adata.obs, negative=control, positive=positive, **columns)
-    features = _features(adata, use)
-    scores, label = _scores(features, adata, found)
+    features = finite_representation(adata, use)
+    try:
+        scores, label = activity_scores(features, adata.obs, found), "activity (0 negative, 1 positive control)"
+    except CellvimError:  # no positive controls
+        scores, label = distance_scores(features, adata.obs, found), "distance from negative controls (MADs)"
     curves, _ = fit_curves(scores, adata.obs, found)
     curves = curves.set_index("perturbation")
     if perturbations is None:
@@ -125,8 +127,9 @@ def dose_response(
         perturbations = list(fitted.index[:6])
     chosen = [perturbations] if isinstance(perturbations, str) else list(perturbations)
     if lost := [name for name in chosen if name not in curves.index]:
-        raise MetadataError(f"There are no doses of {listing(lost)}; there are of {listing(curves.index)}.")
-    wells = _wells(scores, adata, found)
+        raise MetadataError(f"There are no doses of {listing(lost)}; there are doses of {listing(curves.index)}.")
+    wells = dosed_wells(scores, adata.obs, found)
+    wells = wells[wells["dose"] > 0]
     axes = new_axes(ax, (5.2, 3.6))
     for i, name in enumerate(chosen):
         color = PALETTE[i % len(PALETTE)]
@@ -149,23 +152,3 @@ def dose_response(
     axes.legend(fontsize=7, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
-
-
-def _features(adata: AnnData, use: str | None) -> Features:
-    name = use or latest_representation(adata)
-    values = matrix(adata, name)
-    return Features(name, values[:, np.isfinite(values).all(axis=0)])
-
-
-def _scores(features: Features, adata: AnnData, columns: Columns) -> tuple[pd.DataFrame, str]:
-    try:
-        return activity_scores(features, adata.obs, columns), "activity (0 negative, 1 positive control)"
-    except CellvimError:
-        return distance_scores(features, adata.obs, columns), "distance from negative controls (MADs)"
-
-
-def _wells(scores: pd.DataFrame, adata: AnnData, columns: Columns) -> pd.DataFrame:
-    from cellvim.evaluate.dose_response import dosed_wells
-
-    wells = dosed_wells(scores, adata.obs, columns)
-    return wells[wells["dose"] > 0]

@@ -1,4 +1,4 @@
-"""Which perturbations can be told from controls, and which mechanisms from each other."""
+"""Plots of the retrieval of perturbations, and of predicted mechanisms."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import InputError
+from cellvim.evaluate.features import finite_representation
 from cellvim.evaluate.mechanism import nearest_mechanism
 from cellvim.evaluate.retrieval import THRESHOLD, replicate_map
-from cellvim.pl.assay import _features
 from cellvim.pl.canvas import POSITIVE, TREATED, new_axes, plain
 from cellvim.profiles.columns import find_columns
 
@@ -32,26 +32,26 @@ def retrieval(
     ax: Axes | None = None,
     **columns: str | None,
 ) -> Axes:
-    """Draw each treatment's mean average precision against its q value.
+    """Plot the mean average precision of each treatment against its q value.
 
     Parameters
     ----------
     adata
         Profiles.
     use
-        Representation; what was normalised last by default.
+        Representation; by default the latest.
     label
-        How many of the best to name.
+        Number of treatments to label, from the highest mean average precision.
     control
-        Value of the column of controls, or COLUMN:VALUE.
+        Value of the control column for negative controls, or COLUMN:VALUE.
     evaluation
-        Take the figures from here instead of computing them.
+        Evaluation with the values; computed by default.
     seed
-        Of the p values.
+        Random seed for the p values.
     ax
-        Axes to draw on; a new figure without.
+        Axes to plot on; a new figure by default.
     **columns
-        ``perturbation``, ``dose``, ``plate``: names of columns, if not the usual.
+        Names of the columns for ``perturbation``, ``dose`` and ``plate``.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def retrieval(
     CellvimError
         There are no perturbations, replicates or controls.
     """
-    features = _features(adata, use)
+    features = finite_representation(adata, use)
     if evaluation is not None:
         table = evaluation.tables.get("retrieval", pd.DataFrame(columns=["features"]))
         table = table[table["features"] == features.name]
@@ -80,7 +80,7 @@ def retrieval(
     names = _names(table)
     for row in range(min(label, len(table))):
         x, y = table["mean_average_precision"].iloc[row], height.iloc[row]
-        offset = (-4, -9 * (row + 1)) if x > 0.5 else (4, -9 * (row + 1))  # the best often share one spot
+        offset = (-4, -9 * (row + 1)) if x > 0.5 else (4, -9 * (row + 1))  # the best often coincide
         style = {"ha": "right" if x > 0.5 else "left", "fontsize": 6.5, "color": "0.25"}
         axes.annotate(plain(names[row], 28), (x, y), offset, textcoords="offset points", **style)
     axes.set(xlabel="mean average precision", ylabel="−log₁₀ q", xlim=(-0.03, 1.03))
@@ -90,7 +90,7 @@ def retrieval(
 
 
 def _names(table: pd.DataFrame) -> list[str]:
-    """Return what to call each treatment: its perturbation and dose, the columns before the number of replicates."""
+    """Return the names of the treatments: perturbation and dose, the columns before the number of replicates."""
     about = table.columns[: list(table.columns).index("n_replicates")][:2]
     return [" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in table[about].to_numpy()]
 
@@ -98,20 +98,20 @@ def _names(table: pd.DataFrame) -> list[str]:
 def mechanisms(
     adata: AnnData, *, use: str | None = None, scheme: str = "nsc", ax: Axes | None = None, **columns: str | None
 ) -> Axes:
-    """Draw which mechanism the nearest other compound has: rows are true, columns predicted.
+    """Plot the mechanism of the nearest other compound: rows are true, columns predicted mechanisms.
 
     Parameters
     ----------
     adata
         Profiles.
     use
-        Representation; what was normalised last by default.
+        Representation; by default the latest.
     scheme
-        "nsc", not the same compound, or "nsb", nor the same batch.
+        "nsc" (not the same compound) or "nsb" (not the same compound or batch).
     ax
-        Axes to draw on; a new figure without.
+        Axes to plot on; a new figure by default.
     **columns
-        ``mechanism``, ``perturbation``, ``dose``, ``batch``: names of columns, if not the usual.
+        Names of the columns for ``mechanism``, ``perturbation``, ``dose`` and ``batch``.
 
     Returns
     -------
@@ -123,12 +123,12 @@ def mechanisms(
         There are no mechanisms, or nothing can be predicted.
     """
     found = find_columns(adata.obs, **columns)
-    table = nearest_mechanism(_features(adata, use), adata.obs, found)
+    table = nearest_mechanism(finite_representation(adata, use), adata.obs, found)
     if f"{scheme}_correct" not in table:
-        raise InputError(f"The scheme is nsc, or with batches nsb; '{scheme}' cannot be computed here.")
+        raise InputError(f"The scheme '{scheme}' is not possible; expected nsc, or nsb if there are batches.")
     table = table.dropna(subset=[f"{scheme}_correct"])
     if table.empty:
-        raise InputError(f"No treatment can be predicted by {scheme}.")
+        raise InputError(f"No treatment can be predicted with {scheme}.")
     counts = pd.crosstab(table[found.mechanism].astype(str), table[f"{scheme}_mechanism"].astype(str))
     names = sorted(set(counts.index) | set(counts.columns))
     counts = counts.reindex(index=names, columns=names, fill_value=0)

@@ -1,8 +1,8 @@
 """Aggregate cells to wells, in memory that does not grow with the number of cells.
 
-Means are summed up in one pass over the rows. A median or a trimmed mean needs all cells of a well at once, and is
-exact: wells are taken a few at a time, in the order in which they come in the store, and the rows between their first
-and last cell are read. `cellvim embed` writes the cells of a well side by side, so that this, too, is one pass.
+Means are computed in one pass over the rows. Medians and trimmed means require all cells of a well at once and are
+exact: wells are processed in batches, in their order in the store, by reading the rows from the first to the last cell
+of each batch. `cellvim embed` writes the cells of a well consecutively, so this is one pass, too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 Statistic = Literal["mean", "median", "robust"]
 STATISTICS = ("mean", "median", "robust")
-TRIM = 0.1  # share of a well's cells left out at either end, by "robust"
-CHUNK_BYTES = 64 << 20  # rows read at once
-WELLS_BYTES = 256 << 20  # cells of the wells that are worked on at once; a larger single well is taken whole
+TRIM = 0.1  # share of cells that "robust" omits at either end
+CHUNK_BYTES = 64 << 20  # per read
+WELLS_BYTES = 256 << 20  # per batch of wells; a larger well is a batch of its own
 
 Progress = Callable[[int, int], None]
 
@@ -41,21 +41,20 @@ def aggregate(
     min_cells: int = 1,
     progress: Progress | None = None,
 ) -> AnnData:
-    """Make one profile of the cells of each well.
+    """Aggregate the cells of each well to one profile.
 
     Parameters
     ----------
     source
-        Embeddings: an AnnData or the path of one (``.zarr``, ``.h5ad``), which is read by runs of rows.
+        Embeddings: an AnnData or the path of one, which is read in chunks of rows.
     by
-        Columns of ``obs`` that say which rows belong together.
+        Columns of ``obs``; rows with equal values are aggregated.
     statistic
-        "mean"; "median"; or "robust", the mean of what remains of each feature when a tenth of the cells is left out
-        at either end [1]_.
+        "mean"; "median"; or "robust", the mean of each feature after omitting a tenth of the cells at either end [1]_.
     min_cells
-        Wells with fewer cells get no profile; they are counted in ``uns``.
+        Minimum number of cells; wells with fewer are omitted and recorded in ``uns``.
     progress
-        Takes the rows done and their number.
+        Called with the number of rows done and the total.
 
     Returns
     -------
@@ -63,25 +62,24 @@ def aggregate(
         Rows are sorted by ``by``.
 
         ``X``
-            (wells, D) float32. Values that are not finite do not count; where none of a well is, the profile has NaN.
+            (wells, D) float32. Values that are not finite are ignored; NaN if a well has no finite value.
         ``obs``
-            ``by``; ``Metadata_Object_Count``, the number of cells; every column whose value is the same for all cells
-            of each well; the mean over the cells of other columns of numbers (``area_um2`` and the like), but not of
-            ``Metadata_…``, which number things.
+            ``by``; ``Metadata_Object_Count``, the number of cells; all columns with a single value per well; the mean
+            of other numeric columns (such as ``area_um2``), except ``Metadata_…``, which are identifiers.
         ``obsm["X_emb_<channel>"]``
-            As X, where the cells have them.
+            As X, if the cells have them.
         ``uns["cellvim"]``
-            As the cells have it, and under ``profile`` what was done here.
+            Of the cells; with ``profile``, which records the aggregation.
 
     Warns
     -----
     CellvimWarning
-        Some values are not finite, or wells were left out.
+        Some values are not finite, or wells were omitted.
 
     Raises
     ------
     CellvimError
-        A column is not there, rows have no well, or there are no rows.
+        A column does not exist, rows have no well, or there are no rows.
 
     References
     ----------
@@ -89,9 +87,9 @@ def aggregate(
        sample: Trimming/Winsorization 1", Sankhya A, 1963.
     """
     if statistic not in STATISTICS:
-        raise InputError(f"Cells can be aggregated by {listing(STATISTICS)}, not by '{statistic}'.")
+        raise InputError(f"There is no statistic '{statistic}'; expected {listing(STATISTICS)}.")
     if min_cells < 1:
-        raise InputError(f"A well needs at least 1 cell; --min-cells is {min_cells}.")
+        raise InputError(f"--min-cells is {min_cells}; expected at least 1.")
     with open_anndata(source) as store:
         groups = _groups(store, list(by))
         results = _summarise(store, groups, statistic, progress)
@@ -101,10 +99,10 @@ def aggregate(
 
 @dataclass(frozen=True)
 class _Groups:
-    """Which group each row belongs to."""
+    """The group of each row."""
 
     codes: np.ndarray  # (rows,) int32
-    keys: pd.DataFrame  # one row a group
+    keys: pd.DataFrame  # one row per group
     counts: np.ndarray  # (groups,)
 
     def __len__(self) -> int:
@@ -119,7 +117,7 @@ def _groups(store: StoredAnnData, by: list[str]) -> _Groups:
         require(pd.DataFrame(columns=store.obs_columns), name, option="--by")
         columns[name] = store.column(name)
         if n := int(columns[name].isna().sum()):
-            raise MetadataError(f"{n:,} of {store.n_rows:,} rows of {store.name} have no {name}; expected one in each.")
+            raise MetadataError(f"{n:,} of {store.n_rows:,} rows of {store.name} have no {name}, which is required.")
     code = np.zeros(store.n_rows, np.int64)
     for column in columns.values():
         codes, values = pd.factorize(column)
@@ -139,7 +137,7 @@ def _groups(store: StoredAnnData, by: list[str]) -> _Groups:
 def _summarise(
     store: StoredAnnData, groups: _Groups, statistic: Statistic, progress: Progress | None
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Return each matrix's profiles (groups, D) and how many of its values are not finite."""
+    """Return the profiles of each matrix, (groups, D), and its number of values that are not finite."""
     total = store.n_rows * len(store.matrices)
     results, done = {}, 0
     for name in store.matrices:
@@ -193,7 +191,7 @@ def _order_statistics(
     result = np.empty((len(groups), store.matrices[matrix]))
     n_missing = 0
     for members, start, stop in _batches(groups, 8 * store.matrices[matrix]):
-        place = np.full(len(groups), -1, np.int64)  # where in the buffer each group's next row goes
+        place = np.full(len(groups), -1, np.int64)  # position in the buffer for the next row of each group
         ends = np.cumsum(groups.counts[members])
         place[members] = ends - groups.counts[members]
         buffer = None
@@ -215,7 +213,7 @@ def _order_statistics(
 
 
 def _batches(groups: _Groups, bytes_per_row: int) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yield groups whose rows fit into memory together, and the first and last row (exclusive) of theirs."""
+    """Yield groups whose rows fit into memory together, and the range of rows that contains them."""
     rows = np.arange(len(groups.codes))
     first = np.full(len(groups), len(rows), np.int64)
     last = np.zeros(len(groups), np.int64)
@@ -234,14 +232,14 @@ def _batches(groups: _Groups, bytes_per_row: int) -> Iterator[tuple[np.ndarray, 
 
 
 def _location(values: np.ndarray, statistic: Statistic) -> tuple[np.ndarray, int]:
-    """Return the location of each column, and how many values are not finite."""
+    """Return the median or trimmed mean of each column, and the number of values that are not finite."""
     values = values.astype(np.float64)
     bad = ~np.isfinite(values)
     n_bad = int(bad.sum())
     if n_bad:
         values[bad] = np.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of columns without any finite value
+        warnings.simplefilter("ignore", RuntimeWarning)  # for columns without finite values
         if statistic == "median":
             return (np.nanmedian if n_bad else np.median)(values, axis=0), n_bad
         if not n_bad:
@@ -262,7 +260,7 @@ def _trimmed_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _obs(store: StoredAnnData, groups: _Groups) -> tuple[pd.DataFrame, list[str]]:
-    """Return one row a group, and the names of the columns that differ within a group and are no numbers."""
+    """Return one row per group, and the names of the columns that vary within groups and are not averaged."""
     columns: dict[str, object] = dict(groups.keys.items())
     columns[OBJECT_COUNT] = groups.counts.astype(np.int64)
     dropped = []
@@ -289,8 +287,8 @@ def _is_number(column: pd.Series) -> bool:
 
 
 def _constant(column: pd.Series, groups: _Groups) -> pd.Series | None:
-    """Return each group's value if its rows all have the same one (or all none)."""
-    if _is_number(column):  # without a table of all values, which would be as large as the column
+    """Return the value of each group, or None if the rows of a group differ."""
+    if _is_number(column):  # no factorize: its table of unique values may be as large as the column
         codes, values = column.to_numpy(np.float64, na_value=np.nan), None
         codes = np.where(np.isnan(codes), -np.inf, codes)
     else:
@@ -327,18 +325,18 @@ def _profiles(
     obs.index = pd.Index(keys(obs, by).to_numpy(dtype=str).astype(object))
     if not enough.any():
         raise InputError(
-            f"No well of {store.name} has {min_cells} cells; the fullest has {groups.counts.max()}. Lower --min-cells."
+            f"No well of {store.name} has {min_cells} cells; the maximum is {groups.counts.max()}. Lower --min-cells."
         )
     if (left_out := obs.index[~enough]).size:
         warnings.warn(
-            f"{len(left_out)} wells have fewer than {min_cells} cells and get no profile: {listing(left_out)}.",
+            f"{len(left_out)} wells have fewer than {min_cells} cells and are omitted: {listing(left_out)}.",
             CellvimWarning,
             stacklevel=4,
         )
     n_missing = sum(bad for _, bad in results.values())
     if n_missing:
         warnings.warn(
-            f"{n_missing:,} values of {store.name} are not finite; they do not count.", CellvimWarning, stacklevel=4
+            f"{n_missing:,} values of {store.name} are not finite and are ignored.", CellvimWarning, stacklevel=4
         )
     cellvim = store.uns()
     cellvim["profile"] = {
@@ -353,7 +351,7 @@ def _profiles(
             "columns_left_out": np.array(dropped_columns, dtype=object),
         }
     }
-    for name, column in obs.items():  # text repeats from plate to plate
+    for name, column in obs.items():  # text is repeated across plates
         if pd.api.types.is_object_dtype(column):
             obs[name] = pd.Categorical(column)
     return anndata.AnnData(

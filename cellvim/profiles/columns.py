@@ -1,7 +1,7 @@
-"""Which column of ``obs`` says what: plate, well, controls, perturbation, dose, mechanism.
+"""The meaning of the columns of ``obs``: plates, wells, perturbations, controls and treatments.
 
-Names differ from lab to lab. What is not named by the caller is looked for under the names that the field uses, in a
-fixed order, and every result says which columns were taken.
+Column names differ between laboratories. A column that the caller does not name is searched for under its common names,
+in a fixed order; every result records the columns that were used.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from cellvim.errors import MetadataError, listing, suggestion
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anndata import AnnData
+PLATE, WELL = "Metadata_Plate", "Metadata_Well"
+OBJECT_COUNT = "Metadata_Object_Count"  # the name that pycytominer uses
 
-PLATE, WELL, BATCH, PERT_TYPE = "Metadata_Plate", "Metadata_Well", "Metadata_Batch", "Metadata_pert_type"
-OBJECT_COUNT = "Metadata_Object_Count"  # as pycytominer calls it
-
-# Compared without case, underscores and the prefixes Image_ and Metadata_; the first that is there is taken.
-_KNOWN_AS = {
+# Compared without case, punctuation and the prefixes Image_ and Metadata_; the first name that exists is used.
+_COMMON_NAMES = {
     "plate": ("plate", "platebarcode", "assayplatebarcode"),
     "well": ("well", "wellposition"),
     "batch": ("batch", "plate"),
@@ -36,29 +34,28 @@ _KNOWN_AS = {
     "mechanism": ("moa", "mechanism", "mechanismofaction"),
     "pert_type": ("perttype", "controltype"),
 }
-_OPTION = {"pert_type": "--control"}  # other roles are named by an option of their own name
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of ``obs`` that play a role; None where there is none.
+    """The columns of ``obs`` by their role; None for a role without a column.
 
     Attributes
     ----------
     plate, well
-        Where a profile is from.
+        Position of a profile.
     batch
-        Plates that were made together; the plate where nothing is said of batches.
+        Plates that were produced together; the plate if there is no column of batches.
     perturbation
-        What was done to the cells.
+        Compound, gene or other treatment of the cells.
     dose
-        How much of it.
+        Dose of the perturbation.
     mechanism
-        The known mechanism of action of the perturbation.
+        Known mechanism of action of the perturbation.
     pert_type
-        Which rows are controls.
+        Kind of row: control or treated.
     negative, positive
-        Values of ``pert_type`` for the two kinds of controls.
+        Values of ``pert_type`` for negative and positive controls.
     """
 
     plate: str | None = None
@@ -77,23 +74,19 @@ class Columns:
 
 
 def find_columns(
-    obs: pd.DataFrame,
-    *,
-    negative: str = "negcon",
-    positive: str = "poscon",
-    **named: str | None,
+    obs: pd.DataFrame, *, negative: str = "negcon", positive: str = "poscon", **named: str | None
 ) -> Columns:
-    """Say which column plays which role.
+    """Find the column for each role.
 
     Parameters
     ----------
     obs
-        The table.
+        Table of the rows.
     negative, positive
-        Values of the column of controls; ``COLUMN:VALUE`` names the column, too.
+        Values of the control column; ``COLUMN:VALUE`` also names the column.
     **named
-        ``plate``, ``well``, ``batch``, ``perturbation``, ``dose``, ``mechanism`` or ``pert_type``: the column's name.
-        Without it the column is looked for under the usual names.
+        Name of the column for ``plate``, ``well``, ``batch``, ``perturbation``, ``dose``, ``mechanism`` or
+        ``pert_type``. By default it is searched for under its common names.
 
     Returns
     -------
@@ -102,21 +95,22 @@ def find_columns(
     Raises
     ------
     MetadataError
-        A column that was named is not there.
+        A named column does not exist.
     """
-    columns = {}
     for value in (negative, positive):
         if ":" in value and named.get("pert_type") is None:
             named["pert_type"] = value.rsplit(":", 1)[0]
     by_plain_name: dict[str, str] = {}
     for name in obs.columns:
-        by_plain_name.setdefault(_plain(name), name)
-    for role, known in _KNOWN_AS.items():
-        name = named.get(role)
-        if name is not None:
-            columns[role] = require(obs, name, option=_OPTION.get(role, f"--{role}"))
+        plain = re.sub(r"[^a-z0-9]", "", re.sub(r"^(image_)?(metadata_)?", "", str(name).lower()))
+        by_plain_name.setdefault(plain, name)
+    columns = {}
+    for role, names in _COMMON_NAMES.items():
+        if named.get(role) is not None:
+            option = "--control" if role == "pert_type" else f"--{role}"
+            columns[role] = require(obs, named[role], option=option)
         else:
-            columns[role] = next((by_plain_name[k] for k in known if k in by_plain_name), None)
+            columns[role] = next((by_plain_name[name] for name in names if name in by_plain_name), None)
     return Columns(**columns, negative=negative.rsplit(":", 1)[-1], positive=positive.rsplit(":", 1)[-1])
 
 
@@ -126,36 +120,34 @@ def require(obs: pd.DataFrame, name: str, *, option: str) -> str:
     Raises
     ------
     MetadataError
-        It has not; the message lists those that there are, and the option that names another.
+        It does not; the message lists the available columns, and the option that names another one.
     """
     if name not in obs.columns:
         raise MetadataError(
-            f"There is no column '{name}' in obs; it has {listing(obs.columns, 30)}. Name another with {option}."
+            f"There is no column '{name}' in obs, which has {listing(obs.columns, 30)}. Name another with {option}."
             + suggestion(name, map(str, obs.columns))
         )
     return name
 
 
-def role(columns: Columns, name: str, obs: pd.DataFrame) -> str:
-    """Return the column that plays a role.
+def column_of(columns: Columns, role: str, obs: pd.DataFrame) -> str:
+    """Return the column for a role.
 
     Raises
     ------
     MetadataError
-        None does.
+        There is none.
     """
-    column = getattr(columns, name)
+    column = getattr(columns, role)
     if column is None:
-        what = {"pert_type": "of controls", "well": "of wells", "plate": "of plates"}.get(name, f"of the {name}")
-        raise MetadataError(
-            f"No column {what} was found; obs has {listing(obs.columns, 30)}. Name it with "
-            f"{'--control COLUMN:VALUE' if name == 'pert_type' else f'--{name} COLUMN'}."
-        )
+        what = {"pert_type": "of controls", "well": "of wells", "plate": "of plates"}.get(role, f"of the {role}")
+        option = "--control COLUMN:VALUE" if role == "pert_type" else f"--{role} COLUMN"
+        raise MetadataError(f"No column {what} was found in obs, which has {listing(obs.columns, 30)}. Use {option}.")
     return column
 
 
 def text(column: pd.Series) -> pd.Series:
-    """Return the column as text, missing values left missing; whole numbers without a decimal point."""
+    """Return a column as text, with None for missing values and without a decimal point for integral numbers."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         categories = text(pd.Series(column.cat.categories))
         values = np.append(categories.to_numpy(dtype=object), [None])[column.cat.codes]  # -1, missing, is the last
@@ -165,91 +157,104 @@ def text(column: pd.Series) -> pd.Series:
     return column.astype(object).where(column.isna(), column.astype(str)).where(column.notna(), None)
 
 
-def is_value(column: pd.Series, value: str) -> np.ndarray:
-    """Return where the column has a value, compared as text: -1, -1.0 and "-1" are one."""
-    number = pd.to_numeric(pd.Series([value]), errors="coerce")
-    as_text = str(value) if number.isna().all() else text(number.astype(float)).iloc[0]
-    return (text(column) == as_text).to_numpy(dtype=bool) | (text(column) == str(value)).to_numpy(dtype=bool)
+def keys(obs: pd.DataFrame, names: Sequence[str], separator: str = "__") -> pd.Series:
+    """Return the columns joined to one text per row, such as ``plate__well``; missing if one of them is missing."""
+    joined, *rest = (text(obs[name]) for name in names)
+    for part in rest:
+        joined = joined.str.cat(part, sep=separator)
+    return joined
+
+
+def is_value(column: pd.Series, value: object) -> np.ndarray:
+    """Return (n,) whether the column has a value, compared as text and as a number: -1, -1.0 and "-1" are equal."""
+    values = text(column)
+    found = (values == str(value)).to_numpy(dtype=bool)
+    try:
+        number = float(str(value))
+    except ValueError:
+        return found
+    return found | (pd.to_numeric(values, errors="coerce") == number).to_numpy(dtype=bool)
 
 
 def negative_controls(obs: pd.DataFrame, columns: Columns) -> np.ndarray:
-    """Return (n,) which rows are negative controls.
+    """Return (n,) whether a row is a negative control.
 
     Raises
     ------
     MetadataError
-        No column tells controls, or none of its values is the negative control's.
+        There is no column of controls, or it does not have the value of negative controls.
     """
-    return _controls(obs, columns, columns.negative, "negative")
+    return _controls(obs, columns, columns.negative, "negative", "--control")
 
 
 def positive_controls(obs: pd.DataFrame, columns: Columns) -> np.ndarray:
-    """Return (n,) which rows are positive controls; raises as `negative_controls`."""
-    return _controls(obs, columns, columns.positive, "positive")
+    """Return (n,) whether a row is a positive control; raises as `negative_controls`."""
+    return _controls(obs, columns, columns.positive, "positive", "--positive")
 
 
-def _controls(obs: pd.DataFrame, columns: Columns, value: str, which: str) -> np.ndarray:
-    column = role(columns, "pert_type", obs)
+def _controls(obs: pd.DataFrame, columns: Columns, value: str, kind: str, option: str) -> np.ndarray:
+    column = column_of(columns, "pert_type", obs)
     found = is_value(obs[column], value)
     if not found.any():
         values = listing(pd.unique(text(obs[column]).dropna()))
-        option = "--control" if which == "negative" else "--positive"
         raise MetadataError(
-            f"No row is a {which} control: '{column}' is never '{value}'; it has the values {values}. Say which it is "
+            f"No row is a {kind} control: '{column}' is never '{value}'; it has the values {values}. Choose another "
             f"with {option} COLUMN:VALUE."
         )
     return found
 
 
-def keys(obs: pd.DataFrame, names: Sequence[str], separator: str = "__") -> pd.Series:
-    """Return the columns joined to one text a row, such as ``plate__well``; missing where any of them is."""
-    parts = [text(obs[name]) for name in names]
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = joined.str.cat(part, sep=separator)
-    return joined
+@dataclass(frozen=True)
+class Treatments:
+    """The treatment of each treated row. Rows with the same perturbation at the same dose are replicates.
 
-
-def matrix(adata: AnnData, use: str | None = None) -> np.ndarray:
-    """Return one representation of the rows.
-
-    Parameters
+    Attributes
     ----------
-    adata
-        Profiles or embeddings.
-    use
-        "X", the name of a layer or of an entry of obsm; None is "X".
+    rows
+        Positions of the treated rows: those with a perturbation that are neither negative controls nor empty wells.
+    codes
+        (len(rows),) number of the treatment of each row.
+    table
+        One row per treatment: its perturbation and, if known, its dose and mechanism, in columns named as in ``obs``.
+    """
 
-    Returns
-    -------
-    numpy.ndarray
-        (n, D) float64.
+    rows: np.ndarray
+    codes: np.ndarray
+    table: pd.DataFrame
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Number of replicates of each treatment."""
+        return np.bincount(self.codes, minlength=len(self.table))
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Return the mean over the replicates of each treatment, (treatments, D)."""
+        sums = np.zeros((len(self.table), values.shape[1]))
+        np.add.at(sums, self.codes, values[self.rows])
+        return sums / self.counts[:, None]
+
+
+def find_treatments(obs: pd.DataFrame, columns: Columns) -> Treatments:
+    """Group the treated rows by treatment.
 
     Raises
     ------
     MetadataError
-        There is none of that name.
+        There is no column of perturbations, or no treated row.
     """
-    if use is None or use == "X":
-        values = adata.X
-    elif use in adata.layers:
-        values = adata.layers[use]
-    elif use in adata.obsm:
-        values = adata.obsm[use]
-    else:
-        raise MetadataError(f"There is no representation '{use}'; there are {listing(representations(adata))}.")
-    if values is None:
-        raise MetadataError(f"The AnnData has no X; there are {listing(representations(adata))}.")
-    values = values.toarray() if hasattr(values, "toarray") else values
-    return np.asarray(values, dtype=np.float64)
-
-
-def representations(adata: AnnData) -> list[str]:
-    """Return the names that `matrix` knows: "X", layers, and matrices of obsm."""
-    found = ["X"] if adata.X is not None else []
-    found += [str(name) for name in adata.layers]
-    return found + [str(name) for name in adata.obsm if name != "spatial" and getattr(adata.obsm[name], "ndim", 0) == 2]
-
-
-def _plain(name: object) -> str:
-    return re.sub(r"[^a-z0-9]", "", re.sub(r"^(image_)?(metadata_)?", "", str(name).lower()))
+    name = column_of(columns, "perturbation", obs)
+    perturbation = text(obs[name])
+    treated = perturbation.notna().to_numpy() & (perturbation != "").to_numpy()
+    if columns.pert_type is not None:
+        for kind in (columns.negative, "empty"):
+            treated &= ~is_value(obs[columns.pert_type], kind)
+    if not treated.any():
+        raise MetadataError(f"There are no treated rows: '{name}' has no values except those of controls.")
+    names = [name] + ([columns.dose] if columns.dose is not None and columns.dose != name else [])
+    key = pd.DataFrame({n: text(obs[n])[treated].to_numpy() for n in names}).fillna("")
+    codes, _ = pd.factorize(pd.MultiIndex.from_frame(key), sort=True)
+    rows = np.flatnonzero(treated)
+    first = rows[np.unique(codes, return_index=True)[1]]
+    extra = [columns.mechanism] if columns.mechanism is not None and columns.mechanism not in names else []
+    table = obs.iloc[first][names + extra].reset_index(drop=True)
+    return Treatments(rows, codes, table.astype({n: object for n in (name, *extra)}))

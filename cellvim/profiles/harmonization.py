@@ -1,4 +1,4 @@
-"""Harmony: batches are moved together, cluster by cluster; no controls are needed."""
+"""Harmony: align batches cluster by cluster, without controls."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import InputError
-from cellvim.profiles.columns import Columns, find_columns, matrix
-from cellvim.profiles.components import pca
-from cellvim.profiles.fitting import _groups_of, note
+from cellvim.profiles.columns import Columns, find_columns
+from cellvim.profiles.normalization import group_rows, pca
+from cellvim.profiles.representations import matrix, store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,22 +26,22 @@ def harmony(
     seed: int = 0,
     columns: Columns | None = None,
 ) -> None:
-    """Remove the differences between batches by Harmony [1]_, with harmonypy.
+    """Remove differences between batches by Harmony [1]_, computed by harmonypy.
 
     Parameters
     ----------
     adata
         Profiles; changed in place.
     per
-        What is a batch: "batch", "plate" or a column of ``obs``.
+        Groups to align: "batch", "plate" or a column of ``obs``.
     use
-        What to correct; "X_pca" is made by `pca` from X where it is not there.
+        Representation to correct; if "X_pca" does not exist, it is computed from X by `pca`.
     key
         Name of the result.
     seed
-        Of the clustering.
+        Random seed of the clustering.
     columns
-        Which columns say plate and batch.
+        Columns by role; found by their common names by default.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def harmony(
     Raises
     ------
     CellvimError
-        A column is not there, or there is only one batch.
+        A column does not exist, or there is only one batch.
 
     References
     ----------
@@ -66,22 +66,21 @@ def harmony(
     try:
         import harmonypy
     except ImportError as error:
-        raise InputError("Harmony needs harmonypy. Install it: pip install 'cellvim[profiles]'") from error
-    groups, codes = _groups_of(adata.obs, per, columns or find_columns(adata.obs))
+        raise InputError("Harmony requires harmonypy: pip install 'cellvim[profiles]'.") from error
+    groups, codes = group_rows(adata.obs, per, columns or find_columns(adata.obs))
     if len(groups) < 2:
-        raise InputError(f"Harmony moves batches together, but there is only one {per}: {groups[0] or 'all rows'}.")
+        raise InputError(f"Harmony aligns batches, but there is only one {per}: {groups[0] or 'all rows'}.")
     if use == "X_pca" and use not in adata.obsm:
         pca(adata)
     values = matrix(adata, use)
     if not np.isfinite(values).all():
-        raise InputError(f"Harmony is not possible: '{use}' has values that are not finite. Use PCA of it first.")
-    logging.getLogger("harmonypy").setLevel(logging.WARNING)  # it tells each iteration on the terminal
-    # Batches by number: their names may be anything. Two clusters at least; harmonypy takes n / 30, at most 100.
+        raise InputError(f"Harmony is not possible: '{use}' has values that are not finite. Apply PCA first.")
+    logging.getLogger("harmonypy").setLevel(logging.WARNING)  # it logs every iteration
+    # Batches by number: their names are arbitrary. At least two clusters; harmonypy's default is n / 30, at most 100.
     batches = pd.DataFrame({"batch": pd.Categorical(codes)})
     clusters = int(np.clip(round(len(values) / 30), 2, 100))
     model = harmonypy.run_harmony(values.T, batches, ["batch"], nclust=clusters, random_state=seed, verbose=False)
-    corrected = np.asarray(model.Z_corr, dtype=np.float64)  # (n, K), though K x n goes in
-    adata.obsm[f"X_{key}"] = corrected.astype(np.float32)
+    corrected = np.asarray(model.Z_corr, dtype=np.float64)  # (n, K), although the input is (K, n)
     shift = np.stack([(corrected - values)[codes == code].mean(axis=0) for code in range(len(groups))])
     settings = {"method": "harmony", "use": use, "per": per, "seed": seed, "clusters": clusters}
-    note(adata, key, f"X_{key}", settings, {"groups": groups, "shift": shift})
+    store(adata, key, corrected, settings, {"groups": groups, "shift": shift})

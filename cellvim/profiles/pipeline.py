@@ -1,4 +1,4 @@
-"""From embeddings to profiles: aggregate the cells of each well, then normalise. The job of ``cellvim profile``."""
+"""``cellvim profile``: aggregate the cells of each well, then normalise the profiles."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from cellvim.anndata_io import read_anndata, stored_files
 from cellvim.errors import InputError, MetadataError, listing, suggestion
 from cellvim.profiles.aggregation import Statistic, aggregate
 from cellvim.profiles.columns import PLATE, WELL, Columns, find_columns
-from cellvim.profiles.components import pca
-from cellvim.profiles.files import check_profiles_output, write_profiles
+from cellvim.profiles.conversion import check_profiles_output, write_profiles
 from cellvim.profiles.harmonization import harmony
-from cellvim.profiles.scaling import robust_mad, standardize
-from cellvim.profiles.selection import select_features
+from cellvim.profiles.normalization import pca, robust_mad, select_features, standardize
 from cellvim.profiles.sphering import spherize
 from cellvim.profiles.typical_variation import tvn
 
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 NORMALIZATIONS = ("robustmad", "standardize", "spherize", "tvn", "pca", "harmony")
-SCALED = ("robustmad", "standardized")  # layers that later steps start from, the first that there is
+SCALED = ("robustmad", "standardized")  # layers that later steps use, if they exist, in this order
 
 
 def profile(
@@ -45,72 +43,73 @@ def profile(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> AnnData:
-    """Make profiles of embeddings.
+    """Compute profiles from embeddings.
 
     Parameters
     ----------
     source
-        Embeddings, or several of them (one a plate): AnnData, paths of ``.zarr``, ``.h5ad`` or tables, or a folder of
-        such files.
+        Embeddings, or several (one per plate): AnnData, paths of ``.zarr``, ``.h5ad`` or tables, or folders of these.
     output
-        Where to write the profiles: ``.zarr``, ``.h5ad``, or a table.
+        Output file: ``.zarr``, ``.h5ad``, or a table.
     aggregate_by
-        Columns of ``obs`` that say which rows belong together.
+        Columns of ``obs``; rows with equal values are aggregated.
     statistic
         "mean", "median" or "robust", see `aggregate`; None if the rows are profiles already.
     normalize
-        Methods in this order: "robustmad", "standardize", "spherize", "tvn", "pca", "harmony"; ``METHOD@WHAT`` names
-        what to start from, such as "spherize@X". Without it robustmad, standardize and tvn start from X, spherize and
-        pca from what robustmad or standardize made, if either did, and harmony from X_pca.
+        Methods, in order: "robustmad", "standardize", "spherize", "tvn", "pca", "harmony". ``METHOD@REPRESENTATION``
+        names the input, such as "spherize@X". By default, robustmad, standardize and tvn use X, spherize and pca the
+        result of robustmad or standardize if it exists, and harmony X_pca.
     fit_on
         Fit on negative controls ("negcon") or on "all" rows.
     per
-        Fit for each "plate", "batch", column of ``obs``, or once for "all". Without it each method's own: plates for
-        robustmad and standardize, all for spherize, batches for tvn and harmony.
+        Fit per "plate", "batch" or column of ``obs``, or once for "all". By default, plate for robustmad and
+        standardize, all for spherize, batch for tvn and harmony.
     select
-        Leave out features by `select_features`, on what the first of the methods that scale has made.
+        Select features with `select_features`, based on the result of robustmad or standardize.
     min_cells
-        Wells with fewer cells get no profile.
+        Minimum number of cells; wells with fewer are omitted.
     control
-        Value of the column of controls, or COLUMN:VALUE.
+        Value of the control column for negative controls, or COLUMN:VALUE.
     batch
-        Column of the batches; ``Metadata_Batch`` by default, or the plate.
+        Column of batches; by default ``Metadata_Batch``, or the plate.
     seed
-        Of PCA and Harmony.
+        Random seed for PCA and Harmony.
     overwrite
-        Replace ``output`` when it exists.
+        Replace ``output`` if it exists.
     progress
-        Takes the rows aggregated and their number.
+        Called with the number of aggregated rows and the total.
 
     Returns
     -------
     AnnData
-        Rows are wells. ``X`` (n, D) float32 as aggregated; ``layers["robustmad"]``, ``["standardized"]`` and
+        One row per well. ``X`` (n, D) float32 as aggregated; ``layers["robustmad"]``, ``["standardized"]`` and
         ``["spherized"]``; ``obsm["X_tvn"]``, ``["X_pca"]`` and ``["X_harmony"]``; ``uns["cellvim"]["profile"]`` with
-        what was fitted, and ``latest``, the name of what was made last.
+        the fitted parameters, and ``latest``, the name of the last result.
 
     Raises
     ------
     CellvimError
-        Something given cannot be used; the message says what, and what to do.
+        An input or option is not valid.
     """
     steps = [_step(text) for text in normalize]
     if output is not None:
         check_profiles_output(output, overwrite=overwrite)
-    sources = [source] if isinstance(source, str | Path) or hasattr(source, "obs") else list(source)
-    sources = [file for one in sources for file in (stored_files(one) if isinstance(one, str | Path) else [one])]
+    given = [source] if isinstance(source, str | Path) or hasattr(source, "obs") else list(source)
+    sources: list[Path | AnnData] = []
+    for one in given:
+        sources += stored_files(one) if isinstance(one, str | Path) else [one]
     if not sources:
-        raise InputError("There is nothing to make profiles of: no embeddings were given.")
-    parts = [_wells(one, aggregate_by, statistic, min_cells, progress) for one in sources]
+        raise InputError("There are no embeddings to profile.")
+    parts = [_read(one, aggregate_by, statistic, min_cells, progress) for one in sources]
     adata = parts[0] if len(parts) == 1 else _concatenate(parts, [_name(one) for one in sources], statistic)
     columns = find_columns(adata.obs, negative=control, batch=batch)
     for method, use in steps:
-        adata = _normalize(adata, method, use, fit_on, per, columns, seed)
+        _normalize(adata, method, use, fit_on, per, columns, seed)
         if select and method in ("robustmad", "standardize"):
             adata = select_features(adata, use=str(adata.uns["cellvim"]["profile"]["latest"]))
             select = False
     if select:
-        raise InputError("Features are selected after robustmad or standardize; put one of them into --normalize.")
+        raise InputError("Features are selected after robustmad or standardize; add one of them to --normalize.")
     if output is not None:
         write_profiles(adata, output, overwrite=overwrite)
     return adata
@@ -120,22 +119,29 @@ def _step(text: str) -> tuple[str, str | None]:
     method, _, use = text.strip().partition("@")
     if method not in NORMALIZATIONS:
         raise InputError(
-            f"There is no normalisation '{method}'; there are {listing(NORMALIZATIONS)}."
+            f"There is no normalisation '{method}'; expected {listing(NORMALIZATIONS)}."
             + suggestion(method, NORMALIZATIONS)
         )
     return method, use or None
 
 
-def _name(source: str | Path | AnnData) -> str:
-    return str(source) if isinstance(source, str | Path) else "an AnnData"
+def _name(source: Path | AnnData) -> str:
+    return str(source) if isinstance(source, Path) else "an AnnData"
 
 
-def _wells(source, by, statistic: Statistic | None, min_cells: int, progress) -> AnnData:
+def _read(
+    source: Path | AnnData,
+    by: Sequence[str],
+    statistic: Statistic | None,
+    min_cells: int,
+    progress: Callable[[int, int], None] | None,
+) -> AnnData:
+    """Return one profile per well."""
     if statistic is not None:
         return aggregate(source, by=by, statistic=statistic, min_cells=min_cells, progress=progress)
-    adata = read_anndata(source) if isinstance(source, str | Path) else source.copy()
+    adata = read_anndata(source) if isinstance(source, Path) else source.copy()
     if adata.n_obs == 0:
-        raise InputError(f"{_name(source)} has no rows, so there are no profiles in it.")
+        raise InputError(f"{_name(source)} has no rows, so it contains no profiles.")
     return adata
 
 
@@ -146,21 +152,21 @@ def _concatenate(parts: list[AnnData], names: list[str], statistic: Statistic | 
     for part, name in zip(parts[1:], names[1:], strict=True):
         if list(part.var_names) != list(first.var_names):
             raise InputError(
-                f"{name} has {part.n_vars} features and {names[0]} {first.n_vars}, or they have other names; only "
-                "embeddings of one model go together."
+                f"{name} has {part.n_vars} features and {names[0]} {first.n_vars}, or their names differ; only "
+                "embeddings of the same model can be combined."
             )
         hashes = [p.uns.get("cellvim", {}).get("weights", {}).get("sha256") for p in (first, part)]
         if hashes[0] != hashes[1]:
             raise InputError(
                 f"{name} and {names[0]} were embedded by different weights ({str(hashes[1])[:12]} and "
-                f"{str(hashes[0])[:12]}); they cannot be compared. Embed all plates by one model."
+                f"{str(hashes[0])[:12]}); they cannot be compared. Embed all plates with the same model."
             )
     if statistic is not None:
         rows = pd.concat([pd.Series(part.obs_names) for part in parts])
-        if twice := sorted(set(rows[rows.duplicated()])):
+        if repeated := sorted(set(rows[rows.duplicated()])):
             raise MetadataError(
-                f"{len(twice)} wells are in more than one of the inputs: {listing(twice)}. Plates need names of their "
-                "own; was one given twice?"
+                f"{len(repeated)} wells are in more than one input: {listing(repeated)}. Plates need different names; "
+                "was a plate given twice?"
             )
     joined = anndata.concat(parts, join="outer", merge="first")
     joined.uns = first.uns
@@ -175,22 +181,19 @@ def _concatenate(parts: list[AnnData], names: list[str], statistic: Statistic | 
     return joined
 
 
-def _normalize(adata: AnnData, method: str, use: str | None, fit_on, per, columns: Columns, seed: int) -> AnnData:
+def _normalize(
+    adata: AnnData, method: str, use: str | None, fit_on: str, per: str | None, columns: Columns, seed: int
+) -> None:
     scaled = next((name for name in SCALED if name in adata.layers), "X")
     grouping = {} if per is None else {"per": per}
     fitting = {"fit_on": fit_on, "columns": columns} | grouping
-    if method == "robustmad":
-        robust_mad(adata, use=use or "X", **fitting)
-    elif method == "standardize":
-        standardize(adata, use=use or "X", **fitting)
-    elif method == "spherize":
-        spherize(adata, use=use or scaled, **fitting)
-    elif method == "tvn":
-        tvn(adata, use=use or "X", **fitting)
-    elif method == "pca":
+    if method == "pca":
         pca(adata, use=use or scaled, seed=seed)
-    else:
+    elif method == "harmony":
         if use is None and "X_pca" not in adata.obsm:
             pca(adata, use=scaled, seed=seed)
         harmony(adata, use=use or "X_pca", seed=seed, columns=columns, **grouping)
-    return adata
+    elif method == "spherize":
+        spherize(adata, use=use or scaled, **fitting)
+    else:
+        {"robustmad": robust_mad, "standardize": standardize, "tvn": tvn}[method](adata, use=use or "X", **fitting)

@@ -1,4 +1,4 @@
-"""Sphering: remove the covariance that features have among the controls."""
+"""Sphering: remove the covariance of the features among the reference rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import CellvimWarning, InputError, listing
-from cellvim.profiles.columns import Columns, matrix
-from cellvim.profiles.fitting import feature_names, finite_features, note, reference
-from cellvim.profiles.scaling import _pycytominer, put
+from cellvim.profiles.columns import Columns
+from cellvim.profiles.normalization import finite_features, pycytominer_transform, reference_rows
+from cellvim.profiles.representations import feature_names, matrix, store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -30,18 +30,18 @@ def spherize(
     epsilon: float = 1e-6,
     columns: Columns | None = None,
 ) -> None:
-    """Rotate and scale so that the features of the controls are uncorrelated and have variance 1.
+    """Rotate and scale the features to be uncorrelated with variance 1 among the reference rows.
 
-    By pycytominer's ``Spherize`` [1]_ [2]_. With more controls than features, the covariance of the controls becomes
-    the identity; with fewer, it does so only in the directions in which the controls vary, and all others are scaled as
-    the weakest of these. That amplifies noise, and is warned of.
+    Computed by pycytominer's ``Spherize`` [1]_ [2]_. With more reference rows than features, their covariance becomes
+    the identity. With fewer, it does so only in the directions in which they vary; all other directions are scaled like
+    the weakest of these, which amplifies noise and raises a warning.
 
     Parameters
     ----------
     adata
         Profiles; changed in place.
     fit_on
-        "negcon" or "all".
+        Reference rows: "negcon" or "all".
     per
         "plate", "batch", "all" or a column of ``obs``.
     use
@@ -49,11 +49,11 @@ def spherize(
     key
         Name of the result.
     method
-        "ZCA" (closest to the features as they are), "PCA", or with "-cor" of the standardised features.
+        "ZCA" (closest to the original features) or "PCA"; with "-cor", of the standardised features.
     epsilon
         Added to the singular values.
     columns
-        Which columns say plate, batch and controls.
+        Columns by role; found by their common names by default.
 
     Returns
     -------
@@ -61,21 +61,21 @@ def spherize(
         Sets
 
         ``layers[key]``
-            (n, D) float32; or ``obsm["X_" + key]``, (n, D'), where ``use`` is an entry of obsm or where only D'
-            features are finite and vary.
+            (n, D) float32; or ``obsm["X_" + key]``, (n, D'), if ``use`` is an entry of ``obsm`` or if only D' features
+            are finite and vary.
         ``uns["cellvim"]["profile"][key]``
-            ``settings`` (JSON), ``groups`` (G,), ``center`` and ``scale`` (G, D'), ``transform`` (G, D', D'):
-            the result is ((x − center) / scale) @ transform; ``features``, the names of the D'.
+            ``settings`` (JSON), ``groups`` (G,), ``center`` and ``scale`` (G, D'), ``transform`` (G, D', D'); the
+            result is ((x − center) / scale) @ transform; ``features`` (D',), their names.
 
     Warns
     -----
     CellvimWarning
-        Features were left out, or there are fewer controls than features.
+        Features were omitted, or there are fewer reference rows than features.
 
     Raises
     ------
     CellvimError
-        A column is not there, there are too few rows to fit on, or features depend on each other exactly.
+        A column does not exist, there are too few reference rows, or features are linearly dependent.
 
     References
     ----------
@@ -83,16 +83,22 @@ def spherize(
     .. [2] Kessy, Lewin and Strimmer, "Optimal whitening and decorrelation", The American Statistician, 2018.
     """
     if method not in METHODS:
-        raise InputError(f"Sphering is {listing(METHODS)}; there is no '{method}'.")
-    transform = _pycytominer("Spherize")
+        raise InputError(f"There is no sphering method '{method}'; expected {listing(METHODS)}.")
+    transform = pycytominer_transform("Spherize")
     values = matrix(adata, use)
     names = feature_names(adata, use)
     kept = finite_features(values, names, "Sphering")
-    groups = reference(adata, fit_on=fit_on, per=per, columns=columns, at_least=3)
-    kept &= _varying(values, groups, names, kept)
+    groups = reference_rows(adata, fit_on=fit_on, per=per, columns=columns, at_least=3)
+    varying = np.all([np.ptp(np.where(kept, values[fitted], 0), axis=0) > 0 for _, _, fitted in groups], axis=0)
+    if (constant := kept & ~varying).any():
+        warnings.warn(
+            f"Sphering: {constant.sum()} features are constant among the reference rows and are omitted: "
+            f"{listing(names[constant])}.",
+            CellvimWarning,
+            stacklevel=2,
+        )
+    kept &= varying
     values = values[:, kept]
-    result = np.empty(values.shape, np.float32)
-    fitted_arrays = {"center": [], "scale": [], "transform": []}
     fewest = min(int(fitted.sum()) for _, _, fitted in groups)
     if fewest <= values.shape[1]:
         warnings.warn(
@@ -101,6 +107,8 @@ def spherize(
             CellvimWarning,
             stacklevel=2,
         )
+    result = np.empty(values.shape, np.float32)
+    center, scale, transforms = [], [], []
     for name, rows, fitted in groups:
         try:
             _check_independent(values[fitted])
@@ -112,35 +120,20 @@ def spherize(
                 "(--select-features), or use PCA."
             ) from error
         scaler = getattr(sphering, "standard_scaler", None)
-        fitted_arrays["center"].append(scaler.mean_ if scaler else sphering.mean_centerer.mean_)
-        fitted_arrays["scale"].append(scaler.scale_ if scaler else np.ones(values.shape[1]))
-        fitted_arrays["transform"].append(sphering.W.astype(np.float32))
+        center.append(scaler.mean_ if scaler else sphering.mean_centerer.mean_)
+        scale.append(scaler.scale_ if scaler else np.ones(values.shape[1]))
+        transforms.append(sphering.W.astype(np.float32))
         result[rows] = sphering.transform(pd.DataFrame(values[rows]))
-    where = put(adata, result, use if kept.all() else "", key)
     settings = {"method": f"spherize {method}", "use": use, "fit_on": fit_on, "per": per, "epsilon": epsilon}
-    arrays = {name: np.stack(arrays) for name, arrays in fitted_arrays.items()}
-    note(adata, key, where, settings, arrays | {"groups": groups.groups, "features": names[kept]})
+    arrays = {"center": np.stack(center), "scale": np.stack(scale), "transform": np.stack(transforms)}
+    arrays |= {"groups": groups.groups, "features": names[kept]}
+    store(adata, key, result, settings, arrays, as_layer=bool(kept.all()) and (use == "X" or use in adata.layers))
 
 
 def _check_independent(values: np.ndarray) -> None:
-    """Raise if a direction has no variance but rounding, which would be blown up; pycytominer looks at float64's."""
+    """Raise if a direction has no variance except rounding errors; pycytominer checks with the precision of float64."""
     singular = np.linalg.svd(values - values.mean(axis=0), compute_uv=False)
     rank = min(len(values) - 1, values.shape[1])
     if singular[rank - 1] < 1e-6 * singular[0]:
         n_independent = int((singular[:rank] >= 1e-6 * singular[0]).sum())
-        raise ValueError(f"{values.shape[1]} features, but only {n_independent} do not depend on the others exactly.")
-
-
-def _varying(values: np.ndarray, groups, names: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Return (D,) which features vary in what every group is fitted on; warns of the others."""
-    varying = np.ones(values.shape[1], bool)
-    for _, _, fitted in groups:
-        varying &= np.ptp(np.where(kept, values[fitted], 0), axis=0) > 0
-    if (kept & ~varying).any():
-        warnings.warn(
-            f"Sphering: {(kept & ~varying).sum()} features do not vary among the rows that are fitted on and are left "
-            f"out: {listing(names[kept & ~varying])}.",
-            CellvimWarning,
-            stacklevel=3,
-        )
-    return varying
+        raise ValueError(f"{values.shape[1]} features, but only {n_independent} are linearly independent.")

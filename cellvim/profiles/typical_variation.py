@@ -1,4 +1,4 @@
-"""Typical variation normalisation (TVN): what varies among controls is made small, and batches are aligned on them."""
+"""Typical variation normalisation (TVN): whiten by the variation among controls, and align batches on them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cellvim.errors import InputError
-from cellvim.profiles.columns import Columns, matrix
-from cellvim.profiles.fitting import feature_names, finite_features, note, reference
+from cellvim.profiles.columns import Columns
+from cellvim.profiles.normalization import finite_features, reference_rows
+from cellvim.profiles.representations import feature_names, matrix, store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,35 +26,35 @@ def tvn(
     shrinkage: float = 1.0,
     columns: Columns | None = None,
 ) -> None:
-    """Centre each batch on its controls, whiten by the controls' principal components, align the batches by CORAL.
+    """Centre each batch on its controls, whiten by the principal components of the controls, align batches by CORAL.
 
-    With m_b the mean of batch b's controls, V and Λ the principal axes and variances of the controls of all batches
-    after that centring, and C_b the covariance of batch b's controls after whitening::
+    With m_b the mean of the controls of batch b, V and Λ the principal axes and variances of the centred controls of
+    all batches, and C_b the covariance of the controls of batch b after whitening::
 
-        z = Λ^(−1/2) Vᵀ (x − m_b)                        so that all controls together have covariance I
-        z ← (1 + λ)^(1/2) (C_b + λ I)^(−1/2) z           so that each batch's controls have nearly so
+        z = Λ^(−1/2) Vᵀ (x − m_b)                        all controls together have covariance I
+        z ← (1 + λ)^(1/2) (C_b + λ I)^(−1/2) z           the controls of each batch nearly do
 
-    Whitening is from [1]_, the second step is CORAL [2]_ towards the pooled covariance, which is I. Controls need not
-    outnumber features: only components in which they vary are kept.
+    Whitening is from [1]_; the second step is CORAL [2]_ towards the pooled covariance, which is I. There may be fewer
+    controls than features: only components in which the controls vary are kept.
 
     Parameters
     ----------
     adata
         Profiles; changed in place.
     fit_on
-        "negcon" or "all".
+        Reference rows: "negcon" or "all".
     per
-        What is aligned: "batch", "plate", a column of ``obs``, or "all" for no alignment.
+        Groups to align: "batch", "plate", a column of ``obs``, or "all" for no alignment.
     use
         "X", a layer, or an entry of ``obsm``.
     key
         Name of the result.
     n_components
-        Components to keep; all in which the controls vary if not given.
+        Number of components; by default all in which the controls vary.
     shrinkage
-        λ. Each batch has few controls, so its covariance is drawn towards the identity.
+        λ: shrinks the covariance of each batch, estimated from few controls, towards the identity.
     columns
-        Which columns say plate, batch and controls.
+        Columns by role; found by their common names by default.
 
     Returns
     -------
@@ -64,12 +65,12 @@ def tvn(
             (n, K) float32.
         ``uns["cellvim"]["profile"][key]``
             ``settings`` (JSON); ``groups`` (G,), ``center`` (G, D'), ``components`` (D', K), V Λ^(−1/2), and
-            ``transform`` (G, K, K): the result is (x − center) @ components @ transform; ``features`` (D',).
+            ``transform`` (G, K, K); the result is (x − center) @ components @ transform; ``features`` (D',).
 
     Raises
     ------
     CellvimError
-        A column is not there, or there are too few controls.
+        A column does not exist, or there are too few controls.
 
     References
     ----------
@@ -81,7 +82,7 @@ def tvn(
     values = matrix(adata, use)
     names = feature_names(adata, use)
     kept = finite_features(values, names, "TVN")
-    groups = reference(adata, fit_on=fit_on, per=per, columns=columns, at_least=3)
+    groups = reference_rows(adata, fit_on=fit_on, per=per, columns=columns, at_least=3)
     values = values[:, kept]
     center = np.stack([values[fitted].mean(axis=0) for _, _, fitted in groups])
     centred = values - center[groups.codes]
@@ -90,7 +91,8 @@ def tvn(
     identity = np.eye(z.shape[1])
     transform = np.stack(
         [
-            np.sqrt(1 + shrinkage) * _inverse_root(_covariance(z[fitted]) + shrinkage * identity)
+            np.sqrt(1 + shrinkage)
+            * _inverse_root(z[fitted].T @ z[fitted] / max(1, fitted.sum() - 1) + shrinkage * identity)
             for _, _, fitted in groups
         ]
         if len(center) > 1
@@ -99,31 +101,27 @@ def tvn(
     result = np.empty(z.shape, np.float32)
     for (_, rows, _), matrix_of_group in zip(groups, transform, strict=True):
         result[rows] = z[rows] @ matrix_of_group
-    adata.obsm[f"X_{key}"] = result
     settings = {"method": "tvn", "use": use, "fit_on": fit_on, "per": per, "shrinkage": shrinkage}
+    settings["n_components"] = z.shape[1]
     arrays = {"groups": groups.groups, "center": center, "components": components, "transform": transform}
-    note(adata, key, f"X_{key}", settings | {"n_components": z.shape[1]}, arrays | {"features": names[kept]})
+    store(adata, key, result, settings, arrays | {"features": names[kept]})
 
 
 def _whitening(centred: np.ndarray, n_components: int | None, rank: int) -> np.ndarray:
-    """Return V Λ^(−1/2), (D, K), of the at most ``rank`` components in which the rows vary."""
+    """Return V Λ^(−1/2), (D, K), for the at most ``rank`` components in which the rows vary."""
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
-    varying = int((singular > 1e-6 * singular[0]).sum()) if singular[0] > 0 else 0  # float32 has no more digits
+    varying = int((singular > 1e-6 * singular[0]).sum()) if singular[0] > 0 else 0  # the precision of float32
     most = min(rank, varying)
     if most < 1:
-        raise InputError("The rows that TVN is fitted on are all alike, so there is no variation to normalise by.")
+        raise InputError("The reference rows of TVN are all equal, so there is no variation to normalise by.")
     if n_components is not None and not 1 <= n_components <= most:
-        raise InputError(f"TVN has 1 to {most} components here; {n_components} were asked for.")
+        raise InputError(f"{n_components} components are not possible; TVN has 1 to {most} components here.")
     k = n_components or most
     return axes[:k].T / singular[:k] * np.sqrt(rank)
 
 
-def _covariance(centred: np.ndarray) -> np.ndarray:
-    return centred.T @ centred / max(1, len(centred) - 1)
-
-
 def _inverse_root(symmetric: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(symmetric)
-    # without shrinkage, a batch with few controls has directions without variance: they are left as they are
+    # without shrinkage, a batch with few controls has directions without variance: they are left unchanged
     values = np.where(values > 1e-9 * values.max(), values, 1)
     return (vectors / np.sqrt(values)) @ vectors.T

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellvim.errors import InputError
+from cellvim.evaluate.features import sample_rows
 
 MAX_CELLS = 20_000  # laid out by UMAP here; coordinates that the AnnData brings are shown up to MAX_SHOWN
 MAX_SHOWN = 200_000
@@ -36,33 +37,6 @@ class EmbeddingMap:
     coordinates: np.ndarray
     method: str
     notes: list[str]
-
-
-def sample_rows(groups: np.ndarray, most: int, *, keep: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    """Return up to ``most`` rows, as evenly over the groups as there are rows, ascending.
-
-    Parameters
-    ----------
-    groups
-        (n,) codes of the groups (wells), 0 and up; −1 is a group too.
-    most
-        How many; all if there are no more.
-    keep
-        Rows that are in in any case; they may exceed ``most``.
-    seed
-        Of the draw.
-    """
-    keep = np.empty(0, np.int64) if keep is None else np.unique(np.asarray(keep, np.int64))
-    if len(groups) <= most:
-        return np.arange(len(groups))
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(groups))
-    shuffled = shuffled[np.argsort(groups[shuffled], kind="stable")]  # group by group, random within
-    place = np.arange(len(shuffled)) - np.searchsorted(groups[shuffled], groups[shuffled])  # 0, 1, … in each group
-    place = place + rng.random(len(place))  # ties of the last round are drawn, too
-    order = shuffled[np.argsort(place, kind="stable")]
-    order = order[~np.isin(order, keep)]
-    return np.sort(np.concatenate([keep, order[: max(0, most - len(keep))]]))
 
 
 def lay_out(

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import CellvimError, CellvimWarning
-from cellvim.profiles.columns import find_columns, matrix
+from cellvim.profiles.columns import find_columns
+from cellvim.profiles.representations import latest_representation, matrix, settings_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -71,8 +72,6 @@ class Findings:
     @property
     def is_on_controls(self) -> bool:
         """Whether the robust z scores are against the negative controls; else against all wells of a plate."""
-        from cellvim.profiles.fitting import settings_of
-
         return settings_of(self.profiles, "robustmad").get("fit_on") != "all"
 
     def values(self) -> np.ndarray:
@@ -122,7 +121,6 @@ def find(
     """
     from cellvim.anndata_io import read_anndata
     from cellvim.evaluate.evaluation import Evaluation, evaluate_profiles
-    from cellvim.evaluate.features import latest_representation
 
     notes: list[str] = []
     missing: dict[str, str] = {}

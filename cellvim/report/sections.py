@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import CellvimError, InputError
+from cellvim.evaluate.controls import separate_stored_controls
 from cellvim.profiles.columns import keys, text
 from cellvim.report import charts, neighbours, record
 from cellvim.report.cells import Cells, crop_data, map_data, show_cells, spread_over_cells
-from cellvim.report.controls import tell_controls_apart
 from cellvim.report.findings import Findings, find, summary_table
 from cellvim.report.platemaps import plate_maps
 from cellvim.report.source import Source
@@ -233,10 +233,9 @@ def _controls(source: Source, seed: int) -> dict[str, Any]:
     if source.n_rows == 0:
         return {"missing": "There are no rows."}
     try:
-        separation = tell_controls_apart(source, seed=seed)
+        results, notes = separate_stored_controls(source.store, source.obs, source.columns, seed=seed)
     except CellvimError as error:
         return {"missing": str(error)}
-    results = separation.results
     first = results[0]
     return {
         "missing": "",
@@ -255,7 +254,7 @@ def _controls(source: Source, seed: int) -> dict[str, Any]:
             ["Features", "Numbers", "Balanced accuracy", "±", "AUC"],
             [[r.features, r.n_features, r.balanced_accuracy, r.balanced_accuracy_std, r.auc] for r in results],
         ),
-        "notes": separation.notes,
+        "notes": notes,
     }
 
 

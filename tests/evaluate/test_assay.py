@@ -1,4 +1,4 @@
-"""Z′, activity and dose response against their definitions; nothing is separated by chance alone."""
+"""Z′, activity and dose response equal their definitions; noise is not separated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _features(adata) -> Features:
     return Features("X", np.asarray(adata.X, dtype=np.float64))
 
 
-def test_z_prime_of_one_feature_is_the_textbooks():
+def test_z_prime_of_one_feature_equals_the_textbook():
     """With one feature the line through the controls is the feature itself, up to its scale."""
     rng = np.random.default_rng(0)
     values = np.r_[rng.normal(0, 1, 20), rng.normal(12, 1.5, 10)]
@@ -27,7 +27,7 @@ def test_z_prime_of_one_feature_is_the_textbooks():
     table = assay_quality(activity_scores(Features("x", values[:, None]), obs, find_columns(obs)))
     low, high = values[:20], values[20:]
     expected = 1 - 3 * (low.std(ddof=1) + high.std(ddof=1)) / abs(high.mean() - low.mean())
-    # each control is placed on the line of the others, which differs by its own share of the mean
+    # each control is projected onto the line of the others, which differs slightly
     assert table["z_prime"].item() == pytest.approx(expected, abs=0.05)
     assert table[["n_negative", "n_positive"]].to_numpy().tolist() == [[20, 10]]
 
@@ -42,7 +42,7 @@ def test_many_features_do_not_separate_controls_by_chance():
     direction = values[20:].mean(0) - values[:20].mean(0)
     naive = values @ direction
     low, high = naive[:20], naive[20:]
-    assert 1 - 3 * (low.std(ddof=1) + high.std(ddof=1)) / (high.mean() - low.mean()) > 0.5  # what this avoids
+    assert 1 - 3 * (low.std(ddof=1) + high.std(ddof=1)) / (high.mean() - low.mean()) > 0.5  # without leaving one out
 
 
 def test_activity_is_0_at_negative_and_1_at_positive_controls_of_every_plate():
@@ -66,7 +66,7 @@ def test_a_well_halfway_between_the_controls_scores_one_half():
     np.testing.assert_allclose(scores["activity"][-2:], 0.5)
 
 
-def test_one_control_left_out_at_a_time_is_that():
+def test_controls_are_projected_onto_the_line_of_the_others():
     adata = make_profiles(plates=1, positives=5, controls=6)
     found = activity_scores(_features(adata), adata.obs, find_columns(adata.obs))["activity"].to_numpy()
     X, kind = np.asarray(adata.X, float), adata.obs["Metadata_pert_type"].to_numpy()
@@ -91,7 +91,7 @@ def test_a_plate_without_positive_controls_has_no_scores():
         activity_scores(_features(adata), adata.obs, find_columns(adata.obs, positive="pc"))
 
 
-def test_distances_are_in_the_spread_of_the_controls():
+def test_distances_are_relative_to_the_spread_of_the_controls():
     adata = make_profiles(effect=10, plate_effect=5, controls=60)
     scores = distance_scores(_features(adata), adata.obs, find_columns(adata.obs))["activity"]
     control = (adata.obs["Metadata_pert_type"] == "negcon").to_numpy()
@@ -102,7 +102,7 @@ def test_distances_are_in_the_spread_of_the_controls():
 @pytest.mark.parametrize(
     "parameters", [(0.0, 1.0, 3.0, 1.0), (1.0, 0.1, 0.5, 2.5), (0.2, 0.9, 30.0, 4.0)], ids=["up", "down", "late"]
 )
-def test_the_curve_is_found_again(parameters):
+def test_fit_recovers_the_curve(parameters):
     dose = np.repeat(np.geomspace(0.05, 200, 10), 3)
     response = logistic(dose, *parameters) + np.random.default_rng(0).normal(0, 0.01, len(dose))
     found, error = fit_logistic(dose, response)
@@ -111,13 +111,13 @@ def test_the_curve_is_found_again(parameters):
     assert 0 < error < 0.05
 
 
-def test_the_logistic_is_its_formula():
+def test_logistic_equals_its_formula():
     dose = np.array([0, 0.5, 1, 2, 1e9])
     np.testing.assert_allclose(logistic(dose, 0.2, 0.8, 1.0, 2.0)[1:4], 0.2 + 0.6 / (1 + (1 / dose[1:4]) ** 2))
     assert logistic(dose, 0.2, 0.8, 1.0, 2.0)[[0, 4]].tolist() == pytest.approx([0.2, 0.8])
 
 
-def test_curves_say_who_responds_and_why_there_is_none():
+def test_curves_and_remarks():
     adata = make_profiles(compounds=4, doses=(1.0, 2.0, 3.0, 4.0, 5.0), positives=8, effect=10, plate_effect=0)
     few = (adata.obs["Metadata_Compound"] == "compound 2") & (adata.obs["Metadata_Dose"] > 3)
     adata = adata[~few.to_numpy()].copy()
@@ -133,10 +133,10 @@ def test_curves_say_who_responds_and_why_there_is_none():
     assert (points[points["perturbation"] == "compound 0"]["n_wells"] == 6).all()
 
 
-def test_what_cannot_be_fitted_is_said():
+def test_invalid_doses_raise_errors():
     adata = make_profiles(positives=4)
     scores = distance_scores(_features(adata), adata.obs, find_columns(adata.obs))
-    with pytest.raises(MetadataError, match="No perturbation has 4 doses above 0; the most is 1"):
+    with pytest.raises(MetadataError, match="No perturbation has 4 doses above 0"):
         dose_response(scores, adata.obs, find_columns(adata.obs))
     obs = adata.obs.drop(columns="Metadata_Dose")
     with pytest.raises(MetadataError, match=r"No column of the dose.*--dose"):

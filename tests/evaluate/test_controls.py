@@ -1,4 +1,4 @@
-"""Controls told apart by well: the figures mean what they say, and cells of one well never help each other."""
+"""Separation of controls: cells of one well are never in both training and test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from cellvim.errors import InputError
-from cellvim.evaluate.controls import _folds, separate_controls
+from cellvim.evaluate.controls import separate_controls, split_wells
 
 
 def _adata(shift: float, well_effect: float = 0.0, cells: int = 20, wells: int = 12, seed: int = 0) -> anndata.AnnData:
@@ -37,7 +37,7 @@ def _figures(adata, **options) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("level", ["cell", "well"])
-def test_a_strong_effect_is_seen_and_baselines_stay_at_chance(level):
+def test_strong_effects_are_separated_and_baselines_are_at_chance(level):
     figures = _figures(_adata(shift=6.0, wells=60, cells=5), level=level)
     assert figures["embedding"] > 0.9
     # of 60 wells or their 300 cells: chance varies by a few times 0.5 / sqrt(60)
@@ -45,23 +45,23 @@ def test_a_strong_effect_is_seen_and_baselines_stay_at_chance(level):
     assert figures["cell count"] <= 0.6  # all wells have as many cells
 
 
-def test_wells_that_differ_for_no_reason_do_not_count():
-    """Cells of one well are alike; a split by cell would recognise the well and call it an effect."""
+def test_well_effects_are_not_separated():
+    """Cells of one well are similar; a split by cell would detect the well instead of an effect."""
     figures = [_figures(_adata(shift=0.0, well_effect=5.0, seed=seed))["embedding"] for seed in range(5)]
     assert 0.3 < np.mean(figures) < 0.65  # chance; a split by cell gives above 0.9 here
 
 
-def test_a_split_by_cell_would_be_fooled_by_that():
-    """The test above can fail: the same data, cells dealt without regard to wells, look separable."""
+def test_a_split_by_cell_would_separate_well_effects():
+    """The previous test can fail: with cells assigned regardless of wells, the same data look separable."""
     adata = _adata(shift=0.0, well_effect=5.0)
     adata.obs["Metadata_Well"] = [f"{c}{i % 5}" for i, c in enumerate(adata.obs["control"])]
     assert _figures(adata)["embedding"] > 0.9
 
 
-def test_folds_hold_out_whole_wells_of_both_groups():
+def test_folds_hold_out_wells_of_both_groups():
     groups = np.repeat([f"w{i}" for i in range(10)], 3)
     target = np.repeat([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], 3)
-    folds = _folds(target, groups, 5, seed=0)
+    folds = split_wells(target, groups, 5, seed=0)
     assert len(folds) == 3  # as many as the smaller group has wells
     for train, test in folds:
         assert not set(groups[train]) & set(groups[test])
@@ -69,7 +69,7 @@ def test_folds_hold_out_whole_wells_of_both_groups():
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(30))
 
 
-def test_same_seed_same_figures():
+def test_same_seed_same_results():
     adata = _adata(shift=1.0)
     assert _figures(adata, seed=3) == _figures(adata, seed=3)
 
@@ -83,7 +83,7 @@ def test_groups_are_found_as_numbers_or_text(values):
     assert separate_controls(adata, "number", negative=negative, positive=positive)[0].n_rows == 240
 
 
-def test_what_is_missing_is_said():
+def test_missing_columns_and_groups_raise_errors():
     adata = _adata(shift=1.0)
     with pytest.raises(InputError, match=r"'pert_type'.*control"):
         separate_controls(adata, "pert_type", negative="negcon", positive="poscon")
@@ -91,7 +91,7 @@ def test_what_is_missing_is_said():
         separate_controls(adata, "control", negative="negcon", positive="trt")
 
 
-def test_intensities_are_left_out_where_unknown():
+def test_intensities_are_optional():
     adata = _adata(shift=1.0)
     del adata.obs["mean_intensity_DNA"]
     assert set(_figures(adata)) == {"embedding", "cell count"}

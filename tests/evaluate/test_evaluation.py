@@ -11,7 +11,7 @@ from profile_tables import make_cells, make_profiles
 
 from cellvim.errors import CellvimError, InputError, MetadataError
 from cellvim.evaluate import TASKS, Evaluation, evaluate_profiles
-from cellvim.evaluate.tables import summary_tables
+from cellvim.evaluate.evaluation import summary_tables
 from cellvim.profiles import profile
 
 
@@ -51,7 +51,7 @@ def test_the_json_comes_back(evaluated, tmp_path):
     assert again.settings == evaluated.settings
     assert "NaN" not in (tmp_path / "evaluation.json").read_text()
     (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(InputError, match="no evaluation"):
+    with pytest.raises(InputError, match="not an evaluation"):
         Evaluation.load(tmp_path / "other.json")
     with pytest.raises(InputError, match="cannot be read"):
         Evaluation.load(tmp_path / "none.json")
@@ -121,7 +121,7 @@ def test_features_that_say_nothing_are_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use": "X_umap"}, "no representation 'X_umap'; there are X"),
+        ({"use": "X_umap"}, "no representation 'X_umap'.* X"),
         ({"tasks": ["umap"]}, "no task umap"),
         ({"perturbation": "cmpd"}, r"no column 'cmpd'.*--perturbation"),
         ({"control": "kind:negcon"}, r"no column 'kind'.*--control"),

@@ -1,4 +1,4 @@
-"""Mechanisms by nearest neighbours: never the same compound, never the same batch, and the published figure."""
+"""Nearest neighbours exclude the same compound and batch; the published accuracy is reproduced."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_replicates_are_averaged_and_doses_kept_apart():
 def test_mechanisms_of_one_compound_cannot_be_predicted():
     adata = make_profiles()
     adata.obs["Metadata_moa"] = adata.obs["Metadata_Compound"].astype(str)
-    with pytest.raises(MetadataError, match="No mechanism of 'Metadata_moa' has two compounds"):
+    with pytest.raises(MetadataError, match="No mechanism in 'Metadata_moa' has two compounds"):
         nearest_mechanism(Features("X", np.asarray(adata.X, float)), adata.obs, find_columns(adata.obs))
 
 

@@ -1,4 +1,4 @@
-"""Replicates find each other: the figures are copairs', and ties and single replicates are no findings."""
+"""Retrieval equals copairs; ties and single replicates are not significant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from profile_tables import make_profiles
 
 from cellvim.errors import MetadataError
-from cellvim.evaluate.consistency import _draws, _similarity, replicate_consistency
+from cellvim.evaluate.consistency import mean_similarity, random_subsets, replicate_consistency
 from cellvim.evaluate.features import Features, feature_sets
 from cellvim.evaluate.retrieval import replicate_map
 from cellvim.profiles import find_columns
@@ -17,7 +17,7 @@ def _features(adata, distance="cosine") -> Features:
     return Features("X", np.asarray(adata.X, dtype=np.float64), distance)
 
 
-def test_mean_average_precision_is_copairs():
+def test_mean_average_precision_equals_copairs():
     from copairs import map as copairs_map
     from copairs.matching import assign_reference_index
 
@@ -45,14 +45,14 @@ def test_mean_average_precision_is_copairs():
     assert (found["n_replicates"] == 6).all()
 
 
-def test_an_effect_is_found_and_none_is_not():
+def test_only_effects_are_significant():
     for effect, active in ((6, 1.0), (0, 0.0)):
         adata = make_profiles(effect=effect, plate_effect=0)
         table = replicate_map(_features(adata), adata.obs, find_columns(adata.obs), null_size=1000)
         assert table["active"].mean() == active
 
 
-def test_doses_of_one_compound_are_treatments_of_their_own():
+def test_doses_are_separate_treatments():
     adata = make_profiles(doses=(1.0, 3.0))
     table = replicate_map(_features(adata), adata.obs, find_columns(adata.obs), null_size=100)
     assert len(table) == 12
@@ -63,8 +63,8 @@ def test_doses_of_one_compound_are_treatments_of_their_own():
     assert len(together) == 6
 
 
-def test_wells_with_as_many_cells_are_no_finding():
-    """copairs ranks replicates before controls among ties; the cell count is nothing but ties here."""
+def test_equal_cell_counts_are_not_significant():
+    """copairs ranks replicates before controls among ties; all cell counts are equal here."""
     adata = make_profiles()
     adata.obs["Metadata_Object_Count"] = 100
     sets, _ = feature_sets(adata, ["X"])
@@ -76,7 +76,7 @@ def test_wells_with_as_many_cells_are_no_finding():
     assert replicate_map(tied, adata.obs, find_columns(adata.obs), null_size=100)["mean_average_precision"].min() == 1
 
 
-def test_what_is_missing_is_said():
+def test_missing_columns_and_replicates_raise_errors():
     adata = make_profiles()
     with pytest.raises(MetadataError, match=r"No column of the perturbation.*Metadata_Well.*--perturbation"):
         obs = adata.obs.drop(columns="Metadata_Compound")
@@ -96,10 +96,10 @@ def test_similarity_is_the_mean_over_all_pairs(distance):
 
     values = np.random.default_rng(0).normal(size=(3, 5, 4))
     metric = {"cosine": lambda v: 1 - pdist(v, "cosine"), "euclidean": lambda v: -pdist(v, "sqeuclidean")}[distance]
-    np.testing.assert_allclose(_similarity(values, distance), [metric(v).mean() for v in values])
+    np.testing.assert_allclose(mean_similarity(values, distance), [metric(v).mean() for v in values])
 
 
-def test_consistent_replicates_are_told_from_others():
+def test_only_similar_replicates_are_consistent():
     strong = make_profiles(effect=6, plate_effect=0)
     table = replicate_consistency(_features(strong), strong.obs, find_columns(strong.obs), null_size=1000)
     assert table["consistent"].all()
@@ -110,8 +110,8 @@ def test_consistent_replicates_are_told_from_others():
 
 
 @pytest.mark.parametrize(("n", "m"), [(6, 4), (100, 3)])
-def test_draws_are_distinct_and_even(n, m):
-    draws = np.concatenate(list(_draws(np.random.default_rng(0), n, m, 3000, width=2)))
+def test_random_subsets_are_distinct_and_uniform(n, m):
+    draws = np.concatenate(list(random_subsets(np.random.default_rng(0), n, m, 3000, width=2)))
     assert draws.shape == (3000, m)
     assert (np.diff(np.sort(draws, axis=1), axis=1) > 0).all()
     counts = np.bincount(draws.ravel(), minlength=n)

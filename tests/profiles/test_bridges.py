@@ -1,4 +1,4 @@
-"""To pycytominer's table and back, without a number or a name changed."""
+"""Conversion to tables and back preserves all numbers and names."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cellvim.errors import InputError, MetadataError
 from cellvim.profiles import aggregate, read_profiles
 
 
-def test_there_and_back_again():
+def test_round_trip():
     cells = make_cells()
     table = cellvim.to_pycytominer(cells)
     assert table["Metadata_area_um2"].tolist() == cells.obs["area_um2"].tolist()
     again = cellvim.from_pycytominer(table, features=list(cells.var_names))
     np.testing.assert_array_equal(again.X, cells.X)
     assert again.X.dtype == np.float32
-    assert again.obs_names.tolist() == cells.obs_names.tolist()  # text, never numbers
+    assert again.obs_names.tolist() == cells.obs_names.tolist()  # text, not numbers
     pd.testing.assert_frame_equal(again.obs, cells.obs)
     assert list(again.var_names) == list(cells.var_names)
 
 
-def test_a_layer_and_an_entry_of_obsm_can_be_taken():
+def test_layers_and_obsm_can_be_converted():
     adata = cellvim.profile(make_profiles(), statistic=None, normalize=["robustmad", "pca"])
     np.testing.assert_array_equal(
         cellvim.to_pycytominer(adata, use="robustmad")[list(adata.var_names)], adata.layers["robustmad"]
@@ -33,7 +33,7 @@ def test_a_layer_and_an_entry_of_obsm_can_be_taken():
     assert "X_pca_0" in cellvim.to_pycytominer(adata, use="X_pca")
 
 
-def test_features_are_found_by_name_and_numbers_that_number_things_are_none():
+def test_features_are_recognised_by_name_and_identifiers_are_not_features():
     table = pd.DataFrame(
         {"Metadata_Well": ["A01", "A02"], "ImageNumber": [1, 2], "Cells_Area": [1.0, 2.0], "age": [3, 4]}
     )
@@ -51,19 +51,19 @@ def test_features_are_found_by_name_and_numbers_that_number_things_are_none():
         (pd.DataFrame([[1.0, 2.0]], columns=["a", "a"]), {}, "Duplicate columns: a"),
     ],
 )
-def test_tables_that_cannot_be_profiles(table, options, message):
+def test_invalid_tables(table, options, message):
     with pytest.raises(MetadataError, match=message):
         cellvim.from_pycytominer(table, **options)
 
 
-def test_two_columns_of_one_name_are_refused():
+def test_duplicate_columns_raise_an_error():
     adata = make_profiles()
     adata.obs["Well"] = 1
-    with pytest.raises(MetadataError, match="two columns each of: Metadata_Well"):
+    with pytest.raises(MetadataError, match="two columns Metadata_Well"):
         cellvim.to_pycytominer(adata)
 
 
-def test_files_that_are_no_tables(tmp_path):
+def test_invalid_files(tmp_path):
     (tmp_path / "broken.parquet").write_text("no parquet")
     with pytest.raises(InputError, match=r"broken.parquet cannot be read as a table"):
         read_profiles(tmp_path / "broken.parquet")
@@ -88,7 +88,7 @@ def test_parquet_is_read_by_row_groups(tmp_path):
         np.testing.assert_array_equal(aggregate(path, statistic=statistic).X, aggregate(cells, statistic=statistic).X)
 
 
-def test_fields_become_regions_of_spatialdata():
+def test_fields_are_regions_of_spatialdata():
     cells = make_cells()
     cells.obs["Metadata_Plate"] = cells.obs["Metadata_Plate"].cat.rename_categories({"P0": "<plate> é"})
     table = cellvim.to_spatialdata_table(cells)
@@ -98,5 +98,5 @@ def test_fields_become_regions_of_spatialdata():
     assert "region" not in cells.obs
     clash = make_cells()
     clash.obs["Metadata_Plate"] = clash.obs["Metadata_Plate"].cat.rename_categories({"P0": "a b", "P1": "a/b"})
-    with pytest.raises(MetadataError, match="one name in SpatialData"):
+    with pytest.raises(MetadataError, match="same name in SpatialData"):
         cellvim.to_spatialdata_table(clash)

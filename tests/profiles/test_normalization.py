@@ -1,4 +1,4 @@
-"""Every normalisation does what its definition says, on the rows that it is fitted on."""
+"""Each normalisation fulfils its definition on its reference rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_standardize_centres_and_scales():
 
 
 @pytest.mark.parametrize(("method", "ours"), [("mad_robustize", robust_mad), ("standardize", standardize)])
-def test_scaling_is_pycytominers(method, ours):
+def test_scaling_equals_pycytominer(method, ours):
     import pycytominer
 
     adata = make_profiles(plates=1)
@@ -66,7 +66,7 @@ def test_scaling_is_pycytominers(method, ours):
 
 
 @pytest.mark.parametrize(("function", "key"), [(robust_mad, "robustmad"), (standardize, "standardized")])
-def test_what_was_fitted_is_kept_and_repeats_the_result(function, key):
+def test_fitted_parameters_reproduce_the_result(function, key):
     adata = make_profiles()
     function(adata, per="batch")
     record = _record(adata, key)
@@ -158,8 +158,8 @@ def test_principal_components_are_uncorrelated_and_ordered():
     np.testing.assert_allclose(adata.obsm["X_pca"], (adata.X - record["mean"]) @ record["components"].T, atol=1e-5)
 
 
-def test_harmony_moves_batches_together_and_keeps_what_they_share():
-    adata = make_profiles(plate_effect=0.5, effect=8)  # harmonypy takes little of batches that are far apart
+def test_harmony_aligns_batches_and_preserves_common_structure():
+    adata = make_profiles(plate_effect=0.5, effect=8)  # harmonypy corrects little if batches are far apart
     harmony(adata)
 
     def between(values):  # share of the controls' variance that is between plates
@@ -178,7 +178,7 @@ def test_harmony_moves_batches_together_and_keeps_what_they_share():
         harmony(make_profiles(plates=1))
 
 
-def test_no_controls_is_an_error_that_says_what_to_do():
+def test_error_without_controls():
     adata = make_profiles()
     adata.obs["Metadata_pert_type"] = "trt"
     with pytest.raises(MetadataError, match=r"never 'negcon'.*trt.*--control COLUMN:VALUE.*--fit-on all"):
@@ -189,7 +189,7 @@ def test_no_controls_is_an_error_that_says_what_to_do():
     robust_mad(adata, fit_on="all")
 
 
-def test_a_plate_with_one_control_is_an_error_that_names_it():
+def test_error_for_a_plate_with_one_control():
     adata = make_profiles()
     kept = ~_controls(adata, "P1")
     kept[np.flatnonzero(_controls(adata, "P1"))[0]] = True
@@ -201,15 +201,15 @@ def test_a_plate_with_one_control_is_an_error_that_names_it():
 
 
 @pytest.mark.parametrize(("function", "key"), [(robust_mad, "robustmad"), (standardize, "standardized")])
-def test_constant_features_are_centred_and_told(function, key):
+def test_constant_features_are_centred_with_a_warning(function, key):
     adata = make_profiles()
     adata.X[:, 3] = 7
-    with pytest.warns(CellvimWarning, match="1 of 8 features do not vary.*emb_0003"):
+    with pytest.warns(CellvimWarning, match="1 of 8 features are constant.*emb_0003"):
         function(adata)
     assert (adata.layers[key][:, 3] == 0).all()
 
 
-def test_features_with_nan_are_left_out_where_they_must_be_and_told():
+def test_features_with_nan_are_omitted_if_necessary_with_a_warning():
     adata = make_profiles()
     adata.X[0, 2] = np.nan
     robust_mad(adata)
@@ -219,14 +219,14 @@ def test_features_with_nan_are_left_out_where_they_must_be_and_told():
     assert adata.obsm["X_tvn"].shape[1] == 7
     with pytest.warns(CellvimWarning, match="Sphering: 1 of 8 features"):
         spherize(adata)
-    assert adata.obsm["X_spherized"].shape[1] == 7  # not as wide as X, so no layer
+    assert adata.obsm["X_spherized"].shape[1] == 7  # fewer features than X, so not a layer
     assert "spherized" not in adata.layers
     adata.X[:] = np.nan
     with pytest.raises(MetadataError, match="Every feature has values that are not finite"):
         pca(adata)
 
 
-def test_features_that_depend_on_each_other_cannot_be_spherized_and_the_way_out_is_said():
+def test_linearly_dependent_features_cannot_be_spherized():
     adata = make_profiles()
     adata.X[:, 3] = adata.X[:, 4] + adata.X[:, 5]
     with pytest.raises(InputError, match=r"not possible: 8 features, but only 7 .*--select-features"):

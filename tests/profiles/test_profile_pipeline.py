@@ -1,4 +1,4 @@
-"""From embeddings to a file of profiles: what is where, and what cannot be done."""
+"""From embeddings to files of profiles, and invalid inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cellvim.profiles import aggregate, profile, read_profiles, robust_mad
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".h5ad"])
-def test_everything_survives_the_file(tmp_path, suffix):
+def test_round_trip_through_a_file(tmp_path, suffix):
     made = profile(
         make_profiles(controls=20),
         tmp_path / f"profiles{suffix}",
@@ -26,11 +26,11 @@ def test_everything_survives_the_file(tmp_path, suffix):
     record = found.uns["cellvim"]["profile"]
     assert record["latest"] == "X_harmony"
     np.testing.assert_array_equal(record["robustmad"]["center"], made.uns["cellvim"]["profile"]["robustmad"]["center"])
-    assert [p.name for p in tmp_path.iterdir()] == [f"profiles{suffix}"]  # nothing else is left there
+    assert [p.name for p in tmp_path.iterdir()] == [f"profiles{suffix}"]  # no temporary files
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".csv.gz", ".tsv"])
-def test_tables_hold_what_was_made_last(tmp_path, suffix):
+def test_tables_contain_the_latest_representation(tmp_path, suffix):
     made = profile(make_cells(), tmp_path / f"profiles{suffix}")
     found = read_profiles(tmp_path / f"profiles{suffix}")
     np.testing.assert_allclose(found.X, made.layers["robustmad"], rtol=1e-6)
@@ -40,7 +40,7 @@ def test_tables_hold_what_was_made_last(tmp_path, suffix):
     assert again.layers["standardized"].shape == made.shape
 
 
-def test_plates_of_several_files_become_one_table(tmp_path):
+def test_several_files_are_combined(tmp_path):
     cells = make_cells()
     parts = [cells[(cells.obs["Metadata_Plate"] == p).to_numpy()].copy() for p in ("P1", "P0")]
     parts[0].write_h5ad(tmp_path / "one.h5ad")
@@ -55,9 +55,9 @@ def test_plates_of_several_files_become_one_table(tmp_path):
         profile(tmp_path / "nothing")
 
 
-def test_plates_that_do_not_go_together_are_refused():
+def test_incompatible_plates_raise_errors():
     cells = make_cells()
-    with pytest.raises(MetadataError, match="10 wells are in more than one of the inputs: P0__A01"):
+    with pytest.raises(MetadataError, match="10 wells are in more than one input: P0__A01"):
         profile([cells, cells])
     other = make_cells(width=5)
     with pytest.raises(InputError, match="has 5 features and an AnnData 6"):
@@ -68,11 +68,11 @@ def test_plates_that_do_not_go_together_are_refused():
         profile([first, second])
 
 
-def test_the_source_of_a_step_can_be_named():
+def test_input_of_a_step_can_be_named():
     adata = profile(make_profiles(), statistic=None, normalize=["robustmad", "spherize@X", "pca@robustmad"])
     alone = profile(make_profiles(), statistic=None, normalize=["spherize"])
     np.testing.assert_array_equal(adata.layers["spherized"], alone.layers["spherized"])
-    with pytest.raises(MetadataError, match=r"no representation 'nope'; there are X"):
+    with pytest.raises(MetadataError, match=r"no representation 'nope'.* X"):
         profile(make_profiles(), statistic=None, normalize=["pca@nope"])
 
 
@@ -93,7 +93,7 @@ def test_the_input_is_not_changed():
     assert not adata.uns
 
 
-def test_nothing_is_overwritten_unasked(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     path = tmp_path / "profiles.h5ad"
     path.write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
@@ -108,7 +108,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
 
 
 @pytest.mark.parametrize("normalize", [["robust"], ["tvn", ""]])
-def test_an_unknown_method_is_refused_before_any_work(normalize):
+def test_unknown_methods_fail_early(normalize):
     with pytest.raises(InputError, match="no normalisation"):
         profile("does_not_exist.zarr", normalize=normalize)
 
@@ -120,7 +120,7 @@ def test_zero_rows_are_an_error():
                 profile(source, statistic=statistic)
 
 
-def test_aggregating_keeps_what_the_embedding_said_of_itself():
+def test_aggregation_keeps_the_record_of_the_embedding():
     cells = make_cells()
     cells.uns["cellvim"] = {"model": {"name": "m"}, "weights": {"sha256": "0"}}
     wells = aggregate(cells)
@@ -130,7 +130,7 @@ def test_aggregating_keeps_what_the_embedding_said_of_itself():
 
 
 @pytest.mark.parametrize("suffix", [".zarr", ".h5ad", ".parquet"])
-def test_a_name_without_a_suffix_is_read_by_what_is_in_it(tmp_path, suffix):
+def test_files_without_a_suffix_are_recognised_by_content(tmp_path, suffix):
     named, plain = tmp_path / f"profiles{suffix}", tmp_path / "results"
     made = profile(make_cells(), named)
     named.rename(plain)
@@ -138,7 +138,7 @@ def test_a_name_without_a_suffix_is_read_by_what_is_in_it(tmp_path, suffix):
     assert profile(plain, statistic=None, normalize=["standardize"]).n_obs == made.n_obs
 
 
-def test_a_file_that_is_nothing_of_the_kind_is_refused(tmp_path):
+def test_unsupported_files_raise_an_error(tmp_path):
     (tmp_path / "results").write_text("no embeddings")
     with pytest.raises(InputError, match="is not supported"):
         read_profiles(tmp_path / "results")

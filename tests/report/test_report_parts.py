@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from cellvim.errors import InputError
+from cellvim.evaluate.features import sample_rows
 from cellvim.report.charts import dose_charts, dot_chart
 from cellvim.report.coloring import encode_columns
 from cellvim.report.crops import choose_crops, crops_in_budget
-from cellvim.report.embedding_map import lay_out, sample_rows
+from cellvim.report.embedding_map import lay_out
 from cellvim.report.encoding import pack, quantise
 from cellvim.report.neighbours import nearest_perturbations, typical_crops
 from cellvim.report.tables import make_table, short
