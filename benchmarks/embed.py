@@ -156,13 +156,12 @@ def run_memory(*, counts: tuple[int, ...] = PLATES, say: Callable[[str], None] =
 
 def embed_and_weigh(arguments: list[str]) -> None:
     """Embed plates in this process and print its peak memory: output, model, plates."""
-    from cellvim.embedding import embed_plates
+    from cellvim.embedding import EmbeddingOptions, RunOptions, embed_plates
 
     output, model, *plates = arguments
     start = time.perf_counter()
-    planned = {"model": model, "unit": "cell", "device": "cpu"}
-    options: dict[str, Any] = {"format": None, "workers": 1, "devices": (), "shard": None}
-    [summary] = embed_plates(plates, output, planned, options, per_plate=False, overwrite=False)
+    options = EmbeddingOptions(model=model, unit="cell", device="cpu")
+    [summary] = embed_plates(plates, output, options, RunOptions())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found = {"fields": summary.n_fields, "rows": summary.n_units, "peak_rss_mb": round(peak, 1)}
     print(json.dumps({**found, "seconds": round(time.perf_counter() - start, 1)}))
@@ -188,14 +187,14 @@ def _end_to_end(plan: EmbeddingPlan, output: Path) -> dict[str, Any]:
 @contextmanager
 def _timed(plan: EmbeddingPlan, spent: dict[str, float]) -> Iterator[None]:
     """Count the seconds that pass in the model, in writing rows down and in putting them together."""
-    from cellvim.embedding import assembly
     from cellvim.embedding import encode as encoding
+    from cellvim.embedding import run
     from cellvim.embedding.ledger import Ledger
 
     places = [
         (encoding, "_run", "model"),
-        (Ledger, "keep", "writing rows"),
-        (assembly, "assemble", "putting together"),
+        (Ledger, "store", "writing rows"),
+        (run, "assemble", "putting together"),
     ]
     kept = [getattr(owner, name) for owner, name, _ in places]
 

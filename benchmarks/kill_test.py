@@ -25,7 +25,7 @@ PRELOADED = ["torch", "anndata", "zarr", "skimage.filters", "skimage.segmentatio
 PRELOADED += [
     "cellvim.embedding",
     "cellvim.embedding.encode",
-    "cellvim.embedding.assembly",
+    "cellvim.embedding.output",
     "cellvim.cli",
     "cellvim.data.cells",
 ]

@@ -68,8 +68,8 @@ def run(
 
 def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
     """Write embeddings of random numbers as `cellvim embed` writes them; return the number of rows."""
-    from cellvim.embedding.export import PlateRows, write_embeddings
     from cellvim.embedding.ledger import Rows
+    from cellvim.embedding.output import PlateRows, write_embeddings
 
     per_well = CELLS_PER_FIELD * FIELDS_PER_WELL
     n_wells = -(-rows // per_well)
@@ -99,7 +99,7 @@ def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
 
     plate = PlateRows(fields, dict.fromkeys(range(len(fields)), CELLS_PER_FIELD), load)
     uns = {"cellvim": {"unit": "cell"}}
-    return write_embeddings(store, [lambda: plate], width, uns, format="zarr", workplace=None, overwrite=False)
+    return write_embeddings(store, [lambda: plate], width, uns, format="zarr")
 
 
 def _measured(store: Path, statistic: str) -> dict[str, Any]:

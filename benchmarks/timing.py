@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import cellvim
-from cellvim.embedding.manifest import processor_name
+from cellvim.embedding.output import processor_name
 from cellvim.ops import native
 
 

@@ -231,7 +231,7 @@ def channel_subsets(encoder, data) -> dict[str, dict[str, float]]:
     """Scores of each subset of the channels."""
     import torch
 
-    from cellvim.train.training import evaluate_channel_subsets
+    from cellvim.train.channels_table import evaluate_channel_subsets
 
     rows = data.rows["test"]
     images = torch.from_numpy(cells_of.middle(data.groups[0].images[rows]))
@@ -297,7 +297,7 @@ def run(cells, keep: Path, tasks: list[str], methods: list[str], seeds: list[int
 
 def about(cells) -> dict[str, Any]:
     """What the figures are of: data, machine and versions."""
-    from cellvim.embedding.manifest import processor_name
+    from cellvim.embedding.output import processor_name
 
     wells = cells_of.split_wells(cells[1])
     names = ("cellvim", "torch", "lightning", "scikit-learn", "scikit-image", "numpy")

@@ -1,4 +1,4 @@
-"""A plan without pixels or a model, for tests of who works through fields: numbers, and what goes wrong where."""
+"""A plan without pixels or a model, for tests of workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cellvim.embedding.ledger import Key, Rows
 
 
 def rows_of(key: Key) -> Rows:
-    """Rows that tell which field they are of."""
+    """Rows whose values identify their field."""
     n = 1 + key[1] % 3
     objects = pd.DataFrame({"Metadata_ObjectNumber": np.arange(1, n + 1), "area_px": np.full(n, float(key[1]))})
     return Rows(np.full((n, 4), key[1], np.float32), objects, np.zeros((n, 2)))
@@ -23,9 +23,9 @@ def rows_of(key: Key) -> Rows:
 
 @dataclass
 class FakePlan:
-    """Fields of one plate. ``deadly``, ``unreadable``, ``hungry``: numbers of fields that kill, fail, or eat memory.
+    """Fields of one plate; numbers of fields that kill their process, fail, or run out of memory.
 
-    With ``once`` (a folder) they do so the first time only.
+    With ``once`` (a folder) they do so the first time only. ``starts`` is False if workers end while they start.
     """
 
     n_fields: int = 12
@@ -34,16 +34,19 @@ class FakePlan:
     hungry: tuple[int, ...] = ()
     once: Path | None = None
     device: str = "cpu"
+    starts: bool = True
     seen: list[Key] = field(default_factory=list)
 
     def on(self, device: str, *, threads: int | None = None) -> FakePlan:
+        if threads is not None and not self.starts:
+            os._exit(3)
         return self
 
     def field_name(self, key: Key) -> tuple[str, str]:
         return "plate", f"A01/{key[1]}"
 
-    def all_keys(self, stretch: range | None = None) -> Iterator[Key]:
-        return ((0, i) for i in stretch or range(self.n_fields))
+    def all_keys(self, part: range | None = None) -> Iterator[Key]:
+        return ((0, i) for i in part or range(self.n_fields))
 
     def embed(self, keys: Iterable[Key], *, threads: int = 2) -> Iterator[tuple[Key, Rows | str]]:
         for key in keys:
@@ -64,8 +67,3 @@ class FakePlan:
             return False
         mark.touch()
         return True
-
-
-def ends_at_once(line, settings) -> None:
-    """In the place of a worker: it ends before it has done anything."""
-    os._exit(3)

@@ -21,8 +21,8 @@ import cellvim
 from cellvim.embedding import EmbeddingOptions, EmbeddingPlan, embed_field, plan_embedding, run_embedding
 from cellvim.embedding.ledger import identity_digest
 from cellvim.embedding.options import option, with_options
+from cellvim.embedding.output import describe_run
 from cellvim.embedding.plan import make_plan
-from cellvim.embedding.provenance import provenance
 from cellvim.errors import ChannelError, InputError, ModelError, OutputError, PlateError
 
 CHANNELS = ["GFP", "Hoechst"]
@@ -371,7 +371,7 @@ def test_a_new_option_reaches_signature_command_line_record_and_identity(plate_p
     assert "Standard deviation of a Gaussian filter" in embed.__doc__ and "**options" not in embed.__doc__
 
     plans = [make_plan(plate_path, ExtendedOptions(model=encoder, blur_um=blur)) for blur in (0.0, 1.5)]
-    assert json.loads(provenance(plans[1], [])["cellvim"]["options"])["blur_um"] == 1.5
+    assert json.loads(describe_run(plans[1], [])["cellvim"]["options"])["blur_um"] == 1.5
     assert identity_digest(plans[0].identity) != identity_digest(plans[1].identity)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellvim.embedding import row_tables as tables
-from cellvim.embedding.export import PlateRows, open_embeddings, write_embeddings
+from cellvim.anndata_io import open_embeddings
+from cellvim.embedding import output as module
 from cellvim.embedding.ledger import Rows
+from cellvim.embedding.output import PlateRows, write_embeddings
 from cellvim.errors import OutputError
 
 
@@ -44,10 +45,10 @@ def _plate(counts=(3, 0, 2, 4), fields=None, load=None) -> PlateRows:
     return PlateRows(_fields() if fields is None else fields, counts, load or (lambda f: _rows(f, counts[f])))
 
 
-def _write(path, *plates, overwrite=False, format="zarr", workplace=None) -> int:
+def _write(path, *plates, overwrite=False, format="zarr") -> int:
     openers = [lambda plate=plate: plate for plate in plates or (_plate(),)]
     uns = {"cellvim": {"unit": "cell"}}
-    return write_embeddings(path, openers, 5, uns, format=format, workplace=workplace, overwrite=overwrite)
+    return write_embeddings(path, openers, 5, uns, format=format, overwrite=overwrite)
 
 
 def test_rows_come_back_with_their_field(tmp_path):
@@ -100,7 +101,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path, format):
 
 def test_many_small_blocks_equal_one(tmp_path, monkeypatch):
     _write(tmp_path / "a.zarr")
-    monkeypatch.setattr(tables, "ROWS_PER_BLOCK", 2)
+    monkeypatch.setattr(module, "ROWS_PER_BLOCK", 2)
     _write(tmp_path / "b.zarr")
     a, b = (anndata.read_zarr(tmp_path / name) for name in ("a.zarr", "b.zarr"))
     np.testing.assert_array_equal(a.X, b.X)
@@ -252,7 +253,7 @@ def test_failure_leaves_the_old_output_and_nothing_half_written(tmp_path):
 
 def test_rows_that_do_not_fit_together_are_refused(tmp_path):
     rows = _rows(0, 3)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         _write(tmp_path / "out.zarr", _plate(load=lambda _: Rows(rows.embeddings[:2], rows.objects, rows.spatial)))
 
 

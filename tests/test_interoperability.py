@@ -13,8 +13,8 @@ import pytest
 from profile_tables import make_profiles
 
 import cellvim
-from cellvim.embedding.export import PlateRows, write_embeddings
 from cellvim.embedding.ledger import Rows
+from cellvim.embedding.output import PlateRows, write_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,7 @@ def embeddings(tmp_path_factory):
         return Rows(values, objects, rng.uniform(0, 300, (30, 2)))
 
     plate = PlateRows(fields, dict.fromkeys(range(8), 30), rows)
-    write_embeddings(
-        path, [lambda: plate], 12, {"cellvim": {"unit": "cell"}}, format="zarr", workplace=None, overwrite=False
-    )
+    write_embeddings(path, [lambda: plate], 12, {"cellvim": {"unit": "cell"}}, format="zarr")
     return path
 
 

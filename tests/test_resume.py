@@ -92,16 +92,19 @@ class TestGoingOn:
 
     @pytest.mark.parametrize(
         "moment",
-        ["_write_beside", *(pytest.param(m, marks=pytest.mark.slow) for m in ("write_embeddings", "clear"))],
+        [
+            "output.write_records",
+            pytest.param("output.write_embeddings", marks=pytest.mark.slow),
+            pytest.param("ledger.Ledger.delete", marks=pytest.mark.slow),
+        ],
     )
     def test_when_stopped_at_the_end(self, plan, whole, tmp_path, monkeypatch, moment):
-        """While rows are put together; when the output has its name but no manifest; while it clears up."""
-        from cellvim.embedding import assembly
+        """While the output is written, before its manifest is written, and while the ledger is removed."""
 
         def stop(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(assembly, moment, stop)
+        monkeypatch.setattr(f"cellvim.embedding.{moment}", stop)
         with pytest.raises(KeyboardInterrupt):
             run_embedding(plan, tmp_path / "out.zarr")
         monkeypatch.undo()
@@ -119,7 +122,7 @@ class TestGoingOn:
 
         output, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
         command = ["embed", str(plate), "-o", str(output), "--model", str(weights)]
-        monkeypatch.setattr("cellvim.embedding.assembly.clear", lambda ledger: None)
+        monkeypatch.setattr("cellvim.embedding.ledger.Ledger.delete", lambda self: None)
         assert main(command) == 0
         monkeypatch.undo()
         whole = tree_sha256(output)
@@ -144,7 +147,7 @@ class TestGoingOn:
         with pytest.raises(Interrupted):
             run_embedding(plan, tmp_path / "out.zarr", progress=_stop_after(2))
         other = plan_embedding(plate, model=weights, crop_size=48, channels=["DNA"])
-        with pytest.raises(OutputError, match="What differs") as error:
+        with pytest.raises(OutputError, match="Differences") as error:
             run_embedding(other, tmp_path / "out.zarr")
         assert "plates.00000.crop_px was 32, is 48" in str(error.value) and "channels.GFP" in str(error.value)
         assert len(list((tmp_path / "out.zarr.partial").glob("fields-*/*/*.rows"))) == 2  # nothing is lost
@@ -202,12 +205,11 @@ class TestGoingOn:
         monkeypatch.undo()
         assert run_embedding(plan, tmp_path / "out.h5ad").n_resumed == N_FIELDS
         size = (tmp_path / "out.h5ad").stat().st_size
-        from cellvim.embedding.anndata_file import _size_in_hdf5  # the estimate is held to what was written
-        from cellvim.embedding.row_tables import Layout
+        from cellvim.embedding.output import Layout, hdf5_size
 
         rows = anndata.read_h5ad(tmp_path / "out.h5ad")
         layout = Layout({name: None for name in rows.obs}, {"spatial": (2, np.dtype(np.float64))}, rows.n_obs)
-        assert 0.7 < _size_in_hdf5(layout, rows.n_vars) / size < 2
+        assert 0.7 < hdf5_size(layout, rows.n_vars) / size < 2
 
 
 def test_an_unfinished_jobs_batch_size_is_taken_where_it_matters(plan):
@@ -215,12 +217,12 @@ def test_an_unfinished_jobs_batch_size_is_taken_where_it_matters(plan):
     from dataclasses import replace
 
     assert plan.batch_size_is_automatic and plan.identity["batch_size"] == "any"
-    assert embedding._with_batch_size_of(None, plan) is plan
-    assert embedding._with_batch_size_of({"identity": plan.identity}, plan) is plan
+    assert embedding.with_batch_size_of(None, plan) is plan
+    assert embedding.with_batch_size_of({"identity": plan.identity}, plan) is plan
     other = {"identity": {**plan.identity, "batch_size": 7}}
-    assert embedding._with_batch_size_of(other, plan).batch_size == 7
+    assert embedding.with_batch_size_of(other, plan).batch_size == 7
     named = replace(plan, batch_size=3, batch_size_is_automatic=False)
-    assert embedding._with_batch_size_of(other, named).batch_size == 3
+    assert embedding.with_batch_size_of(other, named).batch_size == 3
 
 
 class TestSharedOut:
@@ -240,7 +242,7 @@ class TestSharedOut:
         assert run_embedding(plan, tmp_path / "out.zarr", shard="2/3").n_units == 21  # requeued: nothing to do
 
     def test_through_a_url_to_the_same_bytes(self, plan, whole, tmp_path):
-        """fsspec's file system of this machine stands for an object store."""
+        """fsspec's local file system represents an object store."""
         output = (tmp_path / "out.zarr").as_uri()
         run_embedding(plan, output, shard="1/2")
         run_embedding(plan, output, shard="2/2")
@@ -263,7 +265,7 @@ class TestSharedOut:
         assert "5 fields of other shards are left" in str(summary)
         assert main(["status", str(tmp_path / "out.zarr")]) == 0
         out = capsys.readouterr().out
-        assert "waits for other shards: 5 fields of them are left" in out and "was stopped" not in out
+        assert "waiting for other shards, which have 5 fields left" in out and "was stopped" not in out
         assert "1 field in " in out
         with pytest.raises(Interrupted):
             run_embedding(plan, tmp_path / "out.zarr", shard="2/2", progress=_stop_after(1))
@@ -271,7 +273,7 @@ class TestSharedOut:
         assert "was stopped" in capsys.readouterr().out
 
     def test_shards_do_not_overwrite_each_other(self, plan, tmp_path):
-        with pytest.raises(InputError, match="others have done"):
+        with pytest.raises(InputError, match="discard the rows of the others"):
             run_embedding(plan, tmp_path / "out.zarr", shard="1/2", overwrite=True)
 
     def test_batches_across_fields_give_the_same_rows(self, plan, whole):
@@ -348,12 +350,11 @@ class TestKillsItsProcess:
         adata = anndata.read_zarr(tmp_path / "out.zarr")
         assert adata.uns["cellvim"]["failed_fields"]["field"].tolist() == ["A02/0"]
         assert "SIGKILL" in pd.read_csv(f"{tmp_path / 'out.zarr'}.failures.csv")["reason"][0]
-        assert '"event": "apart"' in Path(f"{tmp_path / 'out.zarr'}.log.jsonl").read_text()
+        assert '"event": "isolated"' in Path(f"{tmp_path / 'out.zarr'}.log.jsonl").read_text()
 
     def test_runs_that_were_killed_and_got_nowhere_are_counted(self, plan, tmp_path):
         """Else kills by anyone, one soon after the other, would leave no run the time to start a process apart."""
-        from cellvim.embedding.ledger import open_ledger
-        from cellvim.embedding.sessions import Session, killed_again
+        from cellvim.embedding.ledger import Session, needs_isolation, open_ledger
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
         story = [  # how a session ended, the fields that it did, whether in a process apart; what the next one is to do
@@ -366,16 +367,15 @@ class TestKillsItsProcess:
             ("finished", 1, True, False),
             ("killed", 0, False, False),
         ]
-        for state, fields, apart, expected in story:
-            session = Session(ledger, shard=None, about={"apart": apart})
+        for state, fields, isolated, expected in story:
+            session = Session(ledger, shard=None, about={"isolated": isolated})
             session.count(fields=fields)
             session.close(state)
-            assert killed_again(ledger.storage, None) == expected
-        assert not killed_again(ledger.storage, "1/2")
+            assert needs_isolation(ledger.storage, None) == expected
+        assert not needs_isolation(ledger.storage, "1/2")
 
     def test_the_first_field_is_written_down_at_once(self, plan, tmp_path):
-        from cellvim.embedding.ledger import open_ledger
-        from cellvim.embedding.sessions import Session, read_sessions
+        from cellvim.embedding.ledger import Session, open_ledger, read_sessions
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
         session = Session(ledger, shard=None, about={})
@@ -484,18 +484,18 @@ class TestFaults:
 
 
 class TestRefusedAtOnce:
-    """Before plates are looked at: nothing is left behind."""
+    """Before plates are opened: no file is left behind."""
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--shard", "3/2"], "expected 1 to 2 of 2"),
-            (["--shard", "1/2", "--overwrite"], "others have done"),
+            (["--shard", "3/2"], "--shard"),
+            (["--shard", "1/2", "--overwrite"], "rows of the others"),
             (["--format", "h5ad"], "Leave --format out"),
             (["--format", "csv", "--per-plate"], "'csv' is not known"),
             (["--engine", "spark"], "'spark' is not known"),
             (["--workers", "0"], "expected at least 1"),
-            (["--address", "auto"], "goes with --engine ray"),
+            (["--address", "auto"], "requires --engine ray"),
         ],
     )
     def test_options_of_the_run(self, plate, weights, tmp_path, capsys, options, message):
@@ -540,7 +540,7 @@ class TestSeveralPlates:
         assert both.obs.loc[both.obs["Metadata_Plate"] == "p2", "compound"].isna().all()
 
     def test_one_a_plate_joined_lazily(self, folder, weights, tmp_path, capsys):
-        from cellvim.embedding.export import open_embeddings
+        from cellvim.anndata_io import open_embeddings
 
         command = ["embed", *map(str, sorted(folder.glob("*.zarr"))), "-o", str(tmp_path / "out"), "--per-plate"]
         command += ["--model", str(weights)]
@@ -643,16 +643,16 @@ class TestWhatElseIsWritten:
         assert not (tmp_path / "out.zarr.partial").exists()
 
     def test_killed_when_the_maps_have_their_name_and_the_rows_do_not(self, plate, weights, tmp_path, monkeypatch):
-        from cellvim.embedding import assembly
+        from cellvim.embedding import output
 
         plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
-        write = assembly.write_token_maps
+        write = output.write_token_maps
 
         def killed(*arguments, **options):
             write(*arguments, **options)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(assembly, "write_token_maps", killed)
+        monkeypatch.setattr(output, "write_token_maps", killed)
         with pytest.raises(Interrupted):
             run_embedding(plan, tmp_path / "out.zarr")
         monkeypatch.undo()
@@ -663,10 +663,10 @@ class TestWhatElseIsWritten:
     def test_rows_that_are_damaged_when_maps_are_written_are_embedded_again(
         self, plate, weights, tmp_path, monkeypatch
     ):
-        from cellvim.embedding import assembly
+        from cellvim.embedding import output
 
         plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
-        write, torn = assembly.write_token_maps, []
+        write, torn = output.write_token_maps, []
 
         def tear(*arguments, **options):
             if not torn:
@@ -674,7 +674,7 @@ class TestWhatElseIsWritten:
                 torn[0].write_bytes(torn[0].read_bytes()[:-40])
             write(*arguments, **options)
 
-        monkeypatch.setattr(assembly, "write_token_maps", tear)
+        monkeypatch.setattr(output, "write_token_maps", tear)
         run_embedding(plan, tmp_path / "out.zarr")
         assert torn and anndata.read_zarr(tmp_path / "out.zarr").n_obs == N_FIELDS
         assert len(cellvim.open_plate(tmp_path / "out.tokens.zarr").fields) == N_FIELDS
@@ -765,7 +765,7 @@ class TestStatus:
     def test_before_while_stopped_and_after(self, plan, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         assert main(["status", "out.zarr"]) == 2
-        assert "Nothing is known of out.zarr" in capsys.readouterr().err
+        assert "There is no run for out.zarr" in capsys.readouterr().err
         shown = []
 
         def look(done, total, rows):
@@ -793,7 +793,7 @@ class TestStatus:
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(embedding, "_engine", interrupt)
+        monkeypatch.setattr(embedding, "embed_here", interrupt)
         assert main(["embed", str(plate), "--model", str(weights)]) == 130
         err = capsys.readouterr().err
-        assert "0 of 6 fields are done and kept in embeddings.zarr.partial. The same command goes on there." in err
+        assert "0 of 6 fields are done and kept in embeddings.zarr.partial. The same command resumes the run." in err

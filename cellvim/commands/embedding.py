@@ -72,7 +72,7 @@ def embed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, and replace the output.")] = False,
 ) -> None:
     """Embed plates' cells, tiles or fields into an AnnData; what was interrupted goes on where it stopped."""
-    from cellvim.embedding import DEFAULT_MODEL, embed_plates
+    from cellvim.embedding import DEFAULT_MODEL, EmbeddingOptions, RunOptions, embed_plates
 
     planned = {
         "unit": unit,
@@ -108,11 +108,12 @@ def embed(
         "shard": shard,
         "spatialdata": spatialdata,
         "log": log,
+        "overwrite": overwrite,
     }
     failed = False
     with progress_bar("Embedding", f"{unit}s") as progress:
         for summary in embed_plates(
-            plates, output, planned, run, per_plate=per_plate, overwrite=overwrite, progress=progress
+            plates, output, EmbeddingOptions(**planned), RunOptions(**run), per_plate=per_plate, progress=progress
         ):
             print_summary(summary)
             failed = failed or bool(summary.failed)

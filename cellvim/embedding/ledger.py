@@ -1,18 +1,28 @@
-"""The ledger of a job: which fields are done, with their rows, and which failed, and why.
+"""The ledger: finished rows, failures and sessions of a run, in the folder ``<output>.partial``.
 
-It lies in ``<output>.partial``. Each field's rows are one file, named by plate, field and number of rows, with a
-checksum in it: that the file is there says that the field is done, so nothing can be done and not recorded. A job may
-be stopped at any moment, by anything, and any number of processes may add to it at once.
+The rows of each field are one file, written atomically and named by plate, field and number of rows, with a checksum.
+A field is finished exactly if its file exists, so a run may be interrupted at any moment, by anything, and any number
+of processes may add to it at once. A session is one process that runs ``cellvim embed``: a small file in the ledger
+that is renewed while the process lives. Sessions keep two identical commands from working on one output, show progress
+in `cellvim status`, and become part of the manifest.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shlex
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +36,19 @@ from cellvim.files import Storage, storage_at
 if TYPE_CHECKING:
     import pandas as pd
 
-MARKER = "cellvim-partial"  # a folder without it is not ours to delete
+MARKER = "cellvim-partial"  # a folder without this file is not ours to delete
 RUN = "run.json"
-_MAGIC = b"cellvim-rows-1 "  # then the payload's SHA-256 in hex, a line end, and the payload
+LOCK = "lock"
 TRIES = 2
+HEARTBEAT_S = 10.0
+FRESH_S = 60.0  # a session whose file is older is dead
+_MAGIC = b"cellvim-rows-1 "  # followed by the SHA-256 of the payload in hex, a line feed, and the payload
 
-Key = tuple[int, int]  # number of the plate, and of the field on it
+Key = tuple[int, int]  # index of the plate, and of the field within it
 
 
 class DamagedError(Exception):
-    """A field's file is not what was written: a node was lost, or a disk was full."""
+    """The file of a field does not have the content that was written: a node was lost, or a disk was full."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +60,13 @@ class Rows:
     embeddings
         (n, D) float32.
     objects
-        n rows of numbers about each unit; ``Metadata_ObjectNumber`` among them.
+        (n rows) numbers that describe each unit; ``Metadata_ObjectNumber`` is one of the columns.
     spatial
         (n, 2) position (x, y) within the field.
     obsm
         Further arrays (n, k), by name.
     tokens
-        (D, C, rows, columns) float32 of a whole field, where maps of tokens are wanted.
+        (D, C, rows, columns) float32 token maps of a field, if requested.
     """
 
     embeddings: np.ndarray
@@ -66,7 +79,7 @@ class Rows:
         return len(self.objects)
 
     def to_bytes(self) -> bytes:
-        """Return the rows as one block of bytes that knows when it is damaged."""
+        """Return the rows as bytes with a checksum."""
         arrays = {f"obs/{name}": self.objects[name].to_numpy() for name in self.objects.columns}
         arrays |= {f"obsm/{name}": values for name, values in self.obsm.items()}
         arrays |= {} if self.tokens is None else {"tokens": self.tokens}
@@ -77,19 +90,19 @@ class Rows:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Rows:
-        """Read what `to_bytes` made.
+        """Read the result of `to_bytes`.
 
         Raises
         ------
         DamagedError
-            It is not whole.
+            The checksum does not match.
         """
         import pandas as pd
 
         head, _, payload = content[:256].partition(b"\n")
         payload = memoryview(content)[len(head) + 1 :]
         if not head.startswith(_MAGIC) or sha256(payload).hexdigest().encode() != head[len(_MAGIC) :]:
-            raise DamagedError("its checksum is not that of its content")
+            raise DamagedError("the checksum does not match")
         with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
             loaded = {name: arrays[name] for name in arrays.files}
         objects = {n.removeprefix("obs/"): v for n, v in loaded.items() if n.startswith("obs/")}
@@ -99,7 +112,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Failure:
-    """A field without rows, and why."""
+    """A field without rows, and the reason."""
 
     plate: str
     field: str
@@ -108,48 +121,48 @@ class Failure:
 
 
 class Ledger:
-    """What is done of a job, and what failed. Made by `open_ledger`; may be pickled to other processes.
+    """Finished rows and failures of a run. Created by `open_ledger`; can be pickled to other processes.
 
     Attributes
     ----------
     storage
-        Where it lies.
+        The files of the ledger.
     identity
-        All that decides the rows, as nested dicts of plain values.
+        Everything that determines the rows, as nested dicts of plain values.
     """
 
     def __init__(self, storage: Storage, identity: Mapping[str, Any]) -> None:
         self.storage, self.identity = storage, identity
         self.digest = identity_digest(identity)
-        # What a process of an earlier job still writes, after --overwrite, lands in another folder.
+        # With --overwrite, a process of an earlier run that still writes does so into other folders.
         self._rows = f"fields-{self.digest[:12]}"
         self._failed = f"failed-{self.digest[:12]}"
 
     def begin(self, *, replaces: bool, form: Mapping[str, Any] | None = None) -> None:
-        """Make the ledger, or take up the one that is there and is of the same job.
+        """Create the ledger, or continue an existing one of the same run.
 
         Parameters
         ----------
         replaces
-            The job may replace an output that exists.
+            Whether the run may replace an existing output.
         form
-            Of the output, such as its format: it decides no row, but all who work on the job must want the same.
+            Options such as the format, which do not affect the rows but must be the same for all sessions.
 
         Raises
         ------
         OutputError
-            What is there is not ours, or of another job; the message says what differs.
+            The existing folder was not created by CellVim, or belongs to another run; the message lists differences.
         """
         if self.storage.exists():
             check_ours(self.storage)
-            self._check_same(form)
+            self._check_same_run(form)
         self.storage.make_folders()
-        self.storage.write(MARKER, b"")  # before anything else: a folder without it is not ours
+        self.storage.write(MARKER, b"")  # before anything else
         self.storage.make_folders(self._rows, self._failed, "sessions", "log")
         if read_run(self.storage) is None:
-            unread = self.storage.read(RUN)
-            if unread is not None:  # of a version that is not ours
-                self.storage.remove_if_equal(RUN, unread)
+            unreadable = self.storage.read(RUN)
+            if unreadable is not None:  # of another version
+                self.storage.remove_if_equal(RUN, unreadable)
             run = {
                 "run": uuid4().hex,
                 "replaces": replaces,
@@ -159,9 +172,9 @@ class Ledger:
                 "identity": self.identity,
             }
             if not self.storage.create(RUN, json.dumps(run, indent=1).encode()):
-                self._check_same(form)  # another began at the same instant, and was first
+                self._check_same_run(form)  # another session created it in the meantime
 
-    def _check_same(self, form: Mapping[str, Any] | None) -> None:
+    def _check_same_run(self, form: Mapping[str, Any] | None) -> None:
         before = read_run(self.storage)
         if before is None:
             return
@@ -169,13 +182,13 @@ class Ledger:
         changes += differences(before.get("form") or {}, form) if form and before.get("form") else []
         if changes:
             raise OutputError(
-                f"{self.storage.name} holds the unfinished rows of another job, so this one cannot go on from "
-                f"there. What differs: {listing(changes, 6)}. Run what was run before, start anew with "
-                "--overwrite, or choose another --output."
+                f"{self.storage.name} holds the unfinished rows of another run, which this one cannot resume. "
+                f"Differences: {listing(changes, 6)}. Repeat the earlier command, discard its rows with --overwrite, "
+                "or choose another --output."
             )
 
     def done(self, plates: Iterable[int]) -> dict[Key, int]:
-        """Return the fields that are done, with their numbers of rows."""
+        """Return the finished fields of these plates, with their numbers of rows."""
         found = {}
         for plate in plates:
             for name in self.storage.names(f"{self._rows}/{plate:05d}"):
@@ -184,8 +197,8 @@ class Ledger:
                     found[plate, int(field)] = int(rows)
         return found
 
-    def keep(self, key: Key, rows: Rows) -> None:
-        """Write down a field's rows.
+    def store(self, key: Key, rows: Rows) -> None:
+        """Write the rows of a field.
 
         Raises
         ------
@@ -195,7 +208,7 @@ class Ledger:
         self.storage.write(self._name(key, len(rows)), rows.to_bytes())
 
     def load(self, key: Key, n_rows: int) -> Rows:
-        """Read a field's rows.
+        """Read the rows of a field.
 
         Raises
         ------
@@ -204,22 +217,23 @@ class Ledger:
         """
         content = self.storage.read(self._name(key, n_rows))
         if content is None:
-            raise DamagedError("its file has vanished")
+            raise DamagedError("the file is missing")
         rows = Rows.from_bytes(content)
         if len(rows) != n_rows:
-            raise DamagedError("it has another number of rows than its name says")
+            raise DamagedError("the number of rows does not match the name of the file")
         return rows
 
-    def forget(self, key: Key, n_rows: int) -> None:
-        """Remove a field's rows, so that it is embedded again."""
+    def remove(self, key: Key, n_rows: int) -> None:
+        """Remove the rows of a field, so that it is embedded again."""
         self.storage.remove(self._name(key, n_rows))
 
-    def fail(self, key: Key, failure: Failure) -> None:
-        """Write down why a field has no rows."""
-        self.storage.write(f"{self._failed}/{key[0]:05d}-{key[1]:06d}.json", json.dumps(asdict(failure)).encode())
+    def add_failure(self, key: Key, failure: Failure) -> None:
+        """Record why a field has no rows."""
+        name = f"{self._failed}/{key[0]:05d}-{key[1]:06d}.json"
+        self.storage.write(name, json.dumps(asdict(failure)).encode())
 
     def failures(self) -> dict[Key, Failure]:
-        """Return the fields that failed, in their order."""
+        """Return the failed fields, in order."""
         found = {}
         for name in self.storage.names(self._failed):
             content = self.storage.read(f"{self._failed}/{name}")
@@ -228,10 +242,14 @@ class Ledger:
                 found[int(plate), int(field)] = Failure(**json.loads(content))
         return found
 
-    def forgive(self, keys: Iterable[Key]) -> None:
-        """Forget that fields failed: they are tried again."""
+    def clear_failures(self, keys: Iterable[Key]) -> None:
+        """Remove the failures of these fields, so that they are tried again."""
         for plate, field in keys:
             self.storage.remove(f"{self._failed}/{plate:05d}-{field:06d}.json")
+
+    def delete(self) -> None:
+        """Remove the ledger with all its files."""
+        self.storage.remove_all(MARKER)
 
     def _name(self, key: Key, n_rows: int) -> str:
         return f"{self._rows}/{key[0]:05d}/{key[1]:06d}-{n_rows}.rows"
@@ -250,29 +268,36 @@ def open_ledger(
     replaces: bool = False,
     form: Mapping[str, Any] | None = None,
 ) -> Ledger:
-    """Begin a job's ledger beside its output, or take it up where it was left.
+    """Create the ledger of a run beside its output, or continue an existing one.
 
     Parameters
     ----------
     output
-        What the job makes.
+        Path or URL of the output.
     identity
-        All that decides the rows. A ledger of another identity is refused.
+        Everything that determines the rows. A ledger with another identity is refused.
     overwrite
-        Start anew: remove what is there.
+        Discard an existing ledger.
     replaces
-        The job may replace an output that exists.
+        Whether the run may replace an existing output.
     form
-        Of the output, such as its format. A ledger of another form is refused.
+        Options that do not affect the rows, such as the format. A ledger with other values is refused.
 
     Raises
     ------
     OutputError
-        Beside the output lies something that is not ours, or the ledger of another job.
+        The existing folder was not created by CellVim, or belongs to another run or, with ``overwrite``, to a running
+        process.
     """
     storage = ledger_storage(output)
     if overwrite and storage.exists():
         check_ours(storage)
+        for other in read_sessions(storage):
+            if other["alive"]:
+                raise OutputError(
+                    f"Another cellvim embed is writing this output (process {other['pid']} on {other['host']}), so it "
+                    "cannot be overwritten. Stop that process first."
+                )
         storage.remove_all(MARKER)
     ledger = Ledger(storage, identity)
     ledger.begin(replaces=replaces, form=form)
@@ -280,54 +305,240 @@ def open_ledger(
 
 
 def check_ours(storage: Storage) -> None:
-    """Raise where a partial folder was not made by CellVim: it is neither used nor removed."""
-    if storage.read(MARKER) is None and storage.names(""):
-        raise OutputError(
-            f"{storage.name} is in the way and was not made by CellVim. Move it, or choose another --output."
-        )
+    """Raise `OutputError` if a partial folder was not created by CellVim: it is neither used nor removed."""
+    if storage.read(MARKER) is None and storage.names():
+        raise OutputError(f"{storage.name} was not created by CellVim. Move it, or choose another --output.")
 
 
 def read_run(storage: Storage) -> dict[str, Any] | None:
-    """Return what the job is: its identity, and whether it may replace its output; None where there is none."""
+    """Return the identity and options of the run in a ledger; None if there is none."""
     content = storage.read(RUN)
     try:
         return None if content is None else json.loads(content)
-    except ValueError:  # of a version that is not ours
+    except ValueError:  # of another version
         return None
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """Return a hash of an identity."""
+    """Return the SHA-256 of an identity."""
     return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two identities, one sentence each: the name, what it was and what it is."""
-    was, is_ = dict(_flat(before)), dict(_flat(json.loads(json.dumps(now, default=str))))
+    """Return the differences between two identities, each with name, old value and new value."""
+    was, is_ = dict(_flatten(before)), dict(_flatten(json.loads(json.dumps(now, default=str))))
     names = [name for name in [*was, *(name for name in is_ if name not in was)] if was.get(name) != is_.get(name)]
     found = []
     for name in names:
-        old, new = _short(was.get(name, "not there")), _short(is_.get(name, "not there"))
+        old, new = _shorten(was.get(name, "missing")), _shorten(is_.get(name, "missing"))
         plate = re.fullmatch(r"(plates\.\d+)\.fields\.(count|sha256)", name)
         if plate is None or name not in was or name not in is_:
             found.append(f"{name} was {old}, is {new}")
         elif plate[2] == "count":
             found.append(f"wells/fields of {is_.get(f'{plate[1]}.name', plate[1])}: {old} fields before, {new} now")
-        elif f"{plate[1]}.fields.count" not in names:  # else it is said already
-            found.append(f"wells/fields of {is_.get(f'{plate[1]}.name', plate[1])}: others than before, as many")
+        elif f"{plate[1]}.fields.count" not in names:
+            found.append(f"wells/fields of {is_.get(f'{plate[1]}.name', plate[1])}: same number, different fields")
     return found
 
 
-def _flat(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
+            yield from _flatten(value, f"{name}.{key}" if name else str(key))
     else:
         yield name, node
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _shorten(value: Any, limit: int = 60) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = ", ".join(map(str, value))
     text = str(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class Session:
+    """One process that works on a run: a status file in the ledger, renewed while the process lives, and a log.
+
+    Parameters
+    ----------
+    ledger
+        The ledger of the run.
+    shard
+        The part of the fields that the session embeds, as ``i/n``; None for all.
+    about
+        Further values for the record: engine, workers, devices, versions.
+
+    Raises
+    ------
+    OutputError
+        Another living session works on the same fields.
+    """
+
+    def __init__(self, ledger: Ledger, *, shard: str | None, about: dict[str, Any]) -> None:
+        self.storage = ledger.storage
+        started = datetime.now(UTC)
+        self.id = f"{started:%Y%m%dT%H%M%S%f}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:6]}"
+        self.record: dict[str, Any] = {
+            "id": self.id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _process_start(os.getpid()),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "shard": shard,
+            "started": started.isoformat(timespec="seconds"),
+            **about,
+            "state": "running",
+            "fields": 0,
+            "rows": 0,
+            "failed": 0,
+            "seconds": 0.0,
+        }
+        self._start = time.perf_counter()
+        self._stop = threading.Event()
+        self._lines: list[str] = []
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()  # the heartbeat and the main thread must not both append the same lines
+        for other in read_sessions(self.storage):
+            if other["alive"] and not (shard and other["shard"] and shard != other["shard"]):
+                raise OutputError(
+                    f"Another cellvim embed is writing this output: process {other['pid']} on {other['host']}, since "
+                    f"{other['started']}. Wait for it (cellvim status), stop it, or divide the work with --shard."
+                )
+        self.write()
+        self._thread = threading.Thread(target=self._beat, name="cellvim-heartbeat", daemon=True)
+        self._thread.start()
+        self.log("start", **{k: v for k, v in self.record.items() if k in ("command", "shard", "host", "pid")})
+
+    def log(self, event: str, **values: Any) -> None:
+        """Add a line to the log: time, event and values, as JSON."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
+        with self._lock:
+            self._lines.append(json.dumps(line, default=str))
+
+    def count(self, *, fields: int = 0, rows: int = 0, failed: int = 0) -> None:
+        """Add to the counts of the session; the first field is recorded at once, see `needs_isolation`."""
+        first = not (self.record["fields"] or self.record["failed"]) and (fields or failed)
+        for name, n in (("fields", fields), ("rows", rows), ("failed", failed)):
+            self.record[name] += n
+        if first:
+            self.write()
+
+    def close(self, state: str) -> None:
+        """End the session with a state: finished, interrupted or stopped (by an error)."""
+        self.record["state"] = state
+        self.log("end", state=state, fields=self.record["fields"], rows=self.record["rows"])
+        self._stop.set()
+        self._thread.join()
+        self.write()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            self.write()
+
+    def write(self, state: str | None = None) -> None:
+        """Write the record and the log."""
+        self.record["state"] = state or self.record["state"]
+        self.record["seconds"] = round(time.perf_counter() - self._start, 3)
+        # A failure here must not stop the run: a full disk is reported when rows are written.
+        with self._writing, suppress(OutputError, OSError):
+            self.storage.write(f"sessions/{self.id}.json", json.dumps(self.record, default=str).encode())
+            self._write_log()
+
+    def _write_log(self) -> None:
+        with self._lock:
+            lines = list(self._lines)
+        if not lines:
+            return
+        text = "".join(f"{line}\n" for line in lines)
+        if self.storage.path is None:  # objects cannot be appended to
+            self.storage.write(f"log/{self.id}.jsonl", text.encode())
+            return
+        with open(self.storage.path / "log" / f"{self.id}.jsonl", "a", encoding="utf-8") as file:
+            file.write(text)
+        with self._lock:
+            del self._lines[: len(lines)]
+
+
+def read_sessions(storage: Storage) -> list[dict[str, Any]]:
+    """Return the records of all sessions, oldest first, each with whether it is ``alive``."""
+    found = []
+    for name in storage.names("sessions"):
+        content = storage.read(f"sessions/{name}")
+        try:
+            record = json.loads(content or b"")
+        except ValueError:
+            continue
+        age = storage.age_seconds(f"sessions/{name}")
+        fresh = age is not None and age < FRESH_S
+        elsewhere = record["host"] != socket.gethostname()
+        lives = elsewhere or _process_start(record["pid"]) == record["born"] is not None
+        record["alive"] = record["state"] == "running" and fresh and lives
+        if record["state"] == "running" and not record["alive"]:
+            record["state"] = "killed"
+        found.append(record)
+    return found
+
+
+def needs_isolation(storage: Storage, shard: str | None) -> bool:
+    """Return whether the last two sessions of this shard were killed, the last one before it finished a field.
+
+    The cause may be a field that needs more memory than is available, which would kill every further session.
+    A session that embedded in an isolated process and was killed nevertheless was not killed by a field.
+    """
+    last = [s for s in read_sessions(storage) if s["shard"] == shard][-2:]
+    killed = len(last) == 2 and all(s["state"] == "killed" and not s.get("isolated") for s in last)
+    return killed and not (last[-1]["fields"] or last[-1]["failed"])
+
+
+def read_log(storage: Storage) -> list[str]:
+    """Return the lines of the logs of all sessions, sorted by time."""
+    lines: list[str] = []
+    for name in storage.names("log"):
+        lines += (storage.read(f"log/{name}") or b"").decode("utf-8", "replace").splitlines()
+    return sorted(lines, key=lambda line: line.partition('", "event"')[0])  # stable within one instant
+
+
+@contextmanager
+def locked(storage: Storage, session: Session) -> Iterator[bool]:
+    """Hold the lock of the ledger within the block; yields False if another living session holds it.
+
+    The lock of a dead session is void. On object stores without conditional writes several sessions may get the lock:
+    they must write the same bytes.
+    """
+    held = _acquire(storage, session)
+    try:
+        yield held
+    finally:
+        if held and storage.read(LOCK) == session.id.encode():
+            storage.remove(LOCK)
+
+
+def _acquire(storage: Storage, session: Session) -> bool:
+    for _ in range(3):
+        if storage.create(LOCK, session.id.encode()):
+            return True
+        holder = (storage.read(LOCK) or b"").decode()
+        if any(s["alive"] and s["id"] == holder for s in read_sessions(storage)):
+            return False
+        storage.remove_if_equal(LOCK, holder.encode())
+    return False
+
+
+def _process_start(pid: int) -> str | None:
+    """Return the start time of a process on this machine, in the system's own unit; None if it is not alive.
+
+    It distinguishes processes that were given the same number. Without ``/proc`` it is "unknown".
+    """
+    if not Path("/proc/self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except OSError:
+            return "unknown"  # it belongs to another user
+        return "unknown"
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]  # Z: dead, not yet waited for

@@ -206,6 +206,15 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.shard is not None and self.overwrite:
+            raise InputError(
+                "--overwrite would make each shard discard the rows of the others. Remove the output and its .partial "
+                "folder before starting the shards, or choose another --output."
+            )
+        if self.workers < 1:
+            raise InputError(f"The number of workers is {self.workers}; expected at least 1.")
+        if self.address is not None and self.engine != "ray":
+            raise InputError("--address is the address of a Ray cluster; it requires --engine ray.")
 
 
 def check_crop_size(unit: str, crop_size: int | None) -> None:

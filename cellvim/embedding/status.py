@@ -1,4 +1,4 @@
-"""How far a run is: from its ledger while it runs or is stopped, from its manifest when it is done."""
+"""Progress of a run: from its ledger while it runs or is interrupted, from its manifest when it is finished."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cellvim.embedding.ledger import Ledger, check_ours, ledger_storage, read_run
-from cellvim.embedding.manifest import manifest_name, read_manifest
-from cellvim.embedding.sessions import read_sessions
+from cellvim.embedding.ledger import Ledger, check_ours, ledger_storage, read_run, read_sessions
+from cellvim.embedding.output import manifest_name, read_manifest
 from cellvim.errors import InputError
 
 _SHOWN = ("host", "pid", "command", "shard", "started", "state", "alive", "fields", "rows", "failed", "seconds")
 
 
 def read_status(output: str | Path) -> dict[str, Any]:
-    """Return how far the run that makes ``output`` is.
+    """Return the progress of the run that writes ``output``.
 
     Returns
     -------
     dict
-        ``state``: running, stopped, waiting (for shards that were not run yet) or done;
-        ``fields``, ``done``, ``failed``, ``rows``; ``plates``: the same for each;
-        ``failures``; ``sessions``: who worked on it; ``seconds_left``, where someone is at work.
+        ``state``: running, stopped, waiting (for shards that have not been run) or done;
+        ``fields``, ``done``, ``failed``, ``rows``, and the same per plate in ``plates``;
+        ``failures``; ``sessions``; ``seconds_left`` if a session is running.
 
     Raises
     ------
     InputError
-        There is neither such a run nor its result.
+        There is neither a ledger nor a manifest.
     """
     storage = ledger_storage(output)
     run = None
@@ -53,7 +52,7 @@ def read_status(output: str | Path) -> dict[str, Any]:
     rate = sum(s["fields"] / s["seconds"] for s in alive if s["seconds"] and s["fields"])
     return {
         "output": str(output),
-        "state": "running" if alive else "waiting" if left and _shards_are_through(sessions) else "stopped",
+        "state": "running" if alive else "waiting" if left and _shards_have_finished(sessions) else "stopped",
         **sums,
         "seconds_left": round(left / rate) if rate else None,
         "plates": plates,
@@ -63,7 +62,7 @@ def read_status(output: str | Path) -> dict[str, Any]:
 
 
 def outputs_of(output: str | Path) -> list[str | Path]:
-    """Return the outputs in a folder that ``cellvim embed --per-plate`` fills; else the output itself."""
+    """Return the outputs in a folder written by ``cellvim embed --per-plate``; else the output itself."""
     folder = Path(output)
     if (
         "://" in str(output)
@@ -78,13 +77,13 @@ def outputs_of(output: str | Path) -> list[str | Path]:
 
 
 def describe(status: dict[str, Any]) -> str:
-    """Return what `read_status` found, as text."""
+    """Return the result of `read_status` as text."""
     share = 100 * status["done"] / status["fields"] if status["fields"] else 100.0
     left = status["fields"] - status["done"] - status["failed"]
     what = {
-        "waiting": f"waits for other shards: {_fields(left)} of them {'is' if left == 1 else 'are'} left",
+        "waiting": f"is waiting for other shards, which have {_fields(left)} left",
         "running": "is running",
-        "stopped": "was stopped; the same command goes on where it stopped",
+        "stopped": "was stopped; the same command resumes it",
         "done": "is done",
     }[status["state"]]
     lines = [
@@ -116,8 +115,8 @@ def describe(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _shards_are_through(sessions: list[dict[str, Any]]) -> bool:
-    """Return whether every shard that was run has come to its end: what is left is of those that were not."""
+def _shards_have_finished(sessions: list[dict[str, Any]]) -> bool:
+    """Return whether every shard that was started has finished, so that the rest belongs to the other shards."""
     last = {s["shard"]: s["state"] for s in sorted(sessions, key=lambda s: s["started"])}
     return bool(last) and None not in last and set(last.values()) == {"finished"}
 
@@ -130,10 +129,10 @@ def _of_manifest(output: str | Path) -> dict[str, Any]:
     manifest = read_manifest(output)
     if manifest is None:
         raise InputError(
-            f"Nothing is known of {output}: beside it lies neither the ledger of a run ({output}.partial) nor the "
-            f"manifest of one that is done ({manifest_name(output)})."
+            f"There is no run for {output}: neither the ledger of an unfinished run ({output}.partial) nor the "
+            f"manifest of a finished one ({manifest_name(output)}) exists."
         )
-    failed = [f for f in manifest["failed"] if f["tries"]]  # wells without any field were none to begin with
+    failed = [f for f in manifest["failed"] if f["tries"]]  # without wells that have no fields
     return {
         "output": str(output),
         "state": "done",

@@ -1,40 +1,58 @@
-"""Working through fields: one loop that every engine calls, in this process or in several that are spawned.
+"""Embedding the fields of a run: in this process, in worker processes, or in actors of a Ray cluster.
 
-A worker asks for one field after the other, so that none waits for a slower one, and writes each field's rows down
-itself. One that dies, because the system had no memory left for it, takes nothing with it but the fields that it had
-in hand: these are tried once more, each in a process of its own.
+The unit of work is a field. One loop (`_Team`) submits a few fields at a time to workers with the interface of
+`concurrent.futures`, and records what becomes of them. Workers write rows to the ledger themselves; only `FieldResult`
+objects come back. The result does not depend on which worker embeds a field, or when.
+
+Each worker process is a `ProcessPoolExecutor` of its own with a single process, so that a process killed by the system
+(usually because memory runs out) breaks only its own executor and is replaced. Loky, the alternative, was not chosen:
+the death of one of its processes also ends all others, and it restarts workers whose memory grows by more than 300 MB
+after their first task, as PyTorch's does. The fields that a killed worker was given are tried again, one by one, in an
+isolated process; a field that kills that as well is recorded as failed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
-import traceback
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from itertools import cycle, groupby
+from multiprocessing import connection, parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import Any, Protocol
 
 from cellvim.embedding.ledger import TRIES, Failure, Key, Ledger, Rows
 from cellvim.errors import CellvimError, InputError
 
-MOST_DEATHS_AT_START = 3  # workers that die before they have done anything: then it is not the fields' fault
+MAX_FAILED_STARTS = 3  # consecutive workers that die before they are ready
+TASK_SECONDS = 10.0  # duration of a task: short for progress, long enough to read ahead and to fill batches
+MAX_FIELDS_PER_TASK = 256
+RAY_OBJECT_STORE_BYTES = 200_000_000  # when Ray is started here; rows do not pass through the object store
 
 
 class Plan(Protocol):
-    """What a worker needs to know: how a field becomes rows."""
+    """What workers need to know of a plan. See `cellvim.embedding.plan.EmbeddingPlan`."""
 
     def embed(self, keys: Iterable[Key], *, threads: int) -> Iterator[tuple[Key, Rows | str]]:
-        """Yield each field's rows, or why it has none."""
+        """Yield the rows of each field, or the reason why it has none."""
         ...
 
     def on(self, device: str, *, threads: int | None = None) -> Plan:
-        """Return the plan for another device, on which this process may use so many threads for computing."""
+        """Return the plan for another device, and set the number of threads that this process computes with."""
+        ...
+
+    def all_keys(self, part: range | None = None) -> Iterator[Key]:
+        """Yield the keys of all fields, or of a range of them."""
         ...
 
     def field_name(self, key: Key) -> tuple[str, str]:
@@ -43,8 +61,8 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True)
-class Done:
-    """What became of one field: rows in the ledger, or a failure there, or (``final`` is False) another try ahead."""
+class FieldResult:
+    """What became of a field: its rows are in the ledger, or it failed; if not ``final``, it will be tried again."""
 
     key: Key
     rows: int = 0
@@ -52,260 +70,475 @@ class Done:
     final: bool = True
 
 
-def work(plan: Plan, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2, tries: int = TRIES) -> Iterator[Done]:
-    """Embed fields and write their rows down; those that fail are tried again when the others are through.
+@dataclass(frozen=True)
+class Shard:
+    """The ``number``-th of ``count`` equal parts of the fields, counted from 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def part(self, n: int) -> range:
+        """Return the indices of this part among n fields: neighbours, so that a shard opens few plates."""
+        return range(n * (self.number - 1) // self.count, n * self.number // self.count)
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``i/n``.
+
+        Raises
+        ------
+        InputError
+            The text does not have this form, or i is not between 1 and n.
+        """
+        found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+        number, count = map(int, found.groups()) if found else (0, 0)
+        if count < 1:
+            raise InputError(f"--shard is '{text}'; expected i/n, such as 3/8 for the third of eight parts.")
+        if not 1 <= number <= count:
+            raise InputError(
+                f"--shard is '{text}'; expected a number from 1 to {count}. Number a SLURM array from 1: "
+                f"--array=1-{count}."
+            )
+        return cls(number, count)
+
+
+class RemainingFields:
+    """The fields of a run, or of one shard, that are not finished; iterated plate by plate.
+
+    Failures recorded by earlier sessions are cleared, so that these fields are tried again.
+
+    Attributes
+    ----------
+    n_fields, n_done, n_rows
+        Number of fields, and of finished fields and their rows at the start.
+    """
+
+    def __init__(
+        self, plan: Plan, ledger: Ledger, *, part: range | None = None, keys: Sequence[Key] | None = None
+    ) -> None:
+        self.plan, self.ledger, self.part, self.keys = plan, ledger, part, keys
+        self.n_fields = self.n_done = self.n_rows = 0
+        for plate, own in self._by_plate():
+            done = ledger.done([plate])
+            counts = [done[key] for key in own if key in done]
+            self.n_fields += len(own)
+            self.n_done += len(counts)
+            self.n_rows += sum(counts)
+        failed = ledger.failures()
+        if failed:
+            own = set(plan.all_keys(part))
+            ledger.clear_failures(key for key in failed if key in own)
+
+    def _by_plate(self) -> Iterator[tuple[int, list[Key]]]:
+        keys = self.plan.all_keys(self.part) if self.keys is None else sorted(self.keys)
+        for plate, group in groupby(keys, key=lambda key: key[0]):
+            yield plate, list(group)
+
+    def __len__(self) -> int:
+        return self.n_fields - self.n_done
+
+    def __iter__(self) -> Iterator[Key]:
+        for plate, keys in self._by_plate():
+            done = self.ledger.done([plate])
+            yield from (key for key in keys if key not in done)
+
+
+def embed_here(plan: Plan, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2) -> Iterator[FieldResult]:
+    """Embed fields in this process; those that fail are tried again after all others.
 
     Parameters
     ----------
     plan, ledger
-        Of the job.
+        The run.
     keys
-        The fields; taken one at a time, as they are needed.
+        Fields to embed, consumed as needed.
     threads
-        That read fields and find cells.
-    tries
-        How often a field is tried before it counts as failed.
+        Number of threads that read fields and find cells.
 
     Raises
     ------
     OutputError
         Rows cannot be written.
     """
-    for attempt in range(1, tries + 1):
+    for attempt in range(1, TRIES + 1):
         again: list[Key] = []
-        for key, result in plan.embed(keys, threads=threads):
-            if isinstance(result, Rows):
-                ledger.keep(key, result)
-                yield Done(key, len(result))
-            elif attempt < tries:
-                again.append(key)
-                yield Done(key, reason=result, final=False)
-            else:
-                ledger.fail(key, Failure(*plan.field_name(key), result, attempt))
-                yield Done(key, reason=result)
-        if not again:
-            return
+        for result in _embed_and_store(plan, ledger, keys, attempt, threads):
+            again += [] if result.final else [result.key]
+            yield result
         keys = again
 
 
-def work_in_processes(
-    plan: Plan, ledger: Ledger, keys: Iterable[Key], *, workers: int, devices: Sequence[str], threads: int = 1
-) -> Iterator[Done]:
-    """Do what `work` does in several processes, which are spawned.
+def _embed_and_store(
+    plan: Plan, ledger: Ledger, keys: Iterable[Key], attempt: int, threads: int
+) -> Iterator[FieldResult]:
+    for key, result in plan.embed(keys, threads=threads):
+        if isinstance(result, Rows):
+            ledger.store(key, result)
+            yield FieldResult(key, len(result))
+        elif attempt < TRIES:
+            yield FieldResult(key, reason=result, final=False)
+        else:
+            ledger.add_failure(key, Failure(*plan.field_name(key), result, attempt))
+            yield FieldResult(key, reason=result)
+
+
+def embed_in_processes(
+    plan: Plan, ledger: Ledger, keys: RemainingFields | Sequence[Key], *, workers: int, devices: Sequence[str]
+) -> Iterator[FieldResult]:
+    """Embed fields in spawned processes of this machine.
 
     Parameters
     ----------
     plan, ledger, keys
-        As in `work`.
+        As in `embed_here`.
     workers
-        How many processes.
+        Number of processes.
     devices
-        Devices that they take in turn.
-    threads
-        Of each, that read fields and find cells.
+        Devices, assigned to the processes in turn.
 
     Raises
     ------
     CellvimError
-        A worker met what concerns all: the disk is full, or workers die before they have done anything.
+        A worker met an error that concerns all fields, such as a full disk, or workers cannot be started.
     """
-    team = _Team(plan, ledger, keys, workers, devices, threads)
+    job = pickle.dumps((plan.on("cpu"), ledger))  # once: it contains the weights
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    device = cycle(devices)
+    yield from _Team(plan, ledger, keys, workers, lambda: ProcessWorker(job, next(device), threads)).run()
+
+
+def embed_on_ray(
+    plan: Plan, ledger: Ledger, keys: RemainingFields | Sequence[Key], *, workers: int, address: str | None = None
+) -> Iterator[FieldResult]:
+    """Embed fields in actors of a Ray cluster. The ledger and the plates must be accessible from every node.
+
+    Parameters
+    ----------
+    plan, ledger, keys
+        As in `embed_here`.
+    workers
+        Number of actors.
+    address
+        Address of the cluster, or "auto". By default Ray is started on this machine unless it is already running in
+        this process.
+
+    Raises
+    ------
+    InputError
+        Ray is not installed, or the cluster cannot be reached.
+    CellvimError
+        As in `embed_in_processes`.
+    """
     try:
-        yield from team.run()
+        import ray
+    except ImportError as error:
+        raise InputError("--engine ray requires Ray: pip install 'cellvim[ray]'.") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if address is None and not os.environ.get("RAY_ADDRESS"):
+            options |= {"include_dashboard": False, "object_store_memory": RAY_OBJECT_STORE_BYTES}
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"Ray cannot be reached at {address or 'this machine'}: {reason}") from error
+    try:
+        device = getattr(plan, "device", "cpu")
+        on_gpu = device.startswith("cuda")
+        options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | ({"num_gpus": 1} if on_gpu else {})
+        actor = ray.remote(**options)(Embedder)
+        job = ray.put(pickle.dumps((plan.on("cpu"), ledger)))
+        device = "cuda" if on_gpu else device  # Ray makes one GPU visible to each actor
+        yield from _Team(plan, ledger, keys, workers, lambda: RayWorker(actor, job, device, os.getcwd())).run()
     finally:
-        team.stop()
+        if started_here:
+            ray.shutdown()
 
 
-class _Worker:
-    """A spawned process, the line to it, and the fields that it has in hand."""
+class WorkerDiedError(Exception):
+    """A worker ended before it returned a result; the message is the reason."""
 
-    def __init__(self, process: Any, line: connection.Connection, careful: bool) -> None:
-        self.process, self.line, self.careful = process, line, careful
-        self.in_hand: list[Key] = []
-        self.waits = False  # it asked for a field, and there was none yet
+
+class Embedder:
+    """Runs in a worker: holds the plan with its model, and embeds the fields that are submitted."""
+
+    def __init__(self, job: bytes, device: str, threads: int, folder: str | None = None) -> None:
+        self.job, self.device, self.threads, self.folder = job, device, threads, folder
+
+    def load(self) -> None:
+        """Load the plan, and move the model to its device."""
+        if self.folder is not None:  # paths of plates may be relative
+            with suppress(OSError):
+                os.chdir(self.folder)
+        plan, self.ledger = pickle.loads(self.job)
+        self.plan = plan.on(self.device, threads=self.threads)
+
+    def embed(self, keys: Sequence[Key], attempt: int) -> tuple[list[FieldResult], float]:
+        """Embed fields and write their rows; return the results and the duration in seconds."""
+        start = time.perf_counter()
+        try:
+            results = list(_embed_and_store(self.plan, self.ledger, keys, attempt, threads=1))
+        except MemoryError:
+            os._exit(137)  # as if the system had killed the process
+        return results, time.perf_counter() - start
+
+
+class Worker(Protocol):
+    """A process or actor that embeds one task after the other."""
+
+    ready: Future  # done when the model is loaded
+
+    def submit(self, keys: Sequence[Key], attempt: int) -> Future:
+        """Embed fields; see `Embedder.embed`."""
+        ...
+
+    def result(self, future: Future) -> Any:
+        """Return the result of a future of this worker; raises `WorkerDiedError` if the worker died."""
+        ...
+
+    def stop(self) -> None:
+        """End the worker at once."""
+        ...
+
+
+class ProcessWorker:
+    """A spawned process, as an executor with a single process."""
+
+    def __init__(self, job: bytes, device: str, threads: int) -> None:
+        self.context = _Context()
+        self.executor = ProcessPoolExecutor(
+            1, mp_context=self.context, initializer=_start_process, initargs=(job, device, threads)
+        )
+        self.ready = self.executor.submit(_call, "load")
+
+    def submit(self, keys: Sequence[Key], attempt: int) -> Future:
+        """Embed fields; see `Embedder.embed`."""
+        try:
+            return self.executor.submit(_call, "embed", keys, attempt)
+        except BrokenExecutor as error:
+            future: Future = Future()
+            future.set_exception(error)
+            return future
+
+    def result(self, future: Future) -> Any:
+        """Return the result of a future of this worker; raises `WorkerDiedError` if the worker died."""
+        try:
+            return future.result()
+        except BrokenExecutor:
+            self.executor.shutdown()  # waits for the process, so that its exit code is known
+            raise WorkerDiedError(_describe_exit(self.context.process.exitcode)) from None
+
+    def stop(self) -> None:
+        """End the process at once: rows are written atomically."""
+        with suppress(ValueError, AttributeError):  # it ended, or was never started
+            self.context.process.kill()
+        self.executor.shutdown(cancel_futures=True)
+
+
+class RayWorker:
+    """An actor of a Ray cluster."""
+
+    def __init__(self, actor: Any, job: Any, device: str, folder: str) -> None:
+        self.actor = actor.remote(job, device, 1, folder)
+        self.ready = self.actor.load.remote().future()
+
+    def submit(self, keys: Sequence[Key], attempt: int) -> Future:
+        """Embed fields; see `Embedder.embed`."""
+        return self.actor.embed.remote(keys, attempt).future()
+
+    def result(self, future: Future) -> Any:
+        """Return the result of a future of this worker; raises `WorkerDiedError` if the worker died."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return future.result()
+        except RayActorError as error:
+            raise WorkerDiedError(f"its actor died ({' '.join(str(error).split())[:300]})") from None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, CellvimError) else error from None
+
+    def stop(self) -> None:
+        """End the actor at once."""
+        import ray
+
+        ray.kill(self.actor)
 
 
 class _Team:
+    """Workers, and the fields that each was given."""
+
     def __init__(
-        self, plan: Plan, ledger: Ledger, keys: Iterable[Key], size: int, devices: Sequence[str], threads: int
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        keys: RemainingFields | Sequence[Key],
+        n_workers: int,
+        start: Callable[[], Worker],
     ) -> None:
-        self.plan, self.ledger, self.size, self.threads = plan, ledger, size, threads
-        self.devices = list(devices)
-        self._keys = iter(keys)
-        self.following = next(self._keys, None)  # the next field to give away
-        self.suspects: deque[Key] = deque()  # in hand when a worker died
-        self.workers: list[_Worker] = []
-        self.started = 0
-        self.deaths_at_start = 0
-        self._job = pickle.dumps((plan.on("cpu"), ledger))  # once: the weights are in it
+        self.plan, self.ledger, self.n_workers, self.start = plan, ledger, n_workers, start
+        self.n_left = len(keys)
+        self.keys = iter(keys)
+        self.next_key = next(self.keys, None)
+        self.fields_per_task = 1
+        self.again: list[Key] = []  # failed once
+        self.suspects: list[Key] = []  # given to a worker that died
+        self.workers: list[Worker] = []
+        self.tasks: dict[Future, tuple[Worker, Sequence[Key]]] = {}
+        self.n_failed_starts = 0
 
-    def run(self) -> Iterator[Done]:
-        """Start the workers and yield what becomes of the fields."""
-        for _ in range(self.size if self.following is not None else 0):
-            self._start()
-        while self.workers:
-            lines = {w.line: w for w in self.workers}
-            for line in connection.wait(list(lines)):
-                worker = lines[line]
-                try:
-                    message, content = line.recv()
-                except (EOFError, OSError):
-                    yield from self._died(worker)
-                    continue
-                if message == "next":
-                    self._give(worker)
-                elif message == "done":
-                    yield from self._note(worker, content)
-                elif message == "error":
-                    raise content if isinstance(content, CellvimError) else RuntimeError(content)
-            if self.following is None and self.suspects and not any(w.careful for w in self.workers):
-                self._start(careful=True)
+    def run(self) -> Iterator[FieldResult]:
+        """Yield what becomes of the fields."""
+        try:
+            for _ in range(min(self.n_workers, self.n_left) if self.next_key is not None else 0):
+                self._start_worker()
+            while self.next_key is not None or self.again or any(keys for _, keys in self.tasks.values()):
+                finished, _ = wait(self.tasks, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    worker, keys = self.tasks.pop(future)
+                    try:
+                        result = worker.result(future)
+                    except WorkerDiedError as error:
+                        yield from self._replace(worker, keys, str(error))
+                        continue
+                    self.n_failed_starts = 0
+                    if keys:
+                        yield from self._collect(keys, *result)
+                    self._assign(worker)
+            yield from self._run_isolated()
+        finally:
+            for worker in self.workers:
+                worker.stop()
 
-    def stop(self) -> None:
-        """End all workers that are left."""
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(5)
-            if worker.process.is_alive():
-                worker.process.kill()
-            worker.line.close()
-        self.workers = []
-
-    def _start(self, careful: bool = False) -> None:
-        context = get_context("spawn")  # a fork hangs once OpenMP or Zarr has run threads
-        ours, theirs = context.Pipe()
-        device = self.devices[self.started % len(self.devices)]
-        cores = os.cpu_count() or 1
-        settings = {"device": device, "threads": self.threads, "computing": max(1, cores // self.size)}
-        process = context.Process(target=_worker_main, args=(theirs, settings), name=f"cellvim-{self.started}")
-        with _main_not_run_again():
-            process.start()
-        theirs.close()
-        self.started += 1
-        worker = _Worker(process, ours, careful)
+    def _start_worker(self) -> Worker:
+        worker = self.start()
         self.workers.append(worker)
-        with suppress(OSError):  # it is dead already: the next look at its line says so
-            ours.send_bytes(self._job)
+        self.tasks[worker.ready] = worker, ()
+        return worker
 
-    def _give(self, worker: _Worker) -> None:
-        key: Key | None = None
-        if worker.careful:
-            if self.suspects and not worker.in_hand:
-                key = self.suspects[0]
-        elif self.following is not None:
-            key, self.following = self.following, next(self._keys, None)
-        if key is not None:
-            worker.in_hand.append(key)
-        with suppress(OSError):  # dead: the fields in hand are dealt with when its line is read
-            worker.line.send(key)
-
-    def _note(self, worker: _Worker, done: Done) -> Iterator[Done]:
-        self.deaths_at_start = 0
-        if done.final:
-            worker.in_hand.remove(done.key)
-            if worker.careful:
-                self.suspects.popleft()
-        yield done
-
-    def _died(self, worker: _Worker) -> Iterator[Done]:
-        """Deal with a worker whose line is closed: it is through with its work, or it died."""
-        worker.process.join()
+    def _stop_worker(self, worker: Worker) -> None:
         self.workers.remove(worker)
-        worker.line.close()
-        if worker.process.exitcode == 0 and not worker.in_hand:
-            return
-        why = _how_it_died(worker.process.exitcode)
-        done = self.ledger.done({key[0] for key in worker.in_hand})
-        lost = [key for key in worker.in_hand if key not in done]
-        for key in worker.in_hand:
-            if key in done:  # it died between writing it down and saying so
-                yield Done(key, done[key])
-        if worker.careful:
-            if lost:
-                key = self.suspects.popleft()
-                reason = f"Field {self.plan.field_name(key)[1]}: {why} while it was embedded, twice."
-                self.ledger.fail(key, Failure(*self.plan.field_name(key), reason))
-                yield Done(key, reason=reason)
-            elif worker.in_hand:
-                self.suspects.popleft()
-            return
-        for key in lost:
-            self.suspects.append(key)
-            yield Done(key, reason=f"{why}; it is tried again in a process of its own.", final=False)
-        if not lost:
-            self.deaths_at_start += 1
-            if self.deaths_at_start >= MOST_DEATHS_AT_START:
-                raise InputError(
-                    f"Workers end before they have done anything ({why}). Try fewer --workers, or none, to see why."
-                )
-        if self.following is not None:
-            self._start()
+        worker.stop()
+
+    def _assign(self, worker: Worker) -> None:
+        """Give the next fields to a worker, or those that failed once, or end it."""
+        keys: list[Key] = []
+        while self.next_key is not None and len(keys) < self.fields_per_task:
+            keys.append(self.next_key)
+            self.next_key = next(self.keys, None)
+        attempt = 1 if keys else TRIES
+        if not keys:
+            keys, self.again = self.again[: self.fields_per_task], self.again[self.fields_per_task :]
+        if keys:
+            self.n_left -= len(keys)
+            self.tasks[worker.submit(keys, attempt)] = worker, keys
+        else:
+            self._stop_worker(worker)
+
+    def _collect(self, keys: Sequence[Key], results: list[FieldResult], seconds: float) -> Iterator[FieldResult]:
+        self.again += [result.key for result in results if not result.final]
+        per_task = int(TASK_SECONDS * len(keys) / max(seconds, 1e-3))
+        share = math.ceil(self.n_left / (2 * self.n_workers))  # smaller tasks at the end, so that all end together
+        self.fields_per_task = max(1, min(per_task, share, MAX_FIELDS_PER_TASK))
+        yield from results
+
+    def _replace(self, worker: Worker, keys: Sequence[Key], reason: str) -> Iterator[FieldResult]:
+        """Start another worker in place of one that died; its unfinished fields are tried again at the end."""
+        self._stop_worker(worker)
+        if not keys:
+            self._count_failed_start(reason)
+        done = self.ledger.done({key[0] for key in keys})
+        for key in keys:
+            if key in done:
+                yield FieldResult(key, done[key])
+            else:
+                self.suspects.append(key)
+                yield FieldResult(key, reason=f"{reason}; it is tried again in an isolated process.", final=False)
+        if self.next_key is not None or self.again:
+            self._start_worker()
+
+    def _run_isolated(self) -> Iterator[FieldResult]:
+        """Embed the fields of workers that died, one by one; one that kills its worker again has failed."""
+        for worker in self.workers.copy():
+            self._stop_worker(worker)
+        for key in self.suspects:
+            worker = self.workers[0] if self.workers else self._start_isolated()
+            try:
+                results, _ = worker.result(worker.submit([key], TRIES))
+                yield from results
+            except WorkerDiedError as error:
+                self._stop_worker(worker)
+                reason = f"Field {self.plan.field_name(key)[1]}: {error} while it was embedded, twice."
+                self.ledger.add_failure(key, Failure(*self.plan.field_name(key), reason))
+                yield FieldResult(key, reason=reason)
+
+    def _start_isolated(self) -> Worker:
+        while True:
+            worker = self._start_worker()
+            try:
+                worker.result(worker.ready)
+                return worker
+            except WorkerDiedError as error:
+                self._stop_worker(worker)
+                self._count_failed_start(str(error))
+
+    def _count_failed_start(self, reason: str) -> None:
+        self.n_failed_starts += 1
+        if self.n_failed_starts >= max(MAX_FAILED_STARTS, self.n_workers):
+            raise InputError(
+                f"Workers end before they have embedded anything ({reason}). Reduce --workers, or omit it to see why."
+            )
 
 
-def _how_it_died(code: int | None) -> str:
+class _Process(SpawnProcess):
+    def start(self) -> None:
+        """Start without running the caller's script again, as a script without ``if __name__ == "__main__"`` would."""
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(SpawnContext):
+    """Spawns processes (forks hang once OpenMP or Zarr have started threads), and keeps the last one."""
+
+    process: _Process | None = None
+
+    def Process(self, *args: Any, **kwargs: Any) -> _Process:
+        self.process = _Process(*args, **kwargs)
+        return self.process
+
+
+_embedder: Embedder | None = None  # of a worker process
+
+
+def _start_process(job: bytes, device: str, threads: int) -> None:
+    """Initialise a worker process."""
+    global _embedder
+    _embedder = Embedder(job, device, threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
+    parent = parent_process()
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent is not None:  # a killed run must not continue in the background
+        threading.Thread(target=end_with_parent, name="cellvim-parent-watch", daemon=True).start()
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_embedder, method)(*arguments)
+
+
+def _describe_exit(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in signal.Signals._value2member_map_ else str(-code)
         hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
         return f"its worker was killed ({name}{hint})"
-    return f"its worker ended with the exit code {code}"
-
-
-def _worker_main(line: connection.Connection, settings: dict[str, Any]) -> None:
-    """Run in each spawned process: ask for fields until there are none left."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent deals with it
-    _end_with_parent()
-    try:
-        plan, ledger = pickle.loads(line.recv_bytes())
-        plan = plan.on(settings["device"], threads=settings["computing"])
-
-        def keys() -> Iterator[Key]:
-            while True:
-                line.send(("next", None))
-                key = line.recv()
-                if key is None:
-                    return
-                yield key
-
-        for done in work(plan, ledger, keys(), threads=settings["threads"]):
-            line.send(("done", done))
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        os._exit(1)
-    except CellvimError as error:
-        line.send(("error", type(error)(str(error))))
-    except MemoryError:
-        os._exit(137)  # as if the system had ended it
-    except Exception:
-        line.send(("error", f"a worker failed:\n{traceback.format_exc()}"))
-    finally:
-        line.close()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent dies: a killed run must not go on in the background."""
-    parent = parent_process()
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    if parent is not None:
-        threading.Thread(target=watch, name="cellvim-parent-watch", daemon=True).start()
-
-
-class _main_not_run_again:
-    """Keep spawned workers from running the caller's script again: they need nothing of it.
-
-    Else `cellvim.embed(…, workers=2)` in a plain script would start itself over and over.
-    """
-
-    def __enter__(self) -> None:
-        main = sys.modules["__main__"]
-        self.main, self.kept = main, {n: getattr(main, n) for n in ("__file__", "__spec__") if hasattr(main, n)}
-        if "__file__" in self.kept:
-            del main.__file__
-        main.__spec__ = None
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.kept.items():
-            setattr(self.main, name, value)
+    return f"its worker ended with exit code {code}"

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights."""
+"""Exponential average of the weights: evaluated, saved and exported in their place."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's moving average of the weights, with the decay of the recipes.
+    """Lightning's exponential average with the recipes' decay; updated after every step of the optimiser.
 
-    The average is updated after every optimiser step; it is evaluated, saved and exported instead of the weights.
-    Checkpoints contain both.
+    Checkpoints hold both the average and the weights that training goes on with.
 
     Parameters
     ----------
     decay
-        Fraction of the average that is kept at each step.
+        Share of the average that stays at each step.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:

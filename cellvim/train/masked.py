@@ -1,4 +1,4 @@
-"""Masked pre-training: the model predicts the patches that are hidden from it. Requires no labels."""
+"""Masked pre-training: predict the patches that were left out. Needs no labels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Masked(TrainingModule):
     decoder_dim, decoder_depth, decoder_pool, mask_ratio, channel_mask_ratio, norm_pixels
         See `MaskedAutoencoder`.
     encoder, changes, optimization, augmentation, weights, gradient_checkpointing, seed
-        See `TrainingModule`.
+        As for `TrainingModule`.
     """
 
-    has_classes = False
+    n_classes_of_data = False
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class Masked(TrainingModule):
         }
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
-        """Return the model to train."""
-        return MaskedAutoencoder(config, supervised=self.has_classes, **self.decoder)
+        """The model of this training."""
+        return MaskedAutoencoder(config, **self.decoder)
 
     def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        """Return the reconstruction loss of a batch."""
+        """The losses of a batch, see the base."""
         return {"loss": self.model(images, channels=channels).loss}
 
     def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> tuple[Tensor, int]:
-        """Return the mean loss of a batch and the number of crops."""
+        """Mean loss over a batch, see the base."""
         return self.model(images, channels=channels).loss, len(images)

@@ -1,4 +1,4 @@
-"""Linear probe: a linear classifier on the features of a frozen encoder."""
+"""Linear probe: the encoder stays as it is, and only a linear classifier on its features learns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from cellvim.errors import InputError
 from cellvim.models.config import EncoderConfig
 from cellvim.models.encoder import Encoder
-from cellvim.models.registry import model_config
-from cellvim.train.resuming import start_from
 from cellvim.train.supervised import Supervised
 
 
@@ -28,7 +26,7 @@ class Probe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> Probe:
-        """Set the mode of norm and classifier; the encoder stays in evaluation mode (no drop path, all channels)."""
+        """The encoder stays in evaluation mode: no drop path, all channels."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -40,7 +38,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def to_encoder(self) -> Encoder:
-        """Return the encoder, with norm and classifier folded into its head."""
+        """Return the encoder with norm and classifier folded into its head."""
         inverse = (self.norm.running_var + self.norm.eps).rsqrt()
         weight = self.head.weight * inverse
         self.encoder.head.weight.copy_(weight)
@@ -54,7 +52,7 @@ class LinearProbe(Supervised):
     Parameters
     ----------
     encoder, label_smoothing, class_weights, changes, optimization, augmentation, weights, gradient_checkpointing, seed
-        See `Supervised`; ``weights`` is required.
+        As for `Supervised`; ``weights`` must be given.
 
     References
     ----------
@@ -63,21 +61,29 @@ class LinearProbe(Supervised):
 
     def __init__(self, encoder: str = "fastvim_base_patch16", *, weights: str, **options: Any) -> None:
         super().__init__(encoder, weights=weights, **options)
-        if model_config(encoder, **self.changes).readout != "mean":
-            raise InputError("A linear probe requires readout='mean': one feature vector per image.")
+        if self.class_of_model(encoder).readout != "mean":
+            raise InputError("A linear probe needs readout='mean': one feature an image.")
+
+    def class_of_model(self, encoder: str) -> EncoderConfig:
+        """Return the named model's configuration with the changes asked for."""
+        from cellvim.models.registry import model_config
+
+        return model_config(encoder, **self.changes)
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
-        """Return the model to train."""
+        """The model of this training."""
         return Probe(Encoder(config))
 
     def load_pretrained(self, path: str) -> None:
-        """Load the weights of the encoder."""
+        """Start from the weights of a checkpoint."""
+        from cellvim.train.finetune import start_from
+
         start_from(self.model.encoder, path)
 
     def trained_part(self) -> nn.Module:
-        """Return the classifier, which is all that is trained."""
+        """Only the classifier learns."""
         return self.model.head
 
     def finished_model(self) -> Encoder:
-        """Return the encoder to save."""
+        """What is saved at the end: an `Encoder`."""
         return self.model.to_encoder()

@@ -1,4 +1,4 @@
-"""The ledger: what is done is there, whole or not at all, whoever was stopped when; and other people's folders stay."""
+"""The ledger: finished rows are kept whatever is interrupted, and folders of others are left alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from cellvim.embedding.ledger import (
     Failure,
     Ledger,
     Rows,
+    Session,
     differences,
     ledger_storage,
+    locked,
     open_ledger,
+    read_log,
     read_run,
+    read_sessions,
 )
-from cellvim.embedding.lock import locked
-from cellvim.embedding.sessions import Session, read_log, read_sessions
 from cellvim.errors import OutputError
 
 IDENTITY = {"weights": "12ab", "crop": {"size_px": 32}, "plates": {"00000": {"name": "p", "fields": {"count": 3}}}}
@@ -33,14 +35,14 @@ IDENTITY = {"weights": "12ab", "crop": {"size_px": 32}, "plates": {"00000": {"na
 
 @pytest.fixture(params=["folder", "url"])
 def output(request, tmp_path):
-    """A path, and a URL: fsspec's file system of this machine stands for an object store."""
+    """A path and a URL: fsspec's local file system represents an object store."""
     return tmp_path / "out.zarr" if request.param == "folder" else (tmp_path / "out.zarr").as_uri()
 
 
 def test_rows_come_back_as_they_were(output):
     ledger = open_ledger(output, IDENTITY)
     for field in (2, 0):
-        ledger.keep((0, field), rows_of((0, field)))
+        ledger.store((0, field), rows_of((0, field)))
     assert ledger.done([0, 1]) == {(0, 0): 1, (0, 2): 3}
     again = open_ledger(output, IDENTITY)  # as after kill -9
     rows, expected = again.load((0, 2), 3), rows_of((0, 2))
@@ -61,7 +63,7 @@ def test_maps_and_channels_travel_too():
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "zeros"])
 def test_a_damaged_file_is_noticed(tmp_path, damage):
     ledger = open_ledger(tmp_path / "out.zarr", IDENTITY)
-    ledger.keep((0, 0), rows_of((0, 2)))
+    ledger.store((0, 0), rows_of((0, 2)))
     [file] = (tmp_path / "out.zarr.partial").glob("fields-*/00000/*.rows")
     content = bytearray(file.read_bytes())
     half = len(content) // 2
@@ -70,25 +72,25 @@ def test_a_damaged_file_is_noticed(tmp_path, damage):
     file.write_bytes({"cut": content[:half], "empty": b"", "flipped": content, "zeros": bytes(len(content))}[damage])
     with pytest.raises(DamagedError):
         ledger.load((0, 0), 3)
-    ledger.forget((0, 0), 3)
+    ledger.remove((0, 0), 3)
     assert ledger.done([0]) == {}
 
 
 def test_failures_are_kept_and_forgiven(output):
     ledger = open_ledger(output, IDENTITY)
     failure = Failure("p", "A01/1", "Ungültig: <b>…</b>", 2)
-    ledger.fail((0, 1), failure)
+    ledger.add_failure((0, 1), failure)
     assert open_ledger(output, IDENTITY).failures() == {(0, 1): failure}
-    ledger.forgive([(0, 1)])
+    ledger.clear_failures([(0, 1)])
     assert ledger.failures() == {}
 
 
 def test_another_job_is_refused_and_says_what_differs(output):
-    open_ledger(output, IDENTITY).keep((0, 0), rows_of((0, 0)))
+    open_ledger(output, IDENTITY).store((0, 0), rows_of((0, 0)))
     other = {**IDENTITY, "weights": "34cd", "crop": {"size_px": 48, "overlap": 0.5}}
     with pytest.raises(OutputError) as error:
         open_ledger(output, other)
-    for text in ("weights was 12ab, is 34cd", "crop.size_px was 32, is 48", "crop.overlap was not there, is 0.5"):
+    for text in ("weights was 12ab, is 34cd", "crop.size_px was 32, is 48", "crop.overlap was missing, is 0.5"):
         assert text in str(error.value)
     assert "--overwrite" in str(error.value) and "plates" not in str(error.value)
     assert open_ledger(output, other, overwrite=True).done([0]) == {}
@@ -131,7 +133,7 @@ def test_what_others_put_there_is_left_alone(tmp_path):
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="not made by CellVim"):
+        with pytest.raises(OutputError, match="not created by CellVim"):
             open_ledger(tmp_path / "out.zarr", IDENTITY, overwrite=overwrite)
     assert (theirs / "thesis.txt").read_text() == "years of work"
 
@@ -140,7 +142,7 @@ def test_a_ledger_that_was_half_begun_or_half_removed_is_still_ours(tmp_path):
     (tmp_path / "a.partial").mkdir()  # killed after the first step
     open_ledger(tmp_path / "a", IDENTITY)
     half = open_ledger(tmp_path / "b", IDENTITY)
-    half.keep((0, 0), rows_of((0, 0)))
+    half.store((0, 0), rows_of((0, 0)))
     (tmp_path / "b.partial" / "run.json").unlink()  # killed while it was removed: the marker goes last
     open_ledger(tmp_path / "b", IDENTITY)
     open_ledger(tmp_path / "b", IDENTITY, overwrite=True)
@@ -150,7 +152,7 @@ def test_a_late_writer_does_not_bring_a_removed_ledger_back(tmp_path):
     ledger = open_ledger(tmp_path / "out.zarr", IDENTITY)
     ledger.storage.remove_all("cellvim-partial")
     with pytest.raises(OutputError):
-        ledger.keep((0, 0), rows_of((0, 0)))
+        ledger.store((0, 0), rows_of((0, 0)))
     assert not (tmp_path / "out.zarr.partial").exists()
 
 
@@ -158,13 +160,13 @@ def test_a_late_writer_of_an_earlier_job_does_not_add_to_this_one(tmp_path):
     old = open_ledger(tmp_path / "out.zarr", IDENTITY)
     new = open_ledger(tmp_path / "out.zarr", {**IDENTITY, "weights": "other"}, overwrite=True)
     with suppress(OutputError):
-        old.keep((0, 0), rows_of((0, 0)))
+        old.store((0, 0), rows_of((0, 0)))
     assert new.done([0]) == {}
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path, monkeypatch):
     ledger = open_ledger(tmp_path / "out.zarr", IDENTITY)
-    ledger.keep((0, 0), rows_of((0, 0)))
+    ledger.store((0, 0), rows_of((0, 0)))
 
     def full(path, content):
         with open(path, "wb") as file:
@@ -173,7 +175,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_file(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        ledger.keep((0, 1), rows_of((0, 1)))
+        ledger.store((0, 1), rows_of((0, 1)))
     monkeypatch.undo()
     assert ledger.done([0]) == {(0, 0): 1}
     assert [p.name for p in (tmp_path / "out.zarr.partial").rglob(".*")] == []
@@ -208,8 +210,7 @@ class TestSessions:
     def test_a_killed_one_is_in_nobodys_way(self, ledger):
         code = (
             "import os, signal, sys\n"
-            "from cellvim.embedding.ledger import open_ledger\n"
-            "from cellvim.embedding.sessions import Session\n"
+            "from cellvim.embedding.ledger import Session, open_ledger\n"
             "import json\n"
             "ledger = open_ledger(sys.argv[1], json.loads(sys.argv[2]))\n"
             "session = Session(ledger, shard=None, about={})\n"
@@ -249,5 +250,5 @@ def test_a_ledger_can_be_sent_to_another_process(output):
 
     ledger = open_ledger(output, IDENTITY)
     copy: Ledger = pickle.loads(pickle.dumps(ledger))
-    copy.keep((0, 1), rows_of((0, 1)))
+    copy.store((0, 1), rows_of((0, 1)))
     assert ledger.done([0]) == {(0, 1): 2}
