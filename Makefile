@@ -1,5 +1,5 @@
-# `make demo` and `make test` do all the set-up on a fresh machine: they make .venv when it is not there.
-# Lets uv see a locally provided CPU torch where pip is pointed at one; empty elsewhere.
+# `make demo` and `make test` set up everything on a fresh machine: they create .venv if it does not exist.
+# Lets uv find a local CPU build of torch if pip is configured with one; empty otherwise.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 PYTHON ?= python3
 
@@ -8,8 +8,8 @@ PYTHON ?= python3
 demo: .venv/.ok
 	.venv/bin/cellvim demo
 
-# Two processes with a thread each are done sooner than one with two; a file stays with one, which makes its fixtures
-# once. What tests print is seen with plain `pytest`.
+# Two processes with one thread each are faster than one process with two. A file stays in one process, so its fixtures
+# are created once. Run plain `pytest` to see the output of tests.
 test: .venv/.ok
 	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
@@ -28,7 +28,7 @@ format: .venv/.ok
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# Installed in place, but by a list of modules: one that moved is looked for where it was until it is installed again.
+# An editable installation contains a list of modules, so it is repeated when modules were added, moved or removed.
 MODULES := $(sort $(shell find cellvim -name '*.py'))
 $(shell mkdir -p .venv && echo '$(MODULES)' > .venv/modules.new && \
     (cmp -s .venv/modules.new .venv/modules || cp .venv/modules.new .venv/modules))
