@@ -235,7 +235,8 @@ def _model_alone(plan: EmbeddingPlan, crops: Any, n: int) -> float:
 
 def _encoder_of(plan: EmbeddingPlan) -> Callable[[Any], list[Any]]:
     """Return what turns a batch into features, as the embedding does."""
-    from cellvim.embedding.encode import _lower, _run, replayed
+    from cellvim.embedding.encode import _lower, _run
+    from cellvim.models.graphs import replayed
 
     features_of = replayed(plan.model, autocast=_lower(plan)).forward_features
     return lambda batch: _run(plan, plan.plates[0], batch, features_of)

@@ -1,45 +1,59 @@
-"""The plain PyTorch ops under `torch.compile`: what a GPU runs when the CUDA library is not there."""
+"""The back end "compiled": plain PyTorch under `torch.compile`, for GPUs without the CUDA library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
 
 from cellvim.ops import reference
 
-MAX_STEPS = 64  # of a scan that is compiled: its loop is unrolled, and the time to compile grows with it
-
-
-def add_norm(*args, **kwargs) -> tuple[Tensor, Tensor]:
-    """See `cellvim.ops.reference.add_norm`."""
-    return _compile(reference.add_norm)(*args, **kwargs)
-
-
-def conv_pool(*args, **kwargs) -> Tensor:
-    """See `cellvim.ops.reference.conv_pool`."""
-    return _compile(reference.conv_pool)(*args, **kwargs)
-
-
-def pooled_scan(pooled: Tensor, *args, **kwargs) -> Tensor:
-    """See `cellvim.ops.reference.pooled_scan`; longer sequences than `MAX_STEPS` run as they are."""
-    if pooled.shape[2] > MAX_STEPS:
-        return reference.pooled_scan(pooled, *args, **kwargs)
-    return _compile(reference.pooled_scan)(pooled, *args, **kwargs)
-
-
-def expand_gate(*args, **kwargs) -> Tensor:
-    """See `cellvim.ops.reference.expand_gate`."""
-    return _compile(reference.expand_gate)(*args, **kwargs)
+name = "compiled"
+MAX_STEPS = 64  # of a scan to compile: its loop is unrolled, and the time to compile increases with its length
 
 
 def available() -> bool:
-    """Whether `torch.compile` can make code for GPUs here: it needs Triton."""
-    return torch.utils._triton.has_triton()
+    """Whether `torch.compile` can generate code for this machine's GPU, which needs Triton."""
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+def reason() -> str:
+    """Return what it runs on, or why it is not available."""
+    return "plain PyTorch under torch.compile" if available() else "torch.compile needs a GPU and Triton"
+
+
+def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
+    """Return None: all inputs are supported."""
+    return None
 
 
 @cache
 def _compile(op: Callable) -> Callable:
     return torch.compile(op, dynamic=False)
+
+
+def _compiled(definition: Callable) -> Callable:
+    """Return the op that compiles its definition when it is first called."""
+
+    @wraps(definition)
+    def op(*args, **kwargs):
+        return _compile(definition)(*args, **kwargs)
+
+    return op
+
+
+add_norm = _compiled(reference.add_norm)
+conv_pool = _compiled(reference.conv_pool)
+expand_gate = _compiled(reference.expand_gate)
+_short_scan = _compiled(reference.pooled_scan)
+
+
+@wraps(reference.pooled_scan)
+def pooled_scan(pooled, *args, **kwargs):
+    """See `cellvim.ops.reference.pooled_scan`."""
+    scan = _short_scan if pooled.shape[2] <= MAX_STEPS else reference.pooled_scan
+    return scan(pooled, *args, **kwargs)

@@ -1,18 +1,24 @@
-"""The fused ops' C interface and their torch ops: what the CPU library and the CUDA library share.
+"""The C interface of the kernels and their torch ops, which the CPU library and the CUDA library share.
 
-Both libraries take the same structs of pointers, sizes and strides. Here these are filled, memory for results is found,
-and the ops are registered once with their shapes and gradients (as ``torch.ops.cellvim_native``); the tensors' device
-decides which `Library` runs. `cellvim.ops.native` and `cellvim.ops.cuda` load the libraries and say what they take.
+Both libraries take the same structs of pointers, sizes and strides. This module fills the structs, allocates the
+results and registers the ops once, with shapes for tracing and gradients, as ``torch.ops.cellvim_native``. The device
+of the tensors determines the `Library` that runs. `cellvim.ops.native` and `cellvim.ops.cuda` load the libraries.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cellvim.ops import reference
 from cellvim.ops.scan_plan import ScanPlan
 
 MAX_TAPS = 4
@@ -22,38 +28,54 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the codes of enum ce
 _POOLS = {"none": 0, "mean": 1, "max": 2, "attention": 3}
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
 _STATUS = {
-    1: "an index of the plan is out of range, or absent tokens are not at the end",
-    3: "sizes that do not fit each other",
+    1: "an index of the plan is out of range, or missing tokens are not at the end",
+    3: "sizes do not match",
 }
 
 
+def refusal(
+    device_type: str, dtypes: tuple[torch.dtype, ...], tokens: tuple[Tensor, ...], taps: int, states: int
+) -> str | None:
+    """Return why a library for this type of device and these dtypes does not support the inputs, None if it does."""
+    for t in tokens:
+        if t.device.type != device_type:
+            return f"tensors on {t.device.type}, only on {device_type}"
+        if t.dtype not in dtypes:
+            return f"{t.dtype} tensors, only {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    if not 1 <= taps <= MAX_TAPS:
+        return f"{taps} convolution taps, only 1 to {MAX_TAPS}"
+    if states > MAX_STATES:
+        return f"{states} states, only up to {MAX_STATES}"
+    return None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The ops, as `cellvim.ops.reference` defines them, for tensors that the library takes.
+# The ops of `cellvim.ops.reference` for tensors that the library supports: cast the inputs and flatten the plan.
 
 
-def add_norm(
-    hidden: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    kind: str = "rms",
-) -> tuple[Tensor, Tensor]:
+def _implements(definition: Callable) -> Callable[[Callable], Callable]:
+    """Give a function the defaults and annotations of its definition, whose parameters it must have."""
+
+    def decorate(function: Callable) -> Callable:
+        code, expected = function.__code__, definition.__code__
+        if code.co_varnames[: code.co_argcount] != expected.co_varnames[: expected.co_argcount]:
+            raise TypeError(f"{function.__name__} does not have the parameters of its definition.")
+        function.__defaults__, function.__annotations__ = definition.__defaults__, definition.__annotations__
+        return function
+
+    return decorate
+
+
+@_implements(reference.add_norm)
+def add_norm(hidden, residual, weight, bias, eps, kind):
     """See `cellvim.ops.reference.add_norm`."""
     residual = None if residual is None else residual.float().expand(hidden.shape)
     bias = bias if kind == "layer" else None
     return torch.ops.cellvim_native.add_norm(hidden, residual, weight.float(), _float(bias), eps, kind)
 
 
-def conv_pool(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: ScanPlan,
-    pool: str = "mean",
-    score_weight: Tensor | None = None,
-    score_bias: Tensor | None = None,
-) -> Tensor:
+@_implements(reference.conv_pool)
+def conv_pool(x, weight, bias, plan, pool, score_weight, score_bias):
     """See `cellvim.ops.reference.conv_pool`."""
     if pool not in _POOLS:
         raise ValueError(f"pool is {pool!r}; expected one of {tuple(_POOLS)}")
@@ -61,19 +83,13 @@ def conv_pool(
         pool = "none"
     if pool != "attention":
         score_weight = score_bias = None
-    pooled, _ = torch.ops.cellvim_native.conv_pool(
-        x,
-        weight.float(),
-        _float(bias),
-        _float(score_weight),
-        _float(score_bias),
-        *plan_arguments(plan, _slots(plan, pool)),
-        pool,
-    )
-    return pooled
+    weights = (weight.float(), *map(_float, (bias, score_weight, score_bias)))
+    slots = plan.sizes[0] * plan.sizes[1] * plan.sizes[2] if plan.is_dense and pool == "none" else plan.slots
+    return torch.ops.cellvim_native.conv_pool(x, *weights, pool, *plan_arguments(plan, slots))[0]
 
 
-def pooled_scan(pooled: Tensor, delta: Tensor, delta_bias: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+@_implements(reference.pooled_scan)
+def pooled_scan(pooled, delta, delta_bias, A, B, C):
     """See `cellvim.ops.reference.pooled_scan`."""
     dtype = pooled.dtype
     pooled, delta = _same_type(pooled, delta)
@@ -81,38 +97,16 @@ def pooled_scan(pooled: Tensor, delta: Tensor, delta_bias: Tensor, A: Tensor, B:
     return y.to(dtype)
 
 
-def expand_gate(
-    x: Tensor,
-    z: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    plan: ScanPlan,
-    norm: str = "layer",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
+@_implements(reference.expand_gate)
+def expand_gate(x, z, y, weight, bias, skip, plan, norm, norm_weight, norm_bias, eps):
     """See `cellvim.ops.reference.expand_gate`."""
     dtype = x.dtype
     x, z, y = _same_type(x, z, y)
     norm_weight = None if norm == "none" else norm_weight
     norm_bias = norm_bias if norm == "layer" else None
-    out = torch.ops.cellvim_native.expand_gate(
-        x,
-        z,
-        y,
-        weight.float(),
-        _float(bias),
-        _float(skip),
-        *plan_arguments(plan, y.shape[2]),
-        norm,
-        _float(norm_weight),
-        _float(norm_bias),
-        eps,
-    )
-    return out.to(dtype)
+    weights = (weight.float(), *map(_float, (bias, skip, norm_weight, norm_bias)))
+    plan = plan_arguments(plan, y.shape[2])
+    return torch.ops.cellvim_native.expand_gate(x, z, y, *weights, norm, eps, *plan).to(dtype)
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -120,18 +114,14 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 
 def _same_type(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Give mixed inputs the wider type, so that none loses digits."""
+    """Convert mixed inputs to float32, the wider type."""
     if len({t.dtype for t in tensors}) == 1:
         return tensors
     return tuple(t.float() for t in tensors)
 
 
-def _slots(plan: ScanPlan, pool: str) -> int:
-    return plan.sizes[0] * plan.sizes[1] * plan.sizes[2] if plan.is_dense and pool == "none" else plan.slots
-
-
 def plan_arguments(plan: ScanPlan, slots: int) -> tuple:
-    """Return the plan as a torch op takes it: order, slot, slot_weight, grid, slots, mean_weight."""
+    """Return the plan as arguments of a torch op: order, slot, slot_weight, grid, slots, mean_weight."""
     grid = [*plan.sizes, *plan.strides, *map(int, plan.pooled)]
     if plan.is_dense:
         return None, None, None, grid, slots, plan.mean_weight
@@ -141,7 +131,7 @@ def plan_arguments(plan: ScanPlan, slots: int) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The libraries' structs; fields as in csrc/cpu/cellvim_cpu.h.
+# The structs of the C interface; fields as in csrc/cpu/cellvim_cpu.h.
 
 
 class _Plan(Structure):
@@ -210,20 +200,52 @@ STRUCTS = {"add_norm": _AddNorm, "conv_pool": _ConvPool, "pooled_scan": _PooledS
 
 
 class Library(ABC):
-    """A shared library that runs the ops on one kind of device."""
+    """A shared library that runs the ops on one type of device."""
 
-    mixes_in_place = False  # whether the gradient of expand_gate may be kept in that of x
+    mixes_in_place = False  # whether expand_gate_backward may use the memory of grad_x for its scratch
 
     @abstractmethod
     def run(self, op: str, arguments: Structure, device: torch.device) -> int:
         """Call a function, such as ``conv_pool_backward``, with its struct; return its status."""
 
     def describe(self, status: int) -> str:
-        """Say what a status other than 0 means."""
+        """Return the meaning of a status other than 0."""
         return _STATUS.get(status, f"status {status}")
 
 
-LIBRARIES: dict[str, Library] = {}  # by type of device; `cellvim.ops.native` and `cellvim.ops.cuda` fill it
+LIBRARIES: dict[str, Library] = {}  # by type of device; filled by `cellvim.ops.native` and `cellvim.ops.cuda`
+
+
+def load_library(
+    file: str, variable: str, open_library: Callable[[Path], ctypes.CDLL], remedy: str
+) -> tuple[ctypes.CDLL | None, str]:
+    """Open a compiled library.
+
+    Parameters
+    ----------
+    file
+        Its file name. It is next to this module, or where an editable installation puts it.
+    variable
+        Environment variable with the path of another build.
+    open_library
+        Loads the file, or raises an `OSError` or `AttributeError`.
+    remedy
+        How to install the library.
+
+    Returns
+    -------
+    The library and an empty string, or None and why it is not available.
+    """
+    folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
+    folders += [Path(entry) / "cellvim" / "ops" for entry in sys.path if entry.endswith("-packages")]
+    found = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    path = Path(os.environ[variable]) if os.environ.get(variable) else found
+    if path is None:
+        return None, f"this installation has no {file}; {remedy}"
+    try:
+        return open_library(path), ""
+    except (OSError, AttributeError) as error:
+        return None, f"{file} cannot be loaded ({error}); {remedy}"
 
 
 def _run(op: str, arguments: Structure, on: Tensor) -> None:
@@ -232,11 +254,11 @@ def _run(op: str, arguments: Structure, on: Tensor) -> None:
     if status == 2:
         raise MemoryError(f"{op} ran out of memory.")
     if status:
-        raise ValueError(f"{op} was given {library.describe(status)}.")
+        raise ValueError(f"{op} failed: {library.describe(status)}.")
 
 
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _pointers(**tensors: Tensor | None) -> dict[str, int | None]:
+    return {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
 
 
 def _common(tokens: Tensor) -> dict[str, int]:
@@ -244,11 +266,21 @@ def _common(tokens: Tensor) -> dict[str, int]:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """The tensor itself if a row's values lie side by side, else a copy."""
+    """Return the tensor, or a copy unless the values of a row are contiguous."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _plan_struct(order, slot, slot_weight, grid, slots, mean_weight, stored: int) -> _Plan:
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _dense_plan(order, slot, slot_weight, grid, slots, mean_weight) -> tuple:
+    return *_dense(order, slot, slot_weight), grid, slots, mean_weight
+
+
+def _plan_struct(plan: tuple, batch: int, stored: int) -> _Plan:
+    order, slot, slot_weight, grid, slots, mean_weight = plan
+    _check(order is None or order.shape[0] in (1, batch), "The plan's indices have another batch size.")
     return _Plan(
         length=stored if order is None else order.shape[1],
         stored=stored,
@@ -257,76 +289,73 @@ def _plan_struct(order, slot, slot_weight, grid, slots, mean_weight, stored: int
         strides=tuple(grid[3:6]),
         pooled=tuple(grid[6:]),
         index_batch=1 if order is None else order.shape[0],
-        order=_address(order),
-        slot=_address(slot),
-        slot_weight=_address(slot_weight),
         mean_weight=mean_weight,
+        **_pointers(order=order, slot=slot, slot_weight=slot_weight),
     )
 
 
 def _check(condition: bool, message: str) -> None:
-    """The kernels trust sizes: what does not fit must not reach them."""
+    """Raise a `ValueError` before sizes that do not match reach the kernels, which do not check them."""
     if not condition:
         raise ValueError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Torch ops: schema, CPU implementation, shapes for tracing, and gradient of each.
+# Torch ops. Each has an allocation of its results, which also gives their shapes for tracing, a call and a gradient.
 
 _torch = torch.library.Library("cellvim_native", "DEF")
-_PLAN_SCHEMA = (
-    "Tensor? order, Tensor? slot, Tensor? slot_weight, SymInt[] grid, SymInt slots, float mean_weight"  # of ScanPlan
-)
+_PLAN = "Tensor? order, Tensor? slot, Tensor? slot_weight, SymInt[] grid, SymInt slots, float mean_weight"
 _PLAN_LENGTH = 6
 
 
-def _define(name: str, schema: str, implementation, fake) -> None:
-    _torch.define(name + schema)
+def _define(schema: str, implementation: Callable, allocate: Callable) -> None:
+    name = schema.partition("(")[0]
+    _torch.define(schema)
     for device in ("CPU", "CUDA"):
         _torch.impl(name, implementation, device)
-    torch.library.register_fake(f"cellvim_native::{name}", fake, lib=_torch)
+    torch.library.register_fake(f"cellvim_native::{name}", allocate, lib=_torch)
 
 
-def _differentiable(name: str, save, backward) -> None:
+def _differentiable(name: str, save: Callable, backward: Callable) -> None:
     torch.library.register_autograd(f"cellvim_native::{name}", backward, setup_context=save, lib=_torch)
 
 
 # --- add_norm
 
 
+def _add_norm_results(hidden, *_):
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=torch.float32)
+
+
 def _add_norm(hidden, residual, weight, bias, eps, kind):
-    hidden, weight = hidden.contiguous(), weight.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    hidden, residual, weight, bias = _dense(hidden, residual, weight, bias)
     D = hidden.shape[-1]
-    _check(weight.shape == (D,) and (bias is None or bias.shape == (D,)), f"The norm's weights are not ({D},).")
-    normed = torch.empty_like(hidden)
-    total = torch.empty_like(hidden, dtype=torch.float32)
+    _check(weight.shape == (D,) and (bias is None or bias.shape == (D,)), f"The weights of the norm are not ({D},).")
+    normed, total = _add_norm_results(hidden)
     arguments = _AddNorm(
         rows=hidden.numel() // max(D, 1),
         width=D,
         kind=_NORMS[kind],
         eps=eps,
-        hidden=_address(hidden),
-        residual=_address(residual),
-        weight=_address(weight),
-        bias=_address(bias),
-        normed=_address(normed),
-        total=_address(total),
         **_common(hidden),
+        **_pointers(hidden=hidden, residual=residual, weight=weight, bias=bias, normed=normed, total=total),
     )
     _run("add_norm", arguments, hidden)
     return normed, total
 
 
+def _add_norm_backward_results(grad_normed, grad_total, total, weight, eps, kind, dtype):
+    return (
+        total.new_empty(total.shape),  # of the residual
+        total.new_empty(total.shape if dtype != torch.float32 else 0, dtype=dtype),  # of hidden, if another type
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape),
+    )
+
+
 def _add_norm_backward(grad_normed, grad_total, total, weight, eps, kind, dtype):
-    total, weight = total.contiguous(), weight.contiguous()
-    grad_normed = None if grad_normed is None else grad_normed.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    low_precision = dtype != torch.float32
-    grad_residual = torch.empty_like(total)
-    grad_hidden = torch.empty_like(total, dtype=dtype) if low_precision else total.new_empty(0)
-    grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+    grad_normed, grad_total, total, weight = _dense(grad_normed, grad_total, total, weight)
+    grads = _add_norm_backward_results(grad_normed, grad_total, total, weight, eps, kind, dtype)
     arguments = _AddNorm(
         rows=total.numel() // max(total.shape[-1], 1),
         width=total.shape[-1],
@@ -334,17 +363,12 @@ def _add_norm_backward(grad_normed, grad_total, total, weight, eps, kind, dtype)
         threads=torch.get_num_threads(),
         kind=_NORMS[kind],
         eps=eps,
-        weight=_address(weight),
-        total=_address(total),
-        grad_normed=_address(grad_normed),
-        grad_total=_address(grad_total),
-        grad_residual=_address(grad_residual),
-        grad_hidden=_address(grad_hidden) if low_precision else None,
-        grad_weight=_address(grad_weight),
-        grad_bias=_address(grad_bias),
+        **_pointers(weight=weight, total=total, grad_normed=grad_normed, grad_total=grad_total),
+        **_pointers(grad_residual=grads[0], grad_hidden=grads[1] if dtype != torch.float32 else None),
+        **_pointers(grad_weight=grads[2], grad_bias=grads[3]),
     )
     _run("add_norm_backward", arguments, total)
-    return grad_residual, grad_hidden, grad_weight, grad_bias
+    return grads
 
 
 def _add_norm_save(ctx, inputs, output):
@@ -367,25 +391,15 @@ def _add_norm_grad(ctx, grad_normed, grad_total):
 
 
 _define(
-    "add_norm",
-    "(Tensor hidden, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind) -> (Tensor, Tensor)",
+    "add_norm(Tensor hidden, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind) -> (Tensor, Tensor)",
     _add_norm,
-    lambda hidden, *_: (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format),
-        torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format),
-    ),
+    _add_norm_results,
 )
 _define(
-    "add_norm_backward",
-    "(Tensor? grad_normed, Tensor? grad_total, Tensor total, Tensor weight, float eps, str kind, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_norm_backward(Tensor? grad_normed, Tensor? grad_total, Tensor total, Tensor weight, float eps, str kind, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _add_norm_backward,
-    lambda grad_normed, grad_total, total, weight, eps, kind, dtype: (
-        total.new_empty(total.shape),
-        total.new_empty(total.shape if dtype != torch.float32 else 0, dtype=dtype),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape),
-    ),
+    _add_norm_backward_results,
 )
 _differentiable("add_norm", _add_norm_save, _add_norm_grad)
 
@@ -393,38 +407,8 @@ _differentiable("add_norm", _add_norm_save, _add_norm_grad)
 # --- conv_pool
 
 
-def _conv_pool_arguments(x, weight, bias, score_weight, score_bias, plan, pool) -> _ConvPool:
-    B, stored, E = x.shape
-    _check(weight.shape[:2] == (2, E) and (bias is None or bias.shape == (2, E)), f"The taps do not fit width {E}.")
-    if pool == "attention":
-        _check(
-            score_weight is not None and score_weight.shape == (2, E) and score_bias.shape == (2,),
-            f"Attention pooling needs score weights (2, {E}) and biases (2,).",
-        )
-    _check(plan[0] is None or plan[0].shape[0] in (1, B), "The plan's indices are of another batch.")
-    return _ConvPool(
-        plan=_plan_struct(*plan, stored),
-        batch=B,
-        width=E,
-        taps=weight.shape[-1],
-        pool=_POOLS[pool],
-        x=_address(x),
-        x_batch=x.stride(0),
-        x_token=x.stride(1),
-        weight=_address(weight),
-        bias=_address(bias),
-        score_weight=_address(score_weight),
-        score_bias=_address(score_bias),
-        **_common(x),
-    )
-
-
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _conv_pool_out(x, order, slots, pool):
-    """Fresh tensors: the pooled tokens, and what the backward needs: winners of a maximum or shares of a softmax."""
+def _conv_pool_results(x, weight, bias, score_weight, score_bias, pool, order, slot, slot_weight, grid, slots, *_):
+    """Pooled tokens, and for the backward pass the winners of a maximum or the shares of a softmax."""
     B, stored, E = x.shape
     length = stored if order is None else order.shape[1]
     out = x.new_empty(2, B, slots, E)
@@ -433,40 +417,39 @@ def _conv_pool_out(x, order, slots, pool):
     return out, x.new_empty((2, B, length) if pool == "attention" else 0, dtype=torch.float32)
 
 
-def _conv_pool(x, weight, bias, score_weight, score_bias, order, slot, slot_weight, grid, slots, mean_weight, pool):
-    x = _rows(x)
-    weight, bias, score_weight, score_bias = _dense(weight, bias, score_weight, score_bias)
-    order, slot, slot_weight = _dense(order, slot, slot_weight)
-    plan = order, slot, slot_weight, grid, slots, mean_weight
-    out, kept = _conv_pool_out(x, order, slots, pool)
-    arguments = _conv_pool_arguments(x, weight, bias, score_weight, score_bias, plan, pool)
-    arguments.out, arguments.best, arguments.share = _address(out), _address(kept), _address(kept)
+def _conv_pool_struct(x, weight, bias, score_weight, score_bias, pool, plan) -> _ConvPool:
+    B, stored, E = x.shape
+    _check(weight.shape[:2] == (2, E) and (bias is None or bias.shape == (2, E)), f"The taps do not fit width {E}.")
+    if pool == "attention":
+        _check(
+            score_weight is not None and score_weight.shape == (2, E) and score_bias.shape == (2,),
+            f"Attention pooling needs score weights (2, {E}) and biases (2,).",
+        )
+    return _ConvPool(
+        plan=_plan_struct(plan, B, stored),
+        batch=B,
+        width=E,
+        taps=weight.shape[-1],
+        pool=_POOLS[pool],
+        x_batch=x.stride(0),
+        x_token=x.stride(1),
+        **_common(x),
+        **_pointers(x=x, weight=weight, bias=bias, score_weight=score_weight, score_bias=score_bias),
+    )
+
+
+def _conv_pool(x, weight, bias, score_weight, score_bias, pool, *plan):
+    inputs = _rows(x), *_dense(weight, bias, score_weight, score_bias), pool
+    plan = _dense_plan(*plan)
+    out, kept = _conv_pool_results(*inputs, *plan)
+    arguments = _conv_pool_struct(*inputs, plan)
+    arguments.out, arguments.best, arguments.share = out.data_ptr(), kept.data_ptr(), kept.data_ptr()
     _run("conv_pool", arguments, x)
     return out, kept
 
 
-def _conv_pool_backward(
-    grad, x, weight, bias, score_weight, score_bias, kept, order, slot, slot_weight, grid, slots, mean_weight, pool
-):
-    x, grad = _rows(x), grad.to(x.dtype).contiguous()
-    weight, bias, score_weight, score_bias = _dense(weight, bias, score_weight, score_bias)
-    order, slot, slot_weight = _dense(order, slot, slot_weight)
-    plan = order, slot, slot_weight, grid, slots, mean_weight
-    E = x.shape[-1]
-    grad_x = x.new_empty(x.shape)
-    grad_weight, grad_bias = weight.new_empty(weight.shape), weight.new_empty(2, E)
-    grad_score = [weight.new_empty((2, E)), weight.new_empty(2)] if pool == "attention" else [weight.new_empty(0)] * 2
-    arguments = _conv_pool_arguments(x, weight, bias, score_weight, score_bias, plan, pool)
-    arguments.best, arguments.share, arguments.grad_out = _address(kept), _address(kept), _address(grad)
-    arguments.grad_x, arguments.grad_weight, arguments.grad_bias = map(_address, (grad_x, grad_weight, grad_bias))
-    if pool == "attention":
-        arguments.grad_score_weight, arguments.grad_score_bias = map(_address, grad_score)
-    _run("conv_pool_backward", arguments, x)
-    return grad_x, grad_weight, grad_bias, grad_score[0].clone(), grad_score[1].clone()
-
-
-def _conv_pool_backward_fake(grad, x, weight, bias, score_weight, score_bias, kept, *rest):
-    E, has_score = x.shape[-1], rest[-1] == "attention"
+def _conv_pool_backward_results(grad, x, weight, bias, score_weight, score_bias, kept, pool, *_):
+    E, has_score = x.shape[-1], pool == "attention"
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
@@ -476,37 +459,48 @@ def _conv_pool_backward_fake(grad, x, weight, bias, score_weight, score_bias, ke
     )
 
 
+def _conv_pool_backward(grad, x, weight, bias, score_weight, score_bias, kept, pool, *plan):
+    inputs = _rows(x), *_dense(weight, bias, score_weight, score_bias)
+    grad, plan = grad.to(x.dtype).contiguous(), _dense_plan(*plan)
+    grads = _conv_pool_backward_results(grad, *inputs, kept, pool)
+    arguments = _conv_pool_struct(*inputs, pool, plan)
+    arguments.best, arguments.share, arguments.grad_out = kept.data_ptr(), kept.data_ptr(), grad.data_ptr()
+    names = ("x", "weight", "bias", "score_weight", "score_bias")
+    _set_gradients(arguments, names if pool == "attention" else names[:3], grads)
+    _run("conv_pool_backward", arguments, x)
+    return grads
+
+
+def _set_gradients(arguments: Structure, names: tuple[str, ...], grads: tuple[Tensor, ...]) -> None:
+    for name, grad in zip(names, grads, strict=False):
+        setattr(arguments, f"grad_{name}", grad.data_ptr())
+
+
 def _conv_pool_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:8], output[1])
+    tensors, ctx.pool, plan = inputs[:5], inputs[5], inputs[6:]
+    ctx.save_for_backward(*tensors, output[1], *plan[:3])
     ctx.mark_non_differentiable(output[1])
-    ctx.rest = inputs[8:]
+    ctx.plan = plan[3:]
 
 
 def _conv_pool_grad(ctx, grad, _):
-    x, weight, bias, score_weight, score_bias, order, slot, slot_weight, kept = ctx.saved_tensors
-    grads = torch.ops.cellvim_native.conv_pool_backward(
-        grad, x, weight, bias, score_weight, score_bias, kept, order, slot, slot_weight, *ctx.rest
-    )
-    inputs = (x, weight, bias, score_weight, score_bias)
-    grads = [None if t is None else g for t, g in zip(inputs, grads, strict=True)]
-    return *grads, *(None,) * (_PLAN_LENGTH + 1)
+    saved = ctx.saved_tensors
+    grads = torch.ops.cellvim_native.conv_pool_backward(grad, *saved[:6], ctx.pool, *saved[6:], *ctx.plan)
+    grads = [None if t is None else g for t, g in zip(saved[:5], grads, strict=True)]
+    return *grads, *(None,) * (1 + _PLAN_LENGTH)
 
 
 _define(
-    "conv_pool",
-    f"(Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias, {_PLAN_SCHEMA}, str pool)"
-    " -> (Tensor, Tensor)",
+    "conv_pool(Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias, str pool, "
+    f"{_PLAN}) -> (Tensor, Tensor)",
     _conv_pool,
-    lambda x, weight, bias, score_weight, score_bias, order, slot, slot_weight, grid, slots, mean_weight, pool: (
-        _conv_pool_out(x, order, slots, pool)
-    ),
+    _conv_pool_results,
 )
 _define(
-    "conv_pool_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias, Tensor kept, "
-    f"{_PLAN_SCHEMA}, str pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias, "
+    f"Tensor kept, str pool, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv_pool_backward,
-    _conv_pool_backward_fake,
+    _conv_pool_backward_results,
 )
 _differentiable("conv_pool", _conv_pool_save, _conv_pool_grad)
 
@@ -514,10 +508,10 @@ _differentiable("conv_pool", _conv_pool_save, _conv_pool_grad)
 # --- pooled_scan
 
 
-def _pooled_scan_arguments(pooled, delta, delta_bias, A, B, C) -> _PooledScan:
+def _pooled_scan_struct(pooled, delta, delta_bias, A, B, C) -> _PooledScan:
     _, batch, steps, width = pooled.shape
     states = A.shape[-1]
-    _check(delta.shape == pooled.shape, "delta is not of the shape of the pooled tokens.")
+    _check(delta.shape == pooled.shape, "delta does not have the shape of the pooled tokens.")
     _check(delta_bias.shape == (2, width) and A.shape[:2] == (2, width), f"A or delta_bias do not fit width {width}.")
     _check(B.shape == C.shape == (2, batch, steps, states), "B or C do not fit the pooled tokens and A.")
     return _PooledScan(
@@ -525,55 +519,53 @@ def _pooled_scan_arguments(pooled, delta, delta_bias, A, B, C) -> _PooledScan:
         steps=steps,
         width=width,
         states=states,
-        pooled=_address(pooled),
-        delta=_address(delta),
         pooled_stride=pooled.stride()[:3],
         delta_stride=delta.stride()[:3],
-        delta_bias=_address(delta_bias),
-        a=_address(A),
-        b=_address(B),
-        c=_address(C),
         b_stride=B.stride()[:3],
         c_stride=C.stride()[:3],
         **_common(pooled),
+        **_pointers(pooled=pooled, delta=delta, delta_bias=delta_bias, a=A, b=B, c=C),
     )
 
 
-def _pooled_scan(pooled, delta, delta_bias, A, B, C):
-    pooled, delta, B, C = map(_rows, (pooled, delta, B, C))
-    delta_bias, A = _dense(delta_bias, A)
-    out = pooled.new_empty(pooled.shape)
-    arguments = _pooled_scan_arguments(pooled, delta, delta_bias, A, B, C)
-    arguments.out = _address(out)
-    _run("pooled_scan", arguments, pooled)
+def _pooled_scan_inputs(pooled, delta, delta_bias, A, B, C) -> tuple[Tensor, ...]:
+    return _rows(pooled), _rows(delta), delta_bias.contiguous(), A.contiguous(), _rows(B), _rows(C)
+
+
+def _pooled_scan_results(pooled, *_):
+    return pooled.new_empty(pooled.shape)
+
+
+def _pooled_scan(*inputs):
+    inputs = _pooled_scan_inputs(*inputs)
+    out = _pooled_scan_results(*inputs)
+    arguments = _pooled_scan_struct(*inputs)
+    arguments.out = out.data_ptr()
+    _run("pooled_scan", arguments, out)
     return out
 
 
-def _pooled_scan_backward(grad, pooled, delta, delta_bias, A, B, C):
-    pooled, delta, B, C = map(_rows, (pooled, delta, B, C))
-    delta_bias, A = _dense(delta_bias, A)
-    grad = grad.to(pooled.dtype).contiguous()
-    grads = [t.new_empty(t.shape) for t in (pooled, delta, delta_bias, A, B, C)]
-    arguments = _pooled_scan_arguments(pooled, delta, delta_bias, A, B, C)
-    arguments.grad_out = _address(grad)
-    for name, t in zip(("pooled", "delta", "delta_bias", "a", "b", "c"), grads, strict=True):
-        setattr(arguments, f"grad_{name}", _address(t))
-    _run("pooled_scan_backward", arguments, pooled)
-    return tuple(grads)
+def _pooled_scan_backward_results(grad, *inputs):
+    return tuple(t.new_empty(t.shape) for t in inputs)
 
 
+def _pooled_scan_backward(grad, *inputs):
+    inputs = _pooled_scan_inputs(*inputs)
+    grad = grad.to(inputs[0].dtype).contiguous()
+    grads = _pooled_scan_backward_results(grad, *inputs)
+    arguments = _pooled_scan_struct(*inputs)
+    arguments.grad_out = grad.data_ptr()
+    _set_gradients(arguments, ("pooled", "delta", "delta_bias", "a", "b", "c"), grads)
+    _run("pooled_scan_backward", arguments, grad)
+    return grads
+
+
+_SCAN = "Tensor pooled, Tensor delta, Tensor delta_bias, Tensor A, Tensor B, Tensor C"
+_define(f"pooled_scan({_SCAN}) -> Tensor", _pooled_scan, _pooled_scan_results)
 _define(
-    "pooled_scan",
-    "(Tensor pooled, Tensor delta, Tensor delta_bias, Tensor A, Tensor B, Tensor C) -> Tensor",
-    _pooled_scan,
-    lambda pooled, *_: pooled.new_empty(pooled.shape),
-)
-_define(
-    "pooled_scan_backward",
-    "(Tensor grad, Tensor pooled, Tensor delta, Tensor delta_bias, Tensor A, Tensor B, Tensor C)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"pooled_scan_backward(Tensor grad, {_SCAN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _pooled_scan_backward,
-    lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs),
+    _pooled_scan_backward_results,
 )
 _differentiable(
     "pooled_scan",
@@ -585,99 +577,46 @@ _differentiable(
 # --- expand_gate
 
 
-def _expand_gate_arguments(x, z, y, weight, bias, skip, plan, norm, norm_weight, norm_bias, eps) -> _ExpandGate:
+def _expand_gate_struct(x, z, y, weight, bias, skip, norm_weight, norm_bias, norm, eps, plan) -> _ExpandGate:
     B, stored, E = x.shape
-    _check(z.shape == x.shape, "z is not of the shape of x.")
+    _check(z.shape == x.shape, "z does not have the shape of x.")
     _check(y.shape == (2, B, plan[4], E), f"y is {tuple(y.shape)}; expected {(2, B, plan[4], E)}.")
     _check(weight.shape[:2] == (2, E) and (bias is None or bias.shape == (2, E)), f"The taps do not fit width {E}.")
     _check(skip is None or skip.shape == (2, E), f"The skip is not (2, {E}).")
-    _check(norm == "none" or norm_weight.shape == (E,), f"The norm's weight is not ({E},).")
-    _check(norm_bias is None or norm_bias.shape == (E,), f"The norm's bias is not ({E},).")
-    _check(plan[0] is None or plan[0].shape[0] in (1, B), "The plan's indices are of another batch.")
+    _check(norm == "none" or norm_weight.shape == (E,), f"The weight of the norm is not ({E},).")
+    _check(norm_bias is None or norm_bias.shape == (E,), f"The bias of the norm is not ({E},).")
     return _ExpandGate(
-        plan=_plan_struct(*plan, stored),
+        plan=_plan_struct(plan, B, stored),
         batch=B,
         width=E,
         taps=weight.shape[-1],
         norm=_NORMS[norm],
         eps=eps,
-        x=_address(x),
-        z=_address(z),
         x_batch=x.stride(0),
         x_token=x.stride(1),
         z_batch=z.stride(0),
         z_token=z.stride(1),
-        y=_address(y),
-        weight=_address(weight),
-        bias=_address(bias),
-        skip=_address(skip),
-        norm_weight=_address(norm_weight),
-        norm_bias=_address(norm_bias),
         **_common(x),
+        **_pointers(x=x, z=z, y=y, weight=weight, bias=bias, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias),
     )
 
 
-def _expand_gate(
-    x, z, y, weight, bias, skip, order, slot, slot_weight, grid, slots, mean_weight, norm, norm_weight, norm_bias, eps
-):
-    x, z = _rows(x), _rows(z)
-    y, weight, bias, skip, norm_weight, norm_bias = _dense(y, weight, bias, skip, norm_weight, norm_bias)
-    order, slot, slot_weight = _dense(order, slot, slot_weight)
-    plan = order, slot, slot_weight, grid, slots, mean_weight
-    out = x.new_empty(x.shape)
-    arguments = _expand_gate_arguments(x, z, y, weight, bias, skip, plan, norm, norm_weight, norm_bias, eps)
-    arguments.out = _address(out)
+def _expand_gate_results(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _expand_gate(x, z, y, weight, bias, skip, norm_weight, norm_bias, norm, eps, *plan):
+    inputs = _rows(x), _rows(z), *_dense(y, weight, bias, skip, norm_weight, norm_bias)
+    plan = _dense_plan(*plan)
+    out = _expand_gate_results(x)
+    arguments = _expand_gate_struct(*inputs, norm, eps, plan)
+    arguments.out = out.data_ptr()
     _run("expand_gate", arguments, x)
     return out
 
 
-def _expand_gate_backward(
-    grad,
-    x,
-    z,
-    y,
-    weight,
-    bias,
-    skip,
-    norm_weight,
-    norm_bias,
-    order,
-    slot,
-    slot_weight,
-    grid,
-    slots,
-    mean_weight,
-    norm,
-    eps,
-):
-    x, z, grad = _rows(x), _rows(z), grad.to(x.dtype).contiguous()
-    y, weight, bias, skip, norm_weight, norm_bias = _dense(y, weight, bias, skip, norm_weight, norm_bias)
-    order, slot, slot_weight = _dense(order, slot, slot_weight)
-    plan = order, slot, slot_weight, grid, slots, mean_weight
-    arguments = _expand_gate_arguments(x, z, y, weight, bias, skip, plan, norm, norm_weight, norm_bias, eps)
-    grads = _expand_gate_backward_out(x, z, y, weight, skip)
-    mixed = _scratch_for_mixed(grads[0], x, skip)
-    arguments.grad_out, arguments.grad_mixed = _address(grad), _address(mixed)
-    names = ("x", "z", "y", "weight", "bias", "skip", "norm_weight", "norm_bias")
-    for name, t in zip(names, grads, strict=True):
-        setattr(arguments, f"grad_{name}", _address(t))
-    _run("expand_gate_backward", arguments, x)
-    return grads
-
-
-def _scratch_for_mixed(grad_x, x, skip):
-    """Memory for the gradient before the norm.
-
-    The CPU kernels keep it in grad_x until the convolution's gradient replaces it; on a GPU neighbouring blocks still
-    read it then.
-    """
-    if x.dtype == torch.float32 and skip is not None and LIBRARIES[x.device.type].mixes_in_place:
-        return grad_x
-    return x.new_empty(x.shape, dtype=torch.float32)
-
-
-def _expand_gate_backward_out(x, z, y, weight, skip):
-    """Fresh tensors for the gradients; without a skip the convolution has none and is left out."""
+def _expand_gate_backward_results(grad, x, z, y, weight, bias, skip, *_):
+    """Gradients of x, z, y, weight, bias, skip and the norm; without a skip the convolution has none."""
     E, full = x.shape[-1], skip is not None
     return (
         x.new_empty(x.shape if full else 0),
@@ -691,38 +630,44 @@ def _expand_gate_backward_out(x, z, y, weight, skip):
     )
 
 
+def _expand_gate_backward(grad, x, z, y, weight, bias, skip, norm_weight, norm_bias, norm, eps, *plan):
+    inputs = _rows(x), _rows(z), *_dense(y, weight, bias, skip, norm_weight, norm_bias)
+    grad, plan = grad.to(x.dtype).contiguous(), _dense_plan(*plan)
+    grads = _expand_gate_backward_results(grad, *inputs)
+    # Scratch for the gradient before the norm. The CPU kernels may keep it in grad_x until they replace it with the
+    # gradient of the convolution; on a GPU neighbouring blocks still read it at that point.
+    in_place = x.dtype == torch.float32 and skip is not None and LIBRARIES[x.device.type].mixes_in_place
+    mixed = grads[0] if in_place else x.new_empty(x.shape, dtype=torch.float32)
+    arguments = _expand_gate_struct(*inputs, norm, eps, plan)
+    arguments.grad_out, arguments.grad_mixed = grad.data_ptr(), mixed.data_ptr()
+    _set_gradients(arguments, ("x", "z", "y", "weight", "bias", "skip", "norm_weight", "norm_bias"), grads)
+    _run("expand_gate_backward", arguments, x)
+    return grads
+
+
 def _expand_gate_save(ctx, inputs, output):
-    x, z, y, weight, bias, skip = inputs[:6]
-    norm, norm_weight, norm_bias, eps = inputs[6 + _PLAN_LENGTH :]
-    ctx.save_for_backward(x, z, y, weight, bias, skip, norm_weight, norm_bias, *inputs[6:9])
-    ctx.rest = *inputs[9 : 6 + _PLAN_LENGTH], norm, eps
+    tensors, norm, eps, plan = inputs[:8], *inputs[8:10], inputs[10:]
+    ctx.save_for_backward(*tensors, *plan[:3])
+    ctx.rest, ctx.plan = (norm, eps), plan[3:]
 
 
 def _expand_gate_grad(ctx, grad):
-    x, z, y, weight, bias, skip, norm_weight, norm_bias, order, slot, slot_weight = ctx.saved_tensors
-    gx, gz, gy, gw, gb, gs, gnw, gnb = torch.ops.cellvim_native.expand_gate_backward(
-        grad, x, z, y, weight, bias, skip, norm_weight, norm_bias, order, slot, slot_weight, *ctx.rest
-    )
-    if skip is None:
-        gx = gw = gb = gs = None
-    gb = None if bias is None else gb
-    gnw, gnb = None if norm_weight is None else gnw, None if norm_bias is None else gnb
-    return gx, gz, gy, gw, gb, gs, *(None,) * _PLAN_LENGTH, None, gnw, gnb, None
+    tensors, plan = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    grads = torch.ops.cellvim_native.expand_gate_backward(grad, *tensors, *ctx.rest, *plan, *ctx.plan)
+    if tensors[5] is None:  # no skip
+        grads = (None, *grads[1:3], None, None, None, *grads[6:])
+    grads = [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
+    return *grads, *(None,) * (2 + _PLAN_LENGTH)
 
 
-_define(
-    "expand_gate",
-    f"(Tensor x, Tensor z, Tensor y, Tensor weight, Tensor? bias, Tensor? skip, {_PLAN_SCHEMA}, str norm, "
-    "Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor",
-    _expand_gate,
-    lambda x, *_: x.new_empty(x.shape),
+_GATE = (
+    "Tensor x, Tensor z, Tensor y, Tensor weight, Tensor? bias, Tensor? skip, Tensor? norm_weight, Tensor? norm_bias, "
+    f"str norm, float eps, {_PLAN}"
 )
+_define(f"expand_gate({_GATE}) -> Tensor", _expand_gate, _expand_gate_results)
 _define(
-    "expand_gate_backward",
-    "(Tensor grad, Tensor x, Tensor z, Tensor y, Tensor weight, Tensor? bias, Tensor? skip, Tensor? norm_weight, "
-    f"Tensor? norm_bias, {_PLAN_SCHEMA}, str norm, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"expand_gate_backward(Tensor grad, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _expand_gate_backward,
-    lambda grad, x, z, y, weight, bias, skip, *_: _expand_gate_backward_out(x, z, y, weight, skip),
+    _expand_gate_backward_results,
 )
 _differentiable("expand_gate", _expand_gate_save, _expand_gate_grad)

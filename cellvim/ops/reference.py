@@ -1,10 +1,10 @@
-"""The definition of every op in plain PyTorch: any device, float32 or float64, differentiable, `torch.compile`-able.
+"""The definition of every op in plain PyTorch, and the back end "reference": any device and dtype, differentiable.
 
 B batch, L tokens, P scan steps, E inner width, N states, W convolution taps. Direction 0 reads the block's sequence
-forwards, direction 1 backwards; everything with both directions carries them as a leading axis of 2. Tokens keep their
-stored order, scan steps the order of the grid, whatever the direction.
+forwards, direction 1 backwards; arrays of both directions have a leading axis of 2. In both directions, tokens are in
+stored order and scan steps in the order of the grid.
 
-Arithmetic is in float32 (float64 for float64 inputs); results have the type of ``x``.
+The arithmetic is in float32 (float64 for float64 inputs). Results have the type of ``x``.
 
 References
 ----------
@@ -20,7 +20,23 @@ from torch import Tensor
 from cellvim.ops.scan_plan import ScanPlan
 
 POOLS = ("none", "mean", "max", "attention")
-NORMS = ("layer", "rms", "none")
+
+name = "reference"
+
+
+def available() -> bool:
+    """Return True."""
+    return True
+
+
+def reason() -> str:
+    """Return what it runs on."""
+    return "plain PyTorch: any device, every dtype"
+
+
+def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
+    """Return None: all inputs are supported."""
+    return None
 
 
 def add_norm(
@@ -36,7 +52,7 @@ def add_norm(
     Parameters
     ----------
     hidden
-        (B, L, D), what the previous block put out.
+        (B, L, D), output of the previous block.
     residual
         (B, L, D) in float32 (or float64), or None before the first block.
     weight, bias
@@ -68,16 +84,16 @@ def conv_pool(
     x
         (B, L, E) tokens in stored order.
     weight, bias
-        (2, E, W) and (2, E): depthwise causal taps, the last one on the current token.
+        (2, E, W) and (2, E): depthwise causal convolution; the last tap applies to the current token.
     pool
-        "mean" (times ``plan.pool_scale``), "max", "attention", or "none" when the plan pools nothing.
+        "mean" (multiplied by ``plan.pool_scale``), "max", "attention", or "none" for a plan without pooled axes.
     score_weight, score_bias
-        (2, E) and (2,): the linear score of attention pooling, softmaxed over the tokens of a slot.
+        (2, E) and (2,): linear score of attention pooling; a softmax over the tokens of a slot follows.
 
     Returns
     -------
     (2, B, P, E)
-        Slots without a token are zero.
+        Slots without tokens are zero.
     """
     u = _convolve(x, weight, bias, plan)  # (2, B, L, E), the block's order
     if pool == "none" or (plan.is_dense and not plan.pools):
@@ -96,12 +112,12 @@ def conv_pool(
 def attention_shares(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: ScanPlan, score_weight: Tensor, score_bias: Tensor
 ) -> Tensor:
-    """Return the weight that attention pooling gives each token; parameters as in `conv_pool`.
+    """Return the weight of each token in attention pooling; parameters as in `conv_pool`.
 
     Returns
     -------
     (2, B, L)
-        In stored order. The tokens of a slot sum to 1; 0 where a ragged sample has no token.
+        In stored order. The weights of a slot sum to 1; missing tokens of ragged samples have weight 0.
     """
     u = _convolve(x, weight, bias, plan)  # (2, B, L, E), the block's order
     score = _score(u, score_weight, score_bias)
@@ -148,7 +164,7 @@ def pooled_scan(
     drive = step * pooled.to(compute)
     step, drive, B, C = (_scan_order(t.to(compute)) for t in (step, drive, B, C))
     A = A.to(compute)[:, None]  # (2, 1, E, N)
-    if isinstance(pooled.shape[2], torch.SymInt):  # an exported graph whose number of steps varies
+    if isinstance(pooled.shape[2], torch.SymInt):  # an exported graph with a variable number of steps
         states = _scan_by_doubling(torch.exp(step[..., None] * A[:, :, None]), drive[..., None] * B[:, :, :, None])
         return _scan_order((states * C[:, :, :, None]).sum(-1)).to(pooled.dtype)
     state = A.new_zeros(2, pooled.shape[1], pooled.shape[3], A.shape[-1])  # (2, B, E, N)
@@ -156,7 +172,7 @@ def pooled_scan(
     for t in range(pooled.shape[2]):  # the pooled steps are the only loop
         decay = torch.exp(step[:, :, t, :, None] * A)
         state = decay * state + drive[:, :, t, :, None] * B[:, :, t, None, :]
-        # Not a matrix product: those may sum in another order for another batch size.
+        # Not a matrix product, whose order of summation may depend on the batch size.
         outputs.append((state * C[:, :, t, None, :]).sum(-1))
     return _scan_order(torch.stack(outputs, dim=2)).to(pooled.dtype)
 
@@ -174,7 +190,7 @@ def expand_gate(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Give every token its scanned step back, add the skip, average the directions, normalise and gate.
+    """Expand the scanned steps to their tokens, add the skip, average the directions, normalise and gate.
 
     ``out = norm((Σ_k expand(y_k) + D_k · u_k) / 2) · SiLU(z)`` where u is the unpooled convolution of `conv_pool`.
 
@@ -183,18 +199,18 @@ def expand_gate(
     x, z
         (B, L, E) in stored order.
     y
-        (2, B, P, E), what `pooled_scan` returned.
+        (2, B, P, E), output of `pooled_scan`.
     weight, bias
         (2, E, W) and (2, E), as in `conv_pool`.
     skip
-        (2, E), the D of the two directions; None leaves the skip out.
+        (2, E), D of both directions; None for no skip.
     norm
         "layer", "rms" or "none", over E, with ``norm_weight`` and ``norm_bias`` (E,).
 
     Returns
     -------
     (B, L, E)
-        In stored order; zero where a ragged sample has no token.
+        In stored order; zero for missing tokens of ragged samples.
     """
     compute = _compute_type(x)
     out = _expand(y.to(compute), plan)  # (2, B, L, E), the block's order
@@ -213,7 +229,7 @@ def pool_mean(x: Tensor, plan: ScanPlan) -> Tensor:
 
 
 def expand(y: Tensor, plan: ScanPlan) -> Tensor:
-    """Give every token the value of its slot, (B, P, D) -> (B, L, D) in stored order."""
+    """Copy the value of each slot to its tokens, (B, P, D) -> (B, L, D) in stored order."""
     return _to_stored_order(_expand(y.expand(2, -1, -1, -1), plan)[0], plan)
 
 
@@ -222,10 +238,10 @@ def _compute_type(x: Tensor) -> torch.dtype:
 
 
 def _scan_by_doubling(decay: Tensor, drive: Tensor) -> Tensor:
-    """Solve h_t = decay_t h_{t−1} + drive_t without a loop over t, for graphs that must not depend on P.
+    """Solve h_t = decay_t h_{t−1} + drive_t without a loop over t, for graphs with variable P.
 
-    Both are (2, B, P, E, N), as is the result. In round k every step takes in the 2^k steps before it (Hillis and
-    Steele, 1986); twelve rounds reach 4,096 steps.
+    The arguments and the result are (2, B, P, E, N). Round k combines every step with the 2^k steps before it (Hillis
+    and Steele, 1986), so that twelve rounds cover 4,096 steps.
     """
     rounds = 12
     torch._check(decay.shape[2] <= 2**rounds, lambda: f"An exported graph scans at most {2**rounds} steps.")
@@ -239,7 +255,7 @@ def _scan_by_doubling(decay: Tensor, drive: Tensor) -> Tensor:
 
 
 def _scan_order(t: Tensor) -> Tensor:
-    """Reverse the steps of direction 1; its own inverse."""
+    """Reverse the steps of direction 1; the function is its own inverse."""
     return torch.stack([t[0], t[1].flip(1)])
 
 
@@ -257,7 +273,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: ScanPlan) ->
     weight = weight.to(x.dtype)
     bias = x.new_zeros(2, E) if bias is None else bias.to(x.dtype)
     padded = F.pad(x, (0, 0, taps - 1, taps - 1))
-    # Tap j meets the token taps − 1 − j steps ago; reading backwards, earlier steps lie after it.
+    # Tap j applies to the token taps − 1 − j steps before; in the backward direction, to the token after.
     forward = sum(weight[0, :, j] * padded[:, j : j + length] for j in range(taps))
     backward = sum(weight[1, :, j] * padded[:, 2 * (taps - 1) - j :][:, :length] for j in range(taps))
     u = F.silu(torch.stack([forward + bias[0], backward + bias[1]]))
@@ -265,12 +281,12 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, plan: ScanPlan) ->
 
 
 def _present(plan: ScanPlan) -> Tensor:
-    """(B or 1, L) bool: steps of the block's order that hold a token."""
+    """Return the steps of the block's order that have a token, (B or 1, L) bool."""
     return plan.order >= 0
 
 
 def _to_block_order(x: Tensor, plan: ScanPlan) -> Tensor:
-    """(B, L, E) stored order -> the block's order; absent tokens are zero."""
+    """Convert (B, L, E) from stored order to the block's order; missing tokens are zero."""
     if plan.is_dense:
         axes = plan.stored_axes
         if axes == (0, 1, 2):
@@ -282,7 +298,7 @@ def _to_block_order(x: Tensor, plan: ScanPlan) -> Tensor:
 
 
 def _to_stored_order(x: Tensor, plan: ScanPlan) -> Tensor:
-    """The inverse of `_to_block_order`; a token that no step visits is zero."""
+    """Invert `_to_block_order`; tokens that no step visits are zero."""
     if plan.is_dense:
         axes = plan.stored_axes
         if axes == (0, 1, 2):
@@ -298,7 +314,7 @@ def _pool_axes(plan: ScanPlan) -> list[int]:
 
 
 def _grouped(u: Tensor, plan: ScanPlan) -> Tensor:
-    """(2, B, L, E) -> (2, B, P, G, E): the tokens of each slot side by side."""
+    """Group the tokens of each slot, (2, B, L, E) -> (2, B, P, G, E)."""
     kept = [2 + a for a in range(3) if not plan.pooled[a]]
     grid = u.unflatten(2, plan.sizes).permute(0, 1, *kept, *_pool_axes(plan), 5)
     return grid.reshape(*u.shape[:2], plan.slots, plan.group, u.shape[-1])
@@ -320,7 +336,7 @@ def _pool_max(u: Tensor, plan: ScanPlan) -> Tensor:
 
 
 def _pool_attention(u: Tensor, score: Tensor, plan: ScanPlan) -> Tensor:
-    """Softmax ``score`` (2, B, L) over the tokens of each slot and sum them by it."""
+    """Sum the tokens of each slot, weighted by the softmax of ``score`` (2, B, L)."""
     if plan.is_dense:
         share = _grouped(score[..., None], plan).softmax(dim=3)  # (2, B, P, G, 1)
         return (share * _grouped(u, plan)).sum(3)
@@ -329,18 +345,18 @@ def _pool_attention(u: Tensor, score: Tensor, plan: ScanPlan) -> Tensor:
 
 
 def _score(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The linear score of attention pooling, (2, B, L, E) -> (2, B, L)."""
-    # Not a matrix product: those may sum in another order for another batch size.
+    """Return the linear score of attention pooling, (2, B, L, E) -> (2, B, L)."""
+    # Not a matrix product, whose order of summation may depend on the batch size.
     return (u * weight.to(u.dtype)[:, None, None]).sum(-1) + bias.to(u.dtype)[:, None, None]
 
 
 def _slot_softmax(score: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor]:
-    """Return exp(score − the slot's largest), (2, B, L), 0 where absent; and its sum over each slot, (2, B, P)."""
+    """Return exp(score − maximum of the slot), (2, B, L), 0 for missing tokens; and its sum per slot, (2, B, P)."""
     score = score.masked_fill(~_present(plan)[None], float("-inf"))
     slot = plan.slot.expand(-1, score.shape[1], -1)
     top = score.new_full((*score.shape[:2], plan.slots), float("-inf")).scatter_reduce(2, slot, score, "amax")
     top = torch.where(top.isinf(), torch.zeros_like(top), top).detach()
-    share = torch.exp(score - top.gather(2, slot))  # 0 where absent
+    share = torch.exp(score - top.gather(2, slot))
     total = torch.zeros_like(top).scatter_add(2, slot, share)
     return share, torch.where(total == 0, torch.ones_like(total), total)
 
@@ -354,11 +370,10 @@ def _scatter_sum(u: Tensor, plan: ScanPlan) -> Tensor:
 
 
 def _expand(y: Tensor, plan: ScanPlan) -> Tensor:
-    """(2, B, P, E) -> (2, B, L, E) in the block's order: every token gets its slot's value."""
+    """Copy the value of each slot to its tokens, (2, B, P, E) -> (2, B, L, E) in the block's order."""
     if plan.is_dense:
         if not plan.pools:
             return y
         kept = [1 if away else n for n, away in zip(plan.sizes, plan.pooled, strict=True)]
         return y.unflatten(2, kept).expand(-1, -1, *plan.sizes, -1).flatten(2, 4)
-    index = plan.slot.expand(-1, y.shape[1], -1)[..., None].expand(-1, -1, -1, y.shape[-1])
-    return y.gather(2, index)
+    return y.gather(2, _slot_index(y, plan))

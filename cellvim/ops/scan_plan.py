@@ -1,8 +1,8 @@
-"""ScanPlan: the order in which one block visits its tokens, and which of them it pools together.
+"""ScanPlan: the order in which a block visits its tokens, and the tokens that it pools.
 
-Tokens are stored once, (B, L, E); a block on the transposed grid, with other pooled axes or with missing tokens
-reads the same memory in another order. Kernels see a grid of at most three axes with strides (``sizes``,
-``strides``, ``pooled``), or, for irregular sets of tokens, explicit indices (``order``, ``slot``).
+Tokens are stored once, (B, L, E). A block on the transposed grid, with other pooled axes or with missing tokens, reads
+the same memory in another order. A plan is either a grid of at most three axes with strides (``sizes``, ``strides``,
+``pooled``) or, for irregular sets of tokens, a list of indices (``order``, ``slot``).
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class ScanPlan:
-    """How a block walks through its tokens.
+    """The order in which a block visits and pools its tokens.
 
     Parameters
     ----------
     sizes
-        Lengths (n0, n1, n2) of the axes in the block's order, slowest first; their product is L when the plan is dense.
+        Lengths (n0, n1, n2) of the axes in the block's order, slowest first. Their product is L for a dense grid.
     strides
-        Step of each axis in stored tokens: token (i0, i1, i2) is stored at ``i0*s0 + i1*s1 + i2*s2``.
+        Stride of each axis in stored tokens: token (i0, i1, i2) is stored at ``i0*s0 + i1*s1 + i2*s2``.
     pooled
-        Which axes are pooled away. The others, in order, form the P = ``slots`` steps of the scan.
+        Whether each axis is pooled. The other axes, in order, form the P = ``slots`` steps of the scan.
     pool_scale
         Factor on a mean over the pooled axes.
     order
-        None for a dense grid. Else (B or 1, L) int64: the stored token at each step of the block's order, −1 where a
-        ragged sample has none (only at the end).
+        None for a dense grid. Otherwise (B or 1, L) int64: the stored token at each step of the block's order, −1 for
+        the missing tokens of a ragged sample, which come last.
     slot
-        With ``order``: (2, B or 1, L) int64, the scan step that pools the token, for the forward and the backward
-        direction, counted from the grid's start in both; any valid value where ``order`` is −1.
+        With ``order``: (2, B or 1, L) int64, the scan step that pools the token in the forward and the backward
+        direction, counted from the start of the grid in both; any valid value where ``order`` is −1.
     slot_weight
-        With ``order``: (B or 1, P) float32 (float64 for a model in float64), the factor on the sum of a slot's tokens.
+        With ``order``: (B or 1, P) float32 (float64 for a model in float64), factor on the sum of a slot's tokens.
     slot_count
         With ``order``: P. None for a dense grid.
     stored_axes
-        The block's axes in the order in which they are stored, slowest first; None to see it by the strides.
+        The block's axes in stored order, slowest first; None to derive it from the strides.
     """
 
     sizes: tuple[int, int, int]
@@ -53,13 +53,13 @@ class ScanPlan:
 
     def __post_init__(self) -> None:
         if self.stored_axes is None:
-            # An axis of length 1 may carry any stride; it may stand anywhere.
+            # An axis of length 1 may have any stride and position.
             axes = sorted(range(3), key=lambda a: (-self.strides[a], a) if self.sizes[a] > 1 else (1, a))
             object.__setattr__(self, "stored_axes", tuple(axes))
 
     @property
     def is_dense(self) -> bool:
-        """Whether every sample has the same full grid of tokens."""
+        """Whether every sample has the full grid of tokens."""
         return self.order is None
 
     @property
@@ -71,7 +71,7 @@ class ScanPlan:
 
     @property
     def group(self) -> int:
-        """Number of tokens of a dense grid that are pooled together."""
+        """Number of tokens per slot of a dense grid."""
         return prod([n for n, away in zip(self.sizes, self.pooled, strict=True) if away])
 
     @property
@@ -81,10 +81,10 @@ class ScanPlan:
 
     @property
     def mean_weight(self) -> float:
-        """Factor that turns a dense slot's sum into its (scaled) mean."""
+        """Factor that converts the sum of a dense slot to its scaled mean."""
         return self.pool_scale / self.group if self.pools else 1.0
 
 
 def sequence_plan(length: int) -> ScanPlan:
-    """Return the plan of a plain sequence that is scanned token by token, as in Vim."""
+    """Return the plan of a sequence that is scanned token by token, as in Vim."""
     return ScanPlan(sizes=(length, 1, 1), strides=(1, 1, 1), pooled=(False, False, False))

@@ -28,8 +28,8 @@ def test_count_agrees_with_the_paper_within_three_percent(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fastchannelvim_tiny_patch16", "channelvit_tiny_patch16", "fastvim_tiny_patch16"])
 def test_matrix_products_are_those_that_run(name: str, monkeypatch) -> None:
-    monkeypatch.setattr("cellvim.ops.matmul._ROWS_PER_THREAD", 0)  # padding of few rows would be counted
-    monkeypatch.setattr("cellvim.ops.matmul._ONEDNN", False)  # the counter does not know its products
+    monkeypatch.setattr("cellvim.ops.dispatch._ROWS_PER_THREAD", 0)  # padding of few rows would be counted
+    monkeypatch.setattr("cellvim.ops.dispatch._ONEDNN", False)  # the counter does not know its products
     changes = {"image_size": 96, "depth": 2, "num_classes": 3, "in_channels": 3}
     model, parts = create_model(name, **changes).eval(), count_flops(model_config(name, **changes))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():

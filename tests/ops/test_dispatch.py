@@ -1,4 +1,4 @@
-"""Which back-end runs: the fastest there is, or the one that was named; never another one silently."""
+"""The choice of the back end: the fastest available one, or the named one; never another one silently."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 def no_library(monkeypatch):
     """An install without the compiled kernels."""
     monkeypatch.setattr(native, "_library", None)
-    monkeypatch.setattr(native, "_reason", "this install has no compiled kernels")
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(native, "_problem", "this installation has no libcellvim_cpu.so")
+    monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(dispatch, "_chosen", None)
 
 
@@ -52,12 +52,12 @@ def test_every_backend_is_described():
 
 @pytest.mark.parametrize("name", ["nativ", "mamba"])
 def test_an_unknown_backend_is_an_error(name):
-    with pytest.raises(BackendError, match=f"no back-end '{name}'; there are native, reference"), ops.use_backend(name):
+    with pytest.raises(BackendError, match=f"'{name}' is unknown.*native, reference"), ops.use_backend(name):
         pass
 
 
 def test_an_absent_backend_is_an_error(no_library):
-    with pytest.raises(BackendError, match="'native' is not available: this install"), ops.use_backend("native"):
+    with pytest.raises(BackendError, match="'native' is not available: this installation"), ops.use_backend("native"):
         pass
 
 
@@ -67,10 +67,10 @@ def test_without_the_library_the_plain_path_runs_and_says_so_once(no_library, ca
         out = [ops.pooled_scan(**inputs) for _ in range(3)]
     assert torch.equal(out[0], reference.pooled_scan(**inputs))
     assert [r.getMessage() for r in caplog.records] == [
-        "The plain PyTorch path runs, several times slower: this install has no compiled kernels."
+        "Plain PyTorch runs, which is several times slower: this installation has no libcellvim_cpu.so."
     ]
     row = next(row for row in ops.describe_backends() if row.name == "native")
-    assert not row.available and "no compiled kernels" in row.reason
+    assert not row.available and "no libcellvim_cpu.so" in row.reason
 
 
 @needs_native
@@ -78,7 +78,7 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch_or_is_refused(monkeypatch)
     monkeypatch.setattr(dispatch, "_chosen", None)
     inputs = {k: v.double() for k, v in pooled_scan_inputs(0, 1, 3, 8, 2).items()}
     assert torch.equal(ops.pooled_scan(**inputs), reference.pooled_scan(**inputs))
-    with ops.use_backend("native"), pytest.raises(BackendError, match="float64 tensors; it takes float32"):
+    with ops.use_backend("native"), pytest.raises(BackendError, match=r"torch.float64 tensors, only float32"):
         ops.pooled_scan(**inputs)
     inputs = conv_pool_inputs(0, 1, 9, 8, 5)
     arguments = inputs["x"], inputs["weight"], inputs["bias"], sequence_plan(9)
@@ -101,10 +101,10 @@ def test_the_environment_names_the_backend():
     code = "import torch; from cellvim import ops; print(ops.selected_backend(torch.device('cpu')))"
     assert in_new_process(code, CELLVIM_BACKEND="reference").stdout.strip() == "reference"
     failed = in_new_process(code, CELLVIM_BACKEND="cuda12")
-    assert failed.returncode and "There is no back-end 'cuda12'" in failed.stderr
+    assert failed.returncode and "Back end 'cuda12' is unknown" in failed.stderr
 
 
 def test_a_broken_library_is_absent_and_says_why():
     code = "from cellvim.ops import native; print(native.available(), native.reason())"
     found = in_new_process(code, CELLVIM_CPU_LIBRARY=__file__).stdout
-    assert found.startswith("False libcellvim_cpu") and "does not load" in found
+    assert found.startswith("False libcellvim_cpu") and "cannot be loaded" in found

@@ -234,7 +234,7 @@ def test_sizes_that_do_not_fit_are_refused():
     inputs = conv_pool_inputs(0, 1, 12, 16, 4)
     with pytest.raises(ValueError, match="taps"):
         native.conv_pool(inputs["x"], inputs["weight"][:, :8], inputs["bias"], sequence_plan(12))
-    with pytest.raises(ValueError, match="fit"):
+    with pytest.raises(ValueError, match="sizes do not match"):
         native.conv_pool(inputs["x"], inputs["weight"], inputs["bias"], sequence_plan(11))
     scan = pooled_scan_inputs(0, 1, 4, 16, 4)
     with pytest.raises(ValueError, match="B or C"):

@@ -23,7 +23,7 @@ def leaves(inputs: dict) -> dict:
 def test_opcheck_conv_pool(plan, pool):
     t = leaves(conv_pool_inputs(0, 2, 24, 16, 4))
     scores = (t["score_weight"], t["score_bias"]) if pool == "attention" else (None, None)
-    arguments = (t["x"], t["weight"], t["bias"], *scores, *kernels.plan_arguments(plan, plan.slots), pool)
+    arguments = (t["x"], t["weight"], t["bias"], *scores, pool, *kernels.plan_arguments(plan, plan.slots))
     torch.library.opcheck(torch.ops.cellvim_native.conv_pool.default, arguments)
 
 
@@ -32,8 +32,8 @@ def test_opcheck_expand_gate(with_skip):
     t = leaves(expand_gate_inputs(0, 2, 24, DENSE.slots, 16, 4))
     arguments = (
         *(t["x"], t["z"], t["y"], t["weight"], t["bias"], t["skip"] if with_skip else None),
+        *(t["norm_weight"], t["norm_bias"], "layer", 1e-5),
         *kernels.plan_arguments(DENSE, DENSE.slots),
-        *("layer", t["norm_weight"], t["norm_bias"], 1e-5),
     )
     torch.library.opcheck(torch.ops.cellvim_native.expand_gate.default, arguments)
 
