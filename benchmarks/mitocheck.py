@@ -119,7 +119,7 @@ def probabilities(model, data, part: str, *, features: bool = False) -> np.ndarr
     model.model.eval()
     found = []
     with torch.inference_mode():
-        for batch in data._loader(part):
+        for batch in data.whole_loader(part):
             images = middle_window(data.groups[0].scale.apply_on_device(batch["images"]), CROP)
             found.append(model.model.forward_features(images) if features else model.model(images).softmax(1))
     return torch.cat(found).numpy()
@@ -212,7 +212,7 @@ def measure(method: str, folder: str, seed: int, keep: Path) -> dict:
 
 def finish(model, data, path: Path) -> None:
     """Keep the weights with what must travel with them."""
-    from cellvim.train.run import export_model
+    from cellvim.train.training import export_model
 
     export_model(model, data, path, metrics={}, recipe="benchmarks/mitocheck.py")
 

@@ -231,7 +231,7 @@ def channel_subsets(encoder, data) -> dict[str, dict[str, float]]:
     """Scores of each subset of the channels."""
     import torch
 
-    from cellvim.train.channels_table import evaluate_channel_subsets
+    from cellvim.train.training import evaluate_channel_subsets
 
     rows = data.rows["test"]
     images = torch.from_numpy(cells_of.middle(data.groups[0].images[rows]))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of, number_labels
+from cellvim.train.batches import CropGroup, DataDescription, TrainingData, class_names_of, number_labels
 from cellvim.train.splits import split_rows
 
 CHANNELS = ("GFP", "DNA")
@@ -56,7 +57,8 @@ def cut_cells(source: str | Path, keep: Path) -> Path:
         "kind": table["Metadata_pert_type"].to_numpy(str),
         "cells_of_well": table["cells_of_well"].to_numpy(int),
     }
-    np.savez(path, images=data.groups[0].scaled(rows).astype(np.float16), **columns)
+    images = data.groups[0].scaled(torch.from_numpy(data.groups[0].images[rows]))
+    np.savez(path, images=images.numpy().astype(np.float16), **columns)
     return path
 
 

@@ -12,18 +12,18 @@ from cellvim.errors import InputError, ModelError, listing, suggestion
 
 def train_command(context: typer.Context) -> None:
     """Train a model: a recipe, a configuration, or your own plate and a column of labels."""
-    from cellvim.train.usage import USAGE, describe_recipes
+    from cellvim.train.recipes import USAGE, recipe_descriptions
 
     arguments = list(context.args)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
     if "--list" in arguments:
-        for name, what in describe_recipes():
-            print(f"{name:<34} {what}")
+        for name, description in recipe_descriptions().items():
+            print(f"{name:<34} {description}")
         return
     try:
-        from cellvim.train.run import train
+        from cellvim.train.training import train
     except ModuleNotFoundError as error:
         raise InputError(f"Training needs {error.name}. Install it: pip install 'cellvim[train]'") from error
     model = train([a if a != "--help_all" else "--help" for a in arguments])

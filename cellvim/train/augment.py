@@ -1,9 +1,10 @@
-"""Augmentations, on the device: crops are already there as a batch, and nothing goes back to the CPU."""
+"""Augmentation of batches on the device that trains."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,28 +15,33 @@ from cellvim.errors import InputError
 
 @dataclass
 class Augmentation:
-    """What is done to training images; evaluation only cuts their middle.
+    """Settings of the augmentation of training images. For evaluation, the central window is used.
 
     Parameters
     ----------
     pad_to
-        Images smaller than this are padded with 0 before a random window of the model's size is cut.
+        Size to which smaller images are padded with 0 before a random window of the model's size is cut.
     resized_crop
-        Instead: cut a window of a random share of the area, in this range, and resize it.
+        Range of the window's area as a fraction of the image's, (min, max): the window is resized to the model's size.
     flips, vertical_flips, quarter_turns
-        Mirror left to right, top to bottom, and turn by multiples of 90°.
+        Whether to mirror left to right, mirror top to bottom, and rotate by multiples of 90°.
     intensity
-        Each channel's values are multiplied by exp(u), u uniform in ± this.
+        Values of each channel are multiplied by exp(u), u uniform in ± this value.
     defocus, defocus_radius
-        Probability of a blur by a disc, and the largest radius in pixels.
+        Probability of blurring with a disc, and its maximum radius in pixels.
     coarse_dropout, holes, hole_size
-        Probability of blanking squares, their largest number and side in pixels.
+        Probability of setting squares to 0, their maximum number, and their maximum side in pixels.
     rand_augment
-        Number of RandAugment's operations; 0 for none. Needs values in [0, 1] and three channels.
+        Number of RandAugment operations; 0 for none. Requires values in [0, 1] and three channels.
     erasing
-        Probability of random erasing.
+        Probability of random erasing: setting a rectangle to 0.
     mixup, cutmix
         Parameters α of the Beta distributions; 0 for none. With both, one of them is drawn for each batch.
+
+    References
+    ----------
+    Cubuk et al., RandAugment (2020); Zhong et al., Random Erasing (2020); Zhang et al., mixup (2018); Yun et al.,
+    CutMix (2019).
     """
 
     pad_to: int | None = None
@@ -64,62 +70,42 @@ class Augmentation:
 
 
 class Augment(nn.Module):
-    """Applies an `Augmentation`: images (B, C, H, W) of any size -> (B, C, size, size)."""
+    """Apply an `Augmentation`: images (B, C, H, W) of any size -> (B, C, size, size).
 
-    def __init__(self, choices: Augmentation, size: int) -> None:
+    Every image is augmented independently, with torch's random number generator.
+    """
+
+    def __init__(self, settings: Augmentation, size: int) -> None:
         super().__init__()
-        self.choices, self.size = choices, size
-        self.geometry, self.late = _kornia(choices, size)
-        self.requires_grad_(False)  # kornia keeps probabilities as parameters; DDP would wait for their gradients
+        self.settings, self.size = settings, size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Draw anew for every image, from torch's generator."""
-        choices = self.choices
-        if self.geometry is not None:
-            images = self.geometry(images)
+        settings = self.settings
+        if settings.resized_crop is not None:
+            images = random_resized_crop(images, self.size, settings.resized_crop)
         else:
-            images = random_window(pad_to_size(images, max(choices.pad_to or 0, self.size)), self.size)
-        for axis, chosen in ((-1, choices.flips), (-2, choices.vertical_flips)):
+            images = random_window(pad_to_size(images, max(settings.pad_to or 0, self.size)), self.size)
+        for axis, chosen in ((-1, settings.flips), (-2, settings.vertical_flips)):
             images = random_flips(images, axis) if chosen else images
-        if choices.quarter_turns:
+        if settings.quarter_turns:
             images = random_quarter_turns(images)
-        if choices.intensity:
+        if settings.intensity:
             gain = torch.empty(*images.shape[:2], 1, 1, device=images.device).uniform_(-1, 1)
-            images = images * (gain * choices.intensity).exp()
-        if choices.defocus:
-            images = random_defocus(images, choices.defocus, choices.defocus_radius)
-        if choices.coarse_dropout:
-            images = random_holes(images, choices.coarse_dropout, choices.holes, choices.hole_size)
-        return self.late(images) if self.late is not None else images
-
-
-def _kornia(choices: Augmentation, size: int) -> tuple[nn.Module | None, nn.Module | None]:
-    """The parts that kornia has: what replaces the random window, and what comes last."""
-    if choices.resized_crop is None and not choices.rand_augment and not choices.erasing:
-        return None, None
-    import kornia.augmentation as K
-
-    geometry = None
-    if choices.resized_crop is not None:
-        geometry = K.RandomResizedCrop((size, size), scale=tuple(choices.resized_crop), keepdim=True)
-    late: list[nn.Module] = []
-    if choices.rand_augment:
-        late += [_Clamp(), K.auto.RandAugment(n=choices.rand_augment, m=9)]
-    if choices.erasing:
-        late.append(K.RandomErasing(p=choices.erasing, keepdim=True))
-    return geometry, nn.Sequential(*late) if late else None
-
-
-class _Clamp(nn.Module):
-    """To what RandAugment's operations are defined on."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.clamp(0, 1)
+            images = images * (gain * settings.intensity).exp()
+        if settings.defocus:
+            images = random_defocus(images, settings.defocus, settings.defocus_radius)
+        if settings.coarse_dropout:
+            images = random_holes(images, settings.coarse_dropout, settings.holes, settings.hole_size)
+        if settings.rand_augment:
+            images = rand_augment(images, settings.rand_augment)
+        if settings.erasing:
+            images = random_erasing(images, settings.erasing)
+        return images
 
 
 def pad_to_size(images: Tensor, size: int) -> Tensor:
-    """Pad images (B, C, H, W) with 0 around to at least ``size`` a side."""
+    """Pad images (B, C, H, W) with 0 on all sides to at least ``size`` x ``size``."""
     height, width = (max(0, size - n) for n in images.shape[-2:])
     if not height and not width:
         return images
@@ -127,14 +113,14 @@ def pad_to_size(images: Tensor, size: int) -> Tensor:
 
 
 def middle_window(images: Tensor, size: int) -> Tensor:
-    """Cut the middle (B, C, size, size), padded with 0 where images are smaller."""
+    """Cut the central window (B, C, size, size), padded with 0 where images are smaller."""
     images = pad_to_size(images, size)
     top, left = ((n - size) // 2 for n in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
 
 
 def random_window(images: Tensor, size: int) -> Tensor:
-    """Cut a window at a place of its own from every image, (B, C, H, W) -> (B, C, size, size)."""
+    """Cut a window at a random position from every image, (B, C, H, W) -> (B, C, size, size)."""
     batch, channels, height, width = images.shape
     if (height, width) == (size, size):
         return images
@@ -147,25 +133,25 @@ def random_window(images: Tensor, size: int) -> Tensor:
 
 
 def random_flips(images: Tensor, axis: int) -> Tensor:
-    """Mirror along an axis with probability ½, image by image."""
+    """Mirror every image along an axis with probability ½."""
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(chosen, images.flip(axis), images)
 
 
 def random_quarter_turns(images: Tensor) -> Tensor:
-    """Turn square images by 0, 90, 180 or 270°."""
+    """Rotate every image (B, C, S, S) by 0, 90, 180 or 270°."""
     turns = torch.randint(0, 4, (len(images), 1, 1, 1), device=images.device)
     turned = torch.where(turns >= 2, images.rot90(2, (-2, -1)), images)
     return torch.where(turns % 2 == 1, turned.rot90(1, (-2, -1)), turned)
 
 
 def random_defocus(images: Tensor, probability: float, radius: int) -> Tensor:
-    """Blur by a disc of a random radius up to ``radius`` pixels, image by image."""
+    """Blur every image with a disc of a random radius up to ``radius`` pixels, with a probability."""
     steps = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     distance = (steps[:, None] ** 2 + steps**2).sqrt()
     radii = torch.rand(len(images), 1, 1, device=images.device) * radius
     radii = torch.where(torch.rand_like(radii) < probability, radii, 0.0)
-    discs = (radii + 0.5 - distance).clamp(0, 1)  # soft at the rim
+    discs = (radii + 0.5 - distance).clamp(0, 1)  # antialiased
     discs = discs / discs.sum((-2, -1), keepdim=True)  # (B, k, k)
     batch, channels = images.shape[:2]
     kernels = discs.repeat_interleave(channels, 0)[:, None].to(images.dtype)
@@ -173,35 +159,156 @@ def random_defocus(images: Tensor, probability: float, radius: int) -> Tensor:
     return F.conv2d(padded, kernels, groups=batch * channels).view_as(images)
 
 
+def random_resized_crop(images: Tensor, size: int, area: tuple[float, float]) -> Tensor:
+    """Cut a window with a random area fraction and aspect ratio (3/4 to 4/3) from every image, and resize it."""
+    batch, _, height, width = images.shape
+    side, ratio = _random_boxes(batch, area, (3 / 4, 4 / 3), images.device)
+    tall, wide = (side * height / ratio).clamp(max=height) / height, (side * width * ratio).clamp(max=width) / width
+    matrix = torch.zeros(batch, 2, 3, device=images.device)
+    matrix[:, 0, 0], matrix[:, 1, 1] = wide, tall
+    matrix[:, 0, 2] = (1 - wide) * (2 * torch.rand(batch, device=images.device) - 1)
+    matrix[:, 1, 2] = (1 - tall) * (2 * torch.rand(batch, device=images.device) - 1)
+    return _warp(images, matrix, size)
+
+
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """Set a rectangle of 2 to 33% of the area to 0 in every image, with a probability."""
+    batch, _, height, width = images.shape
+    side, ratio = _random_boxes(batch, (0.02, 0.33), (0.3, 1 / 0.3), images.device)
+    chosen = torch.rand(batch, device=images.device) < probability
+    tall = torch.where(chosen, (side * height / ratio).round().clamp(max=height), 0)
+    wide = torch.where(chosen, (side * width * ratio).round().clamp(max=width), 0)
+    top = (torch.rand(batch, device=images.device) * (height - tall + 1)).floor()
+    left = (torch.rand(batch, device=images.device) * (width - wide + 1)).floor()
+    return _blank(images, *(v[:, None, None] for v in (top, left, tall, wide)))
+
+
+def _random_boxes(
+    batch: int, area: tuple[float, float], ratio: tuple[float, float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Draw the square root of the area fraction, and of the aspect ratio (log-uniform), (batch,) each."""
+    side = torch.empty(batch, device=device).uniform_(*area).sqrt()
+    return side, (torch.empty(batch, device=device).uniform_(*map(math.log, ratio)) / 2).exp()
+
+
 def random_holes(images: Tensor, probability: float, most: int, size: int) -> Tensor:
-    """Set up to ``most`` squares of up to ``size`` pixels a side to 0, in all channels."""
+    """Set up to ``most`` squares of up to ``size`` pixels a side to 0 in every image, with a probability."""
     batch, _, height, width = images.shape
     device = images.device
     count = torch.randint(1, most + 1, (batch, 1), device=device)
     count = torch.where(torch.rand(batch, 1, device=device) < probability, count, 0)
     side = torch.randint(1, size + 1, (batch, most), device=device)
-    side = torch.where(torch.arange(most, device=device) < count, side, 0)[..., None]  # (B, holes, 1)
+    side = torch.where(torch.arange(most, device=device) < count, side, 0)[..., None]  # (B, most, 1)
     top = torch.randint(0, height, (batch, most, 1), device=device)
     left = torch.randint(0, width, (batch, most, 1), device=device)
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    in_rows = ((rows >= top) & (rows < top + side)).to(images.dtype)  # (B, holes, H)
-    in_columns = ((columns >= left) & (columns < left + side)).to(images.dtype)
-    hole = torch.einsum("bnh,bnw->bhw", in_rows, in_columns) > 0
-    return images.masked_fill(hole[:, None], 0.0)
+    return _blank(images, top, left, side, side)
 
 
-def mix(images: Tensor, targets: Tensor, choices: Augmentation) -> tuple[Tensor, Tensor]:
-    """Mix every image and its soft target (B, K) with another of the batch, by mixup or cutmix.
+def _blank(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Set rectangles to 0 in all channels; their position and size are (B, n, 1)."""
+    rows, columns = (torch.arange(n, device=images.device) for n in images.shape[-2:])
+    in_rows = ((rows >= top) & (rows < top + height)).to(images.dtype)  # (B, n, H)
+    in_columns = ((columns >= left) & (columns < left + width)).to(images.dtype)
+    inside = torch.einsum("bnh,bnw->bhw", in_rows, in_columns) > 0
+    return images.masked_fill(inside[:, None], 0.0)
 
-    References
-    ----------
-    Zhang et al., mixup (2018); Yun et al., CutMix (2019).
+
+def _warp(images: Tensor, matrix: Tensor, size: int | None = None) -> Tensor:
+    """Resample images by affine matrices (B, 2, 3) in coordinates from -1 to 1, bilinearly, with 0 outside."""
+    height, width = images.shape[-2:] if size is None else (size, size)
+    grid = F.affine_grid(matrix.to(images.dtype), [*images.shape[:2], height, width], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def rand_augment(images: Tensor, operations: int) -> Tensor:
+    """Apply random operations of `OPERATIONS` to every image (B, 3, H, W), after clamping to [0, 1].
+
+    The magnitude is 9 of 30, with a random sign.
     """
-    if not choices.mixup and not choices.cutmix:
+    images = images.clamp(0, 1)
+    for _ in range(operations):
+        drawn = torch.randint(0, len(OPERATIONS), (len(images),), device=images.device)
+        sign = 2.0 * torch.randint(0, 2, (len(images), 1, 1, 1), device=images.device) - 1
+        changed = images.clone()
+        for number, operation in enumerate(OPERATIONS):
+            if (chosen := drawn == number).any():
+                changed[chosen] = operation(images[chosen], sign[chosen] * 9 / 30).clamp(0, 1)
+        images = changed
+    return images
+
+
+def _affine(entry: tuple[int, int], maximum: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def operation(images: Tensor, level: Tensor) -> Tensor:
+        matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+        matrix[:, entry[0], entry[1]] = maximum * level.flatten()
+        return _warp(images, matrix)
+
+    return operation
+
+
+def _rotate(images: Tensor, level: Tensor) -> Tensor:
+    angle = torch.deg2rad(30 * level.flatten())
+    zero = torch.zeros_like(angle)
+    matrix = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1)
+    return _warp(images, matrix.view(-1, 2, 3))
+
+
+def _blend(other: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return an operation that moves images away from, or towards, a degenerate version of them."""
+    return lambda images, level: (degenerate := other(images)) + (1 + 0.9 * level) * (images - degenerate)
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device, dtype=images.dtype)
+    return (images * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def _smooth(images: Tensor) -> Tensor:
+    kernel = torch.ones(3, 3, device=images.device, dtype=images.dtype)
+    kernel[1, 1] = 5
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, (kernel / kernel.sum()).expand(3, 1, 3, 3), groups=3)
+
+
+def _equalize(images: Tensor, level: Tensor) -> Tensor:
+    bins = (images.flatten(2) * 255).long()
+    counts = F.one_hot(bins, 256).sum(2)  # (B, 3, 256)
+    below = (counts.cumsum(2) - counts / 2) / counts.sum(2, keepdim=True)
+    return below.gather(2, bins).view_as(images).to(images.dtype)
+
+
+def _auto_contrast(images: Tensor, level: Tensor) -> Tensor:
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (images - low) / (high - low).clamp_min(1e-6), images)
+
+
+OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (  # of images (B, 3, H, W) and the level, ± 0.3
+    lambda images, level: images,
+    lambda images, level: 1 - images,
+    lambda images, level: torch.where(images >= 1 - level.abs(), 1 - images, images),  # solarize
+    lambda images, level: (images * 255).div(2, rounding_mode="floor") * 2 / 255,  # posterize: 7 bits
+    _auto_contrast,
+    _equalize,
+    _rotate,
+    _affine((0, 1), 0.3),  # shear
+    _affine((1, 0), 0.3),
+    _affine((0, 2), 0.9),  # translate, by at most 45% of the side at magnitude 30
+    _affine((1, 2), 0.9),
+    _blend(_grey),  # saturation
+    _blend(lambda images: _grey(images).mean((2, 3), keepdim=True)),  # contrast
+    _blend(torch.zeros_like),  # brightness
+    _blend(_smooth),  # sharpness
+)
+
+
+def mix(images: Tensor, targets: Tensor, settings: Augmentation) -> tuple[Tensor, Tensor]:
+    """Mix every image and its soft target (B, K) with another of the batch, by mixup or CutMix."""
+    if not settings.mixup and not settings.cutmix:
         return images, targets
-    cut = bool(choices.cutmix) and (not choices.mixup or bool(torch.rand(()) < 0.5))
-    alpha = choices.cutmix if cut else choices.mixup
-    share = float(_beta(alpha))
+    cut = bool(settings.cutmix) and (not settings.mixup or bool(torch.rand(()) < 0.5))
+    alpha = settings.cutmix if cut else settings.mixup
+    gamma = torch._standard_gamma(torch.tensor([alpha, alpha]))
+    share = float(gamma[0] / gamma.sum())
     other = torch.randperm(len(images), device=images.device)
     if cut:
         height, width = images.shape[-2:]
@@ -215,9 +322,3 @@ def mix(images: Tensor, targets: Tensor, choices: Augmentation) -> tuple[Tensor,
     else:
         images = share * images + (1 - share) * images[other]
     return images, share * targets + (1 - share) * targets[other]
-
-
-def _beta(alpha: float) -> Any:
-    """Draw from Beta(α, α)."""
-    a, b = torch._standard_gamma(torch.tensor([alpha, alpha]))
-    return a / (a + b)

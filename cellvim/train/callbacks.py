@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: checkpoints, and its learning curves."""
+"""Callbacks that write checkpoints and learning curves during a training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cellvim.errors import OutputError
-from cellvim.train.whole_files import written_whole
+from cellvim.files import atomic_path, write_atomic
 
 
 class Checkpoints(ModelCheckpoint):
-    """Keep the last epoch's state in ``checkpoints/last.ckpt``, and never one whose weights are not finite.
+    """Keep the state after the last epoch in ``checkpoints/last.ckpt``, unless its weights are not finite.
 
     Parameters
     ----------
     folder
-        Of the run.
+        Folder of the run.
     every_n_train_steps
-        Save in the middle of epochs too; for epochs that take hours.
+        Also save within epochs, for epochs that take hours.
     """
 
     def __init__(self, folder: str | Path, *, every_n_train_steps: int | None = None) -> None:
@@ -41,14 +41,16 @@ class Checkpoints(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
             return
-        partial = f"{filepath}.partial"  # a run that is killed here leaves the last checkpoint as it was
+        partial = f"{filepath}.partial"  # if the run is killed here, the last checkpoint stays complete
         try:
             super()._save_checkpoint(trainer, partial)
             if trainer.is_global_zero:
                 os.replace(partial, filepath)
-        except (OSError, RuntimeError) as error:  # torch raises the second when its writer fails
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if its writer fails
             Path(partial).unlink(missing_ok=True)
-            before = f"The last one, {self.last_good}, is kept." if self.last_good else "No epoch was kept before."
+            before = (
+                f"The last one, {self.last_good}, is kept." if self.last_good else "There is no earlier checkpoint."
+            )
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise OutputError(f"The checkpoint {filepath} cannot be written: {reason}. {before}") from error
         self.last_good = filepath
@@ -56,42 +58,42 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every so many steps, and when the training was asked to stop: then a step is whole."""
+        """Save every ``every_n_train_steps`` steps, and after the current step if the training is to stop."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
-        if pl_module.stops_now and whole:  # after the last batch of an epoch, in the next one
+        step_is_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch
+        if pl_module.stops_now and step_is_complete:  # after the last batch of an epoch, in the next epoch
             self._save_checkpoint(trainer, str(Path(self.dirpath) / "last.ckpt"))
             raise KeyboardInterrupt
 
 
 class LearningCurves(Callback):
-    """Collect every epoch's figures, and draw them when training ends, however it ends.
+    """Record losses, scores and learning rate of each epoch, and plot them when the training ends or fails.
 
-    ``curves.json`` holds them as a list, one dictionary an epoch; ``curves.png`` shows them. They are part of
-    checkpoints, so that a resumed run draws the whole curve.
+    ``curves.json`` is a list with one dictionary per epoch, ``curves.png`` the plot. Checkpoints contain the epochs so
+    far, so a resumed run plots all epochs.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.epochs: list[dict[str, float]] = []
-        self._sums: dict[str, torch.Tensor] = {}  # of the epoch's batches so far
+        self._sums: dict[str, torch.Tensor] = {}  # over the batches of the current epoch
         self._batches = 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget epochs that a resumed run does again."""
+        """Remove epochs that a resumed run repeats."""
         self.epochs = [e for e in self.epochs if e["epoch"] < trainer.current_epoch]
         self._sums, self._batches = {}, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up the training losses, for their mean over the epoch."""
+        """Sum the training losses, for their mean over the epoch."""
         self._batches += 1
         for name, value in pl_module.last_losses.items():
             self._sums[name] = self._sums[name].to(value.device) + value if name in self._sums else value.clone()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch's figures."""
+        """Record the epoch, and update ``curves.json``."""
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         means = {
             f"train_{k}": float(trainer.strategy.reduce(v, reduce_op="mean")) / max(1, self._batches)
@@ -101,31 +103,30 @@ class LearningCurves(Callback):
         self.epochs.append({"epoch": trainer.current_epoch, "lr": rate, **means, **figures})
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.folder / "curves.json") as partial:
-                partial.write_text(json.dumps(self.epochs, indent=1) + "\n")
+            write_atomic(self.folder / "curves.json", json.dumps(self.epochs, indent=1) + "\n")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves."""
+        """Plot the curves."""
         if trainer.is_global_zero and self.epochs:
             draw_curves(self.epochs, self.folder / "curves.png")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw what there is."""
+        """Plot the epochs so far."""
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epochs so far, and what is known of the one that is under way (in the first process)."""
+        """Return the epochs so far, and the sums of the current one (in the first process)."""
         sums = {name: value.cpu() for name, value in self._sums.items()}
         return {"epochs": self.epochs, "sums": sums, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore the result of `state_dict`."""
         self.epochs, self._sums = list(state_dict["epochs"]), dict(state_dict.get("sums", {}))
         self._batches = state_dict.get("batches", 0)
 
 
 def draw_curves(epochs: list[dict[str, float]], picture: str | Path) -> None:
-    """Draw losses, scores and learning rate against the epoch, and save the picture."""
+    """Plot losses, scores and learning rate against the epoch, and save the plot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -146,5 +147,5 @@ def draw_curves(epochs: list[dict[str, float]], picture: str | Path) -> None:
         if len(shown) > 1:
             axes.legend(fontsize=7, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    with written_whole(picture) as partial:
+    with atomic_path(picture) as partial:
         figure.savefig(partial, dpi=120)

@@ -1,4 +1,4 @@
-"""Exponential average of the weights: evaluated, saved and exported in their place."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Lightning's exponential average with the recipes' decay; updated after every step of the optimiser.
+    """Lightning's moving average of the weights, with the decay of the recipes.
 
-    Checkpoints hold both the average and the weights that training goes on with.
+    The average is updated after every optimiser step; it is evaluated, saved and exported instead of the weights.
+    Checkpoints contain both.
 
     Parameters
     ----------
     decay
-        Share of the average that stays at each step.
+        Fraction of the average that is kept at each step.
     """
 
     def __init__(self, decay: float = 0.9999) -> None:

@@ -1,4 +1,4 @@
-"""Labelled crops in a folder: a folder a class, or a table beside the images."""
+"""Labelled crops in image files: one folder per class, or a table of files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellvim.errors import InputError, MetadataError, listing
-from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of, label_column
+from cellvim.data.intensity import IntensityScale
+from cellvim.errors import InputError, MetadataError, listing, suggestion
+from cellvim.train.batches import CropGroup, DataDescription, TrainingData, class_names_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,36 +22,36 @@ _PATHS = ("path", "file", "filename", "image", "image_path", "crop")  # columns 
 
 
 class LabelledCrops(TrainingData):
-    """Crops of single cells that are images already.
+    """Crops of single cells, one image file each.
 
     Parameters
     ----------
     folder
-        Holds a folder a class, or, with ``table``, the images that it names.
+        Folder with one folder per class or, with ``table``, with the images that it lists.
     table
         CSV with a column ``path`` (or ``file``, ``image``) relative to ``folder``, and a column of labels.
     label
-        That column; the folder's name is the label without a table.
+        Column of the labels. Without a table, the name of the folder is the label.
     pattern
-        Regular expression over file names whose named groups become columns, such as ``(?P<Metadata_Plate>P\\d+)``.
+        Regular expression for file names whose named groups become columns, such as ``(?P<Metadata_Plate>P\\d+)``.
     channels
-        What the images' channels show.
+        Names of the images' channels.
     crop_size
-        Side in pixels as the model sees it; None for the images' own.
+        Side of the model's input in pixels; that of the images by default.
     pixel_size_um
-        Side of a pixel in µm, when it is known.
+        Side of a pixel in µm, if known.
     leave_out
         Classes to leave out.
     lazy
-        Read images when they are needed (with ``workers``), for more than memory holds. They may then differ in size:
-        the shorter side is resized to 256 for a ``crop_size`` of 224, and the middle square is kept.
+        Read images when they are needed (with ``workers``), for more images than fit in memory. Images may differ in
+        size: the shorter side is resized to 8/7 of ``crop_size`` (256 for 224), and the central square is kept.
     batch_size, split, val, test, seed, workers
-        As for `TrainingData`.
+        See `TrainingData`.
 
     Notes
     -----
-    Images of one size are held in memory in their stored type. Intensities are scaled by the 0.1 and 99.9 percentiles
-    of the training crops, a channel at a time.
+    Images of one size are kept in memory in their stored type. Intensities are scaled by the 0.1 and 99.9 percentiles
+    of the training crops, per channel.
     """
 
     def __init__(
@@ -65,34 +66,35 @@ class LabelledCrops(TrainingData):
         pixel_size_um: float | None = None,
         leave_out: list[str] | None = None,
         lazy: bool = False,
-        batch_size: int = 256,
         split: str = "plate",
-        val: float = 0.15,
-        test: float = 0.15,
-        seed: int = 0,
-        workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, split=split, val=val, test=test, seed=seed, workers=workers)
+        super().__init__(split=split, **options)
         self.folder, self.table_path, self.label, self.pattern = folder, table, label, pattern
         self.channels, self.crop_size, self.pixel_size_um = channels, crop_size, pixel_size_um
         self.leave_out, self.lazy = tuple(leave_out or ()), lazy
         if not str(folder):
             raise InputError("No folder of crops was given; expected --data.folder.")
         if lazy and crop_size is None:
-            raise InputError("lazy=True needs crop_size: images may differ in size.")
+            raise InputError("lazy=True requires crop_size: images may differ in size.")
 
     def read(self) -> None:
-        """Find the crops, read them, and describe them."""
+        """Find and read the crops."""
         where = str(self.folder)
         if self.table_path is None:
             table = find_crops(self.folder, pattern=self.pattern)
         else:
             table = read_crop_table(self.table_path, self.folder, pattern=self.pattern)
-            table["label"] = label_column(table, self.label, Path(self.table_path).name)
+            if self.label not in table:
+                raise MetadataError(
+                    f"{Path(self.table_path).name} has no column '{self.label}'; it has {listing(table.columns)}."
+                    f"{suggestion(self.label, table.columns)}"
+                )
+            table["label"] = table[self.label].to_numpy(object)
         if self.leave_out:
             unknown = sorted(set(self.leave_out) - set(table["label"].astype(str)))
             if unknown:
-                raise MetadataError(f"leave_out has {listing(unknown)}, which is no class of {where}.")
+                raise MetadataError(f"leave_out contains {listing(unknown)}, which is not a class of {where}.")
             table = table[~table["label"].astype(str).isin(self.leave_out)].reset_index(drop=True)
         classes = class_names_of(table["label"].to_numpy(object), column=self.label, where=where)
         if self.lazy:
@@ -103,8 +105,8 @@ class LabelledCrops(TrainingData):
         channels = tuple(self.channels or (f"channel{i}" for i in range(images.shape[1])))
         if len(channels) != images.shape[1]:
             raise InputError(
-                f"channels names {len(channels)} ({listing(channels)}), but the crops of {where} have "
-                f"{images.shape[1]}."
+                f"channels contains {len(channels)} names ({listing(channels)}), but the crops of {where} have "
+                f"{images.shape[1]} channels."
             )
         self.table = table
         self.description = DataDescription(
@@ -117,22 +119,22 @@ class LabelledCrops(TrainingData):
         self.groups = [CropGroup(images, tuple(range(len(channels))))]
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, split, and estimate intensities on the training crops alone; once."""
+        """Read and split the data once, and estimate the intensity scale from the training crops."""
         if self.description is not None:
             return
         super().setup(stage)
         group = self.groups[0]
         train = self.rows["train"]
-        if self.lazy:  # a sample is enough for percentiles
+        if self.lazy:  # a sample suffices for percentiles
             train = np.random.default_rng(self.seed).permutation(train)[:512]
         group.scale = scale_of_crops(group.images[np.sort(train)], self.description.channel_names)
         self.description.intensity = group.scale.to_dict()
 
 
 class LazyCrops:
-    """Images on disk that look like an array (n, C, S, S): read, resized and cut to squares when indexed.
+    """Images on disk with the interface of an array (n, C, S, S): read, resized and cropped when indexed.
 
-    C is ``n_channels``, or that of the first image; grey images among colour ones are repeated.
+    C is ``n_channels``, or the number of channels of the first image. Grey images are repeated in all channels.
     """
 
     def __init__(self, paths: tuple[str, ...], size: int, n_channels: int | None = None) -> None:
@@ -155,7 +157,7 @@ class LazyCrops:
             channels = self.shape[1]
             if image.shape[0] != 1:
                 raise InputError(f"{path} has {image.shape[0]} channels; expected {channels}, as in the other crops.")
-            image = image.repeat(channels, axis=0)  # grey among colour images
+            image = image.repeat(channels, axis=0)
         height, width = image.shape[1:]
         factor = self.size / min(height, width)
         size = (max(self.size, round(height * factor)), max(self.size, round(width * factor)))
@@ -165,20 +167,20 @@ class LazyCrops:
 
 
 def find_crops(folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:
-    """Return one row an image of a folder that holds a folder a class: ``path``, ``label``, and what the names tell.
+    """Return one row per image of a folder with one folder per class: ``path``, ``label``, and groups of ``pattern``.
 
     Raises
     ------
     InputError
-        There is no such folder, or no image in it.
+        The folder does not exist or contains no images.
     MetadataError
-        A name does not fit ``pattern``.
+        A file name does not match ``pattern``.
     """
     import pandas as pd
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder} of labelled crops; expected one folder a class.")
+        raise InputError(f"There is no folder {folder} of labelled crops; expected one folder per class.")
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     paths = [p for c in classes for p in sorted(c.rglob("*")) if p.suffix.lower() in _IMAGES]
     if not paths:
@@ -191,12 +193,12 @@ def find_crops(folder: str | Path, *, pattern: str | None = None) -> pd.DataFram
 
 
 def read_crop_table(table: str | Path, folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:
-    """Read a table of crops; its column of files becomes ``path``.
+    """Read a table of crops; its column of file names becomes ``path``.
 
     Raises
     ------
     MetadataError
-        The table cannot be read, or names no files.
+        The table cannot be read, or has no column of file names.
     """
     import pandas as pd
 
@@ -210,7 +212,8 @@ def read_crop_table(table: str | Path, folder: str | Path, *, pattern: str | Non
     column = next((c for c in rows.columns if str(c).lower() in _PATHS), None)
     if column is None:
         raise MetadataError(
-            f"{path} has no column of files ({listing(_PATHS)}); it has {listing(rows.columns)}. Name one of them path."
+            f"{path} has no column of file names ({listing(_PATHS)}); it has {listing(rows.columns)}. Rename one "
+            "of them to path."
         )
     rows["path"] = [str(Path(folder) / str(p)) for p in rows[column]]
     return _named(rows, pattern)
@@ -223,19 +226,21 @@ def _named(table: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"The pattern '{pattern}' is no regular expression ({error}).") from error
+        raise InputError(f"The pattern '{pattern}' is not a valid regular expression ({error}).") from error
     if not compiled.groupindex:
         raise InputError(f"The pattern '{pattern}' has no named group, as in (?P<Metadata_Plate>P[0-9]+).")
     names = [Path(p).name for p in table["path"]]
     found = [compiled.search(name) for name in names]
-    unfit = [name for name, match in zip(names, found, strict=True) if match is None]
-    if unfit:
-        raise MetadataError(f"{len(unfit)} of {len(names)} file names do not fit '{pattern}', such as {unfit[0]}.")
+    mismatched = [name for name, match in zip(names, found, strict=True) if match is None]
+    if mismatched:
+        raise MetadataError(
+            f"{len(mismatched)} of {len(names)} file names do not match '{pattern}', such as {mismatched[0]}."
+        )
     return table.assign(**{g: [m[g] for m in found] for g in compiled.groupindex})
 
 
 def read_crops(paths: Any) -> np.ndarray:
-    """Read images of one shape into one array (n, C, H, W) of their stored type.
+    """Read images of the same shape into an array (n, C, H, W) of their stored type.
 
     Raises
     ------
@@ -251,22 +256,22 @@ def read_crops(paths: Any) -> np.ndarray:
         if image.shape != images.shape[1:] or image.dtype != images.dtype:
             raise InputError(
                 f"{path} is {image.shape} {image.dtype}, but {paths[0]} is {images.shape[1:]} {images.dtype}; expected "
-                "crops of one size, channels and type."
+                "crops of the same size, channels and type."
             )
         images[number] = image
     return images
 
 
 def _check_memory(needed: int, n_crops: int) -> None:
-    """Raise where crops are more than the machine's memory; a system without such figures is not asked."""
+    """Raise if the crops exceed the memory of the machine, where the system reports it."""
     try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return
-    if needed > 0.8 * there:
+    if needed > 0.8 * available:
         raise InputError(
-            f"The {n_crops:,} crops need {needed / 1e9:,.1f} GB of memory, and this machine has {there / 1e9:,.1f} GB. "
-            "Read them when they are needed: --data.lazy true --data.workers 4, with a --data.crop_size."
+            f"The {n_crops:,} crops need {needed / 1e9:,.1f} GB of memory, and this machine has {available / 1e9:,.1f} "
+            "GB. Read them when they are needed: --data.lazy true --data.workers 4, with a --data.crop_size."
         )
 
 
@@ -276,7 +281,7 @@ def read_crop(path: str | Path) -> np.ndarray:
     Raises
     ------
     InputError
-        It is missing or cannot be read.
+        The file does not exist or cannot be read.
     """
     path = Path(path)
     try:
@@ -290,21 +295,19 @@ def read_crop(path: str | Path) -> np.ndarray:
             import imagecodecs
 
             image = imagecodecs.imread(str(path))
-    except Exception as error:  # each library has kinds of its own
+    except Exception as error:  # each library raises types of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"The crop {path} cannot be read ({reason}).") from error
     if image.ndim == 2:
         return image[None]
     if image.ndim == 3:
-        # files of few channels have them last, arrays and microscopy TIFFs first
+        # colour images have channels last, arrays and microscopy TIFFs first
         return np.moveaxis(image, -1, 0) if image.shape[-1] < image.shape[0] else image
     raise InputError(f"The crop {path} has the shape {image.shape}; expected (H, W), (H, W, C) or (C, H, W).")
 
 
-def scale_of_crops(images: np.ndarray, channel_names: tuple[str, ...]) -> Any:
-    """Return the `IntensityScale` of crops (n, C, H, W): their 0.1 and 99.9 percentiles, a channel at a time."""
-    from cellvim.data.intensity import IntensityScale
-
+def scale_of_crops(images: np.ndarray, channel_names: tuple[str, ...]) -> IntensityScale:
+    """Return the 0.1 and 99.9 percentiles of crops (n, C, H, W), per channel."""
     step = max(1, images[:, 0].size // 20_000_000)
     low, high = np.percentile(
         images[::step].astype(np.float32).transpose(1, 0, 2, 3).reshape(images.shape[1], -1), (0.1, 99.9), axis=1

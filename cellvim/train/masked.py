@@ -1,4 +1,4 @@
-"""Masked pre-training: predict the patches that were left out. Needs no labels."""
+"""Masked pre-training: the model predicts the patches that are hidden from it. Requires no labels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Masked(TrainingModule):
     decoder_dim, decoder_depth, decoder_pool, mask_ratio, channel_mask_ratio, norm_pixels
         See `MaskedAutoencoder`.
     encoder, changes, optimization, augmentation, weights, gradient_checkpointing, seed
-        As for `TrainingModule`.
+        See `TrainingModule`.
     """
 
-    n_classes_of_data = False
+    has_classes = False
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class Masked(TrainingModule):
         }
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
-        """The model of this training."""
-        return MaskedAutoencoder(config, **self.decoder)
+        """Return the model to train."""
+        return MaskedAutoencoder(config, supervised=self.has_classes, **self.decoder)
 
     def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch, see the base."""
+        """Return the reconstruction loss of a batch."""
         return {"loss": self.model(images, channels=channels).loss}
 
     def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> tuple[Tensor, int]:
-        """Mean loss over a batch, see the base."""
+        """Return the mean loss of a batch and the number of crops."""
         return self.model(images, channels=channels).loss, len(images)

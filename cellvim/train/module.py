@@ -1,4 +1,4 @@
-"""What every training shares: the model made to fit the data, batches prepared on the device, schedules, and seeds."""
+"""Base of all trainings: construction of the model for the data, steps, schedules and random seeds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from cellvim.errors import InputError, ModelError, TrainingError, listing
 from cellvim.models.config import EncoderConfig
 from cellvim.models.registry import model_config
 from cellvim.train.augment import Augment, Augmentation, middle_window
-from cellvim.train.data import DataDescription
+from cellvim.train.batches import DataDescription
 from cellvim.train.optimization import Optimization
-from cellvim.train.resuming import check_same_model
-from cellvim.train.schedules import cosine_schedule
+from cellvim.train.resuming import check_same_model, start_from
 
 
 class TrainingModule(LightningModule):
-    """Base of the trainings: subclasses make a model and turn a batch into a loss.
+    """Base of the trainings. Subclasses construct a model and compute the loss of a batch.
 
     Parameters
     ----------
@@ -31,20 +30,22 @@ class TrainingModule(LightningModule):
         Values of `EncoderConfig` that differ from the named model's. Channels, classes and image size come from the
         data.
     optimization, augmentation
-        See their classes.
+        See `Optimization` and `Augmentation`.
     weights
-        Checkpoint (.safetensors), or name of a trained model, to start from instead of random weights.
+        Checkpoint (.safetensors) or name of a trained model to start from, instead of random weights.
     gradient_checkpointing
-        Compute the blocks a second time in the backward pass instead of keeping all they made: less memory, more time.
+        Recompute the blocks in the backward pass instead of storing their activations: less memory, more time.
     seed
-        Of augmentations, masks, drop path and channel sampling: each batch's draws depend on it, the epoch, the batch's
-        number and the process's alone, so that a resumed run draws as one that never stopped. Channels are drawn alike
-        in all processes.
+        Random seed for weights, augmentation, masks, drop path and channel sampling. The draws for a batch depend only
+        on the seed, the epoch, the number of the batch and the process, so a resumed run repeats those of an
+        uninterrupted one. Channels are drawn identically in all processes.
 
     Notes
     -----
-    The model is made in `configure_model`, when the data are known.
+    The model is constructed in `configure_model`, when the data are known.
     """
+
+    has_classes = True  # whether the model has a head for the classes of the data
 
     def __init__(
         self,
@@ -62,31 +63,29 @@ class TrainingModule(LightningModule):
         self.optimization = optimization or Optimization()
         self.augmentation = augmentation or Augmentation()
         self.weights, self.gradient_checkpointing, self.seed = weights, gradient_checkpointing, seed
-        self.config_of(DataDescription(("a channel",)))  # names that are unknown are told before data are read
+        self.config_of(DataDescription(("a channel",)))  # raises for unknown names before the data are read
         self.model: nn.Module | None = None
         self.augment: Augment | None = None
         self.last_losses: dict[str, Tensor] = {}
-        self.settings: dict[str, Any] | None = None  # all that decides the weights, for who resumes
-        self.stop_requested = False  # by Ctrl-C, in this process
-        self.stops_now = False  # after the batch in hand, in all processes
-        self._loader_state: dict[str, int] | None = None  # of a checkpoint that was loaded
-        self._evaluated: Tensor | None = None  # (2,) sum of the losses of the crops that were evaluated, their number
+        self.settings: dict[str, Any] | None = None  # settings that determine the weights
+        self.stop_requested = False  # by Ctrl-C in this process
+        self.stops_now = False  # after the current batch, in all processes
+        self._loader_state: dict[str, int] | None = None  # from a loaded checkpoint
+        self._evaluated: Tensor | None = None  # (2,) sum of the losses of the evaluated crops, and their number
         self._rates = self._decays = np.zeros(0)
 
-    # ---- what subclasses say -------------------------------------------------------------------------------------
-
-    n_classes_of_data = True  # whether the model has a head for the data's classes
+    # ---- defined by subclasses -----------------------------------------------------------------------------------
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
         """Return the model to train."""
         raise NotImplementedError
 
     def loss(self, images: Tensor, labels: Tensor, channels: Tensor) -> dict[str, Tensor]:
-        """Return the losses of a training batch; "loss" is the one that is minimised."""
+        """Return the losses of a training batch; "loss" is minimised."""
         raise NotImplementedError
 
     def evaluate(self, images: Tensor, labels: Tensor, channels: Tensor) -> tuple[Tensor, int]:
-        """Return the mean loss over a batch of validation or test, and of how many crops it is."""
+        """Return the mean loss of a batch of validation or test crops, and the number of crops."""
         raise NotImplementedError
 
     # ---- the model -----------------------------------------------------------------------------------------------
@@ -95,11 +94,11 @@ class TrainingModule(LightningModule):
         """Return the model's configuration for these data."""
         fixed = {"in_channels", "channel_names", "num_classes"} & set(self.changes)
         if fixed:
-            raise InputError(f"model.changes sets {listing(sorted(fixed))}, which the data say; leave it out.")
+            raise InputError(f"model.changes contains {listing(sorted(fixed))}, which the data determine; remove it.")
         changes: dict[str, Any] = {
             "channel_names": tuple(description.channel_names),
             "in_channels": len(description.channel_names),
-            "num_classes": len(description.class_names) if self.n_classes_of_data else 0,
+            "num_classes": len(description.class_names) if self.has_classes else 0,
         }
         if description.crop_px:
             changes["image_size"] = description.crop_px
@@ -107,11 +106,11 @@ class TrainingModule(LightningModule):
 
     @property
     def description(self) -> DataDescription:
-        """What the data say of themselves."""
+        """Description of the data."""
         return self.trainer.datamodule.description
 
     def configure_model(self) -> None:
-        """Make the model for the data, once; seeded, so that the same seed starts from the same weights."""
+        """Construct the model for the data once, with weights that depend on the seed only."""
         if self.model is not None:
             return
         config = self.config_of(self.description)
@@ -125,17 +124,15 @@ class TrainingModule(LightningModule):
         if self.weights is not None:
             self.load_pretrained(self.weights)
         if isinstance(config.image_size, tuple):
-            raise ModelError(f"Training cuts squares, but image_size is {config.image_size}.")
+            raise ModelError(f"Training requires square images, but image_size is {config.image_size}.")
         self.augment = Augment(self.augmentation, config.image_size)
 
     def load_pretrained(self, path: str) -> None:
-        """Start from the weights of a checkpoint of the same architecture."""
-        from cellvim.train.finetune import start_from
-
+        """Load the weights of a checkpoint of the same architecture."""
         start_from(self.model, path)
 
     def finished_model(self) -> nn.Module:
-        """Return what is saved at the end: an `Encoder` or `MaskedAutoencoder`."""
+        """Return the model to save: an `Encoder` or `MaskedAutoencoder`."""
         return self.model
 
     # ---- steps ---------------------------------------------------------------------------------------------------
@@ -144,11 +141,11 @@ class TrainingModule(LightningModule):
         return self.model(images, channels=channels)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Augment, compute the loss, and stop if it is no number."""
+        """Augment the images and return the loss."""
         images, labels, channels = self.prepare(batch)
         losses = self.loss(self.augment(images), labels, channels)
         value = losses["loss"].detach()
-        # All processes must learn of it in the same step: one that stopped alone would leave the others waiting.
+        # All processes must stop in the same step; one that stopped alone would leave the others waiting.
         states = torch.stack([~torch.isfinite(value), torch.tensor(self.stop_requested, device=value.device)]).float()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(states, torch.distributed.ReduceOp.MAX)
@@ -160,44 +157,44 @@ class TrainingModule(LightningModule):
         return losses["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Evaluate the middle of the crops, without augmentation."""
+        """Evaluate the centres of the crops, without augmentation."""
         self._evaluation_step(batch, batch_idx)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As `validation_step`, on the test."""
+        """Evaluate the centres of the test crops."""
         self._evaluation_step(batch, batch_idx)
 
     def _evaluation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images, labels, channels = self.prepare(batch)
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            torch.manual_seed(batch_idx)  # masks are the same every time
+            torch.manual_seed(batch_idx)  # the same masks in every epoch
             mean, count = self.evaluate(middle_window(images, self.model.config.image_size), labels, channels)
         self._evaluated += torch.stack([mean.detach().float() * count, mean.new_tensor(count, dtype=torch.float32)])
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to sum."""
+        """Reset the evaluation."""
         self._evaluated = torch.zeros(2, device=self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Begin to sum."""
+        """Reset the evaluation."""
         self.on_validation_epoch_start()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over all crops of all processes."""
+        """Log the evaluation over all crops of all processes."""
         self.log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
-        """As `on_validation_epoch_end`, on the test."""
+        """Log the evaluation over all test crops of all processes."""
         self.log_evaluation("test")
 
     def log_evaluation(self, part: str) -> None:
-        """Log what was summed, under names that begin with ``part``; every process must come here, crops or not."""
+        """Log the evaluation under names that start with ``part``; a collective operation of all processes."""
         total, count = self.trainer.strategy.reduce(self._evaluated, reduce_op="sum")
         if count > 0:
             self.log(f"{part}_loss", total / count, rank_zero_only=False)
 
     def prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale a batch's intensities where that was left for the device; images, labels, channel ids (C,)."""
+        """Return the images (scaled on the device unless scaled before), labels and channel ids (C,) of a batch."""
         group = self.trainer.datamodule.groups[batch["group"]]
         images = batch["images"]
         images = images.float() if group.scale is None else group.scale.apply_on_device(images)
@@ -225,39 +222,34 @@ class TrainingModule(LightningModule):
     # ---- schedules and seeds -------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimiser, and the schedules over all of its steps."""
-        choices, trainer = self.optimization, self.trainer
+        """Return the optimiser, and compute the schedules of all steps."""
+        trainer = self.trainer
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise InputError("The schedules need the length of the training; give --trainer.max_epochs or max_steps.")
-        steps = int(steps)
+            raise InputError(
+                "The schedules require the length of the training; give --trainer.max_epochs or max_steps."
+            )
         if steps < 1:
-            raise InputError("There is no batch to train on; are there crops for training?")
-        batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        trainer.fit_loop.setup_data()  # the steps alone do not load it when they are given
-        per_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-        self._rates = cosine_schedule(
-            choices.lr * batch / choices.lr_batch,
-            choices.final_lr,
-            steps,
-            warmup_steps=round(choices.warmup_epochs * per_epoch),
-            warmup_from=choices.warmup_lr,
+            raise InputError("There is no batch to train on; check that the training part of the split has crops.")
+        trainer.fit_loop.setup_data()  # estimated_stepping_batches does not do so if max_steps is given
+        self._rates, self._decays = self.optimization.schedules(
+            int(steps),
+            -(-trainer.num_training_batches // trainer.accumulate_grad_batches),
+            trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
         )
-        final = choices.weight_decay if choices.final_weight_decay is None else choices.final_weight_decay
-        self._decays = cosine_schedule(choices.weight_decay, final, steps)
-        return choices.make(self.trained_part())
+        return self.optimization.make(self.trained_part())
 
     def trained_part(self) -> nn.Module:
-        """Return what the optimiser updates."""
+        """Return the part of the model that the optimiser updates."""
         return self.model
 
     def on_train_start(self) -> None:
-        """After a checkpoint in the middle of an epoch, go on with the batch after it."""
+        """Continue with the batch after a checkpoint from the middle of an epoch."""
         if self._loader_state is not None:
             self.trainer.train_dataloader.load_state_dict(self._loader_state)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set this step's learning rate and weight decay, and the seed of this batch's draws."""
+        """Set the learning rate and weight decay of this step, and the random seed of this batch."""
         step = min(self.trainer.global_step, len(self._rates) - 1)
         for group in self.optimizers().param_groups:
             group["lr"] = float(self._rates[step]) * group["lr_scale"]
@@ -268,21 +260,20 @@ class TrainingModule(LightningModule):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the architecture beside the weights, to name differences when it is resumed; and what data were had."""
+        """Add the architecture, the settings and the position in the epoch to the checkpoint."""
         checkpoint["cellvim"] = {
             "model": type(self.model).__name__,
             "config": self.model.config.to_dict(),
-            # Lightning keeps this too, but hands it to the loader too late: counting the steps has begun the epoch.
             "settings": self.settings,
+            # Lightning stores this too, but restores it too late: counting the steps has started the epoch.
             "loader": self.trainer.train_dataloader.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, naming what differs."""
+        """Check that the checkpoint has the same architecture."""
         saved = checkpoint.get("cellvim")
         if saved is None:
-            raise ModelError("The checkpoint is not one of `cellvim train`, so it cannot be resumed.")
+            raise ModelError("The checkpoint was not written by `cellvim train`, so it cannot be resumed.")
         self._loader_state = saved["loader"]
-        if self.model is None:
-            return
-        check_same_model(saved, self.model)
+        if self.model is not None:
+            check_same_model(saved, self.model)

@@ -1,4 +1,4 @@
-"""How weights are updated: optimiser, learning rates, weight decay, and which parameters share them."""
+"""Optimiser, parameter groups, and schedules of learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,29 +18,29 @@ _BLOCK = re.compile(r"^(?:.*\.)?layers\.(\d+)\.")
 
 @dataclass
 class Optimization:
-    """Choices of the optimiser and its schedules.
+    """Settings of the optimiser and its schedules.
 
     Parameters
     ----------
     optimizer
-        "adamw", or "sgd" (the linear probe's).
+        "adamw" or "sgd".
     lr
-        Learning rate of a step over ``lr_batch`` images; scaled linearly to the batch that is used.
+        Learning rate for a step over ``lr_batch`` images; scaled linearly to the batch size.
     lr_batch
-        See ``lr``.
+        Reference batch size of ``lr``.
     final_lr, warmup_lr
-        Where the cosine ends and the warm-up begins; not scaled.
+        Learning rates at the end of the cosine and at the start of the warm-up; not scaled.
     warmup_epochs
         Epochs of linear warm-up.
     weight_decay, final_weight_decay
-        Cosine from one to the other over the whole training; constant when the second is None. Not applied to biases
-        and other parameters of one dimension.
+        Weight decay at the start and the end of the training, with a cosine between; constant if the second is None.
+        Not applied to biases and other one-dimensional parameters.
     decay_positions
-        Apply it to position embedding and class token too.
+        Whether weight decay applies to the position embedding and the class token.
     betas, momentum
-        Of AdamW, of SGD.
+        Coefficients of AdamW and of SGD.
     layer_decay
-        Factor on the learning rate for every **two** blocks that lie between a parameter and the head.
+        Factor on the learning rate for every **two** blocks between a parameter and the head.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -66,24 +67,36 @@ class Optimization:
             raise InputError(f"optimization.layer_decay is {self.layer_decay}; expected above 0 and at most 1.")
 
     def make(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimiser over the parameters of ``model`` that learn; schedules are set step by step."""
+        """Return the optimiser of the trainable parameters of ``model``."""
         groups = parameter_groups(model, self)
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas))
 
+    def schedules(self, steps: int, steps_per_epoch: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the learning rate and the weight decay of each step, (steps,) float64 each."""
+        rates = cosine_schedule(
+            self.lr * batch_size / self.lr_batch,
+            self.final_lr,
+            steps,
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            warmup_from=self.warmup_lr,
+        )
+        final = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
+        return rates, cosine_schedule(self.weight_decay, final, steps)
 
-def parameter_groups(model: nn.Module, choices: Optimization) -> list[dict[str, Any]]:
-    """Group the parameters that learn by what they share.
+
+def parameter_groups(model: nn.Module, settings: Optimization) -> list[dict[str, Any]]:
+    """Group the trainable parameters by learning rate and weight decay.
 
     Returns
     -------
     list of dict
-        ``params``, ``names``, ``lr_scale`` (by layer decay), and ``decayed``: whether weight decay applies.
+        ``params``, ``names``, ``lr_scale`` (from layer decay), and ``decayed``: whether weight decay applies.
 
     References
     ----------
-    Bao et al., BEiT (2022), appendix: layer-wise decay; here a step is two blocks, rows and columns.
+    Bao et al., BEiT (2022), appendix: layer-wise decay; here one layer is two blocks, rows and columns.
     """
     depth = 1 + max((int(m[1]) for name, _ in model.named_parameters() if (m := _BLOCK.match(name))), default=-1)
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
@@ -91,18 +104,46 @@ def parameter_groups(model: nn.Module, choices: Optimization) -> list[dict[str, 
         if not parameter.requires_grad:
             continue
         own = name.rsplit(".", 1)[-1]
-        decayed = parameter.ndim > 1 and own != "bias" and (choices.decay_positions or own not in _POSITIONS)
-        scale = choices.layer_decay ** _steps_below_head(name, depth)
+        decayed = parameter.ndim > 1 and own != "bias" and (settings.decay_positions or own not in _POSITIONS)
+        scale = settings.layer_decay ** _layers_below_head(name, depth)
         group = groups.setdefault((scale, decayed), {"params": [], "names": [], "lr_scale": scale, "decayed": decayed})
         group["params"].append(parameter)
         group["names"].append(name)
-        group["weight_decay"] = choices.weight_decay if decayed else 0.0
+        group["weight_decay"] = settings.weight_decay if decayed else 0.0
     return list(groups.values())
 
 
-def _steps_below_head(name: str, depth: int) -> int:
-    """How many steps of two blocks lie between a parameter and the head; blocks are counted from the last one."""
+def _layers_below_head(name: str, depth: int) -> int:
+    """Return the number of layers (two blocks each, counted from the last) between a parameter and the head."""
     if match := _BLOCK.match(name):
         return (depth - 1 - int(match[1])) // 2 + 1
     is_input = "patch_embed." in name or name.rsplit(".", 1)[-1] in _POSITIONS
     return depth // 2 + 1 if is_input else 0
+
+
+def cosine_schedule(
+    first: float, last: float, steps: int, *, warmup_steps: int = 0, warmup_from: float = 0.0
+) -> np.ndarray:
+    """Return one value per step: a linear warm-up to ``first``, then half a cosine to ``last``.
+
+    Parameters
+    ----------
+    first, last
+        Values at the start of the cosine, and one step after its end.
+    steps
+        Number of steps, including the warm-up.
+    warmup_steps, warmup_from
+        Number of steps of the warm-up, and the value of its first step.
+
+    Returns
+    -------
+    (steps,) float64
+
+    References
+    ----------
+    Loshchilov & Hutter, SGDR (2017), §3; Goyal et al., Accurate, Large Minibatch SGD (2017), §2.2.
+    """
+    warmup_steps = min(warmup_steps, steps)
+    warmup = np.linspace(warmup_from, first, warmup_steps)
+    progress = np.arange(steps - warmup_steps) / max(1, steps - warmup_steps)
+    return np.concatenate([warmup, last + 0.5 * (first - last) * (1 + np.cos(np.pi * progress))])

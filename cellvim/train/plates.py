@@ -15,8 +15,8 @@ from cellvim.channels import canonical_name, match_channels
 from cellvim.data.crops import FieldCrops, stream_crops
 from cellvim.data.intensity import RULES
 from cellvim.errors import CellvimWarning, InputError, MetadataError, listing, suggestion
+from cellvim.train.batches import CropGroup, DataDescription, TrainingData, class_names_of
 from cellvim.train.crop_store import CropFile, CropStore, remove_files
-from cellvim.train.data import CropGroup, DataDescription, TrainingData, class_names_of
 from cellvim.train.splits import GROUPS, LEAKY, check_groups
 
 if TYPE_CHECKING:

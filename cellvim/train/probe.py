@@ -1,4 +1,4 @@
-"""Linear probe: the encoder stays as it is, and only a linear classifier on its features learns."""
+"""Linear probe: a linear classifier on the features of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from cellvim.errors import InputError
 from cellvim.models.config import EncoderConfig
 from cellvim.models.encoder import Encoder
+from cellvim.models.registry import model_config
+from cellvim.train.resuming import start_from
 from cellvim.train.supervised import Supervised
 
 
@@ -26,7 +28,7 @@ class Probe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> Probe:
-        """The encoder stays in evaluation mode: no drop path, all channels."""
+        """Set the mode of norm and classifier; the encoder stays in evaluation mode (no drop path, all channels)."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -38,7 +40,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def to_encoder(self) -> Encoder:
-        """Return the encoder with norm and classifier folded into its head."""
+        """Return the encoder, with norm and classifier folded into its head."""
         inverse = (self.norm.running_var + self.norm.eps).rsqrt()
         weight = self.head.weight * inverse
         self.encoder.head.weight.copy_(weight)
@@ -52,7 +54,7 @@ class LinearProbe(Supervised):
     Parameters
     ----------
     encoder, label_smoothing, class_weights, changes, optimization, augmentation, weights, gradient_checkpointing, seed
-        As for `Supervised`; ``weights`` must be given.
+        See `Supervised`; ``weights`` is required.
 
     References
     ----------
@@ -61,29 +63,21 @@ class LinearProbe(Supervised):
 
     def __init__(self, encoder: str = "fastvim_base_patch16", *, weights: str, **options: Any) -> None:
         super().__init__(encoder, weights=weights, **options)
-        if self.class_of_model(encoder).readout != "mean":
-            raise InputError("A linear probe needs readout='mean': one feature an image.")
-
-    def class_of_model(self, encoder: str) -> EncoderConfig:
-        """Return the named model's configuration with the changes asked for."""
-        from cellvim.models.registry import model_config
-
-        return model_config(encoder, **self.changes)
+        if model_config(encoder, **self.changes).readout != "mean":
+            raise InputError("A linear probe requires readout='mean': one feature vector per image.")
 
     def make_model(self, config: EncoderConfig) -> nn.Module:
-        """The model of this training."""
+        """Return the model to train."""
         return Probe(Encoder(config))
 
     def load_pretrained(self, path: str) -> None:
-        """Start from the weights of a checkpoint."""
-        from cellvim.train.finetune import start_from
-
+        """Load the weights of the encoder."""
         start_from(self.model.encoder, path)
 
     def trained_part(self) -> nn.Module:
-        """Only the classifier learns."""
+        """Return the classifier, which is all that is trained."""
         return self.model.head
 
     def finished_model(self) -> Encoder:
-        """What is saved at the end: an `Encoder`."""
+        """Return the encoder to save."""
         return self.model.to_encoder()

@@ -1,4 +1,4 @@
-"""Which crops are for training, validation and test: whole wells, plates or sources, never parts of them."""
+"""Splits into training, validation and test that hold out complete wells, plates or sources."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cellvim.errors import InputError, MetadataError, listing, suggestion
 if TYPE_CHECKING:
     import pandas as pd
 
-GROUPS = {  # name of a split -> what is held out whole
+GROUPS = {  # name of a split -> columns that identify what is held out
     "well": ("Metadata_Plate", "Metadata_Well"),
     "plate": ("Metadata_Plate",),
     "source": ("Metadata_Source",),
 }
-LEAKY = "random_by_cell"  # the published one
+LEAKY = "random_by_cell"  # of the published JUMP-CP results
 PARTS = ("train", "val", "test")
 
 
@@ -36,19 +36,19 @@ def split_rows(
     Parameters
     ----------
     table
-        One row a crop, with a column ``label`` (empty where there is none) and the columns that the split needs.
+        One row per crop, with a column ``label`` (empty for unlabelled crops) and the columns that the split needs.
     by
-        "well", "plate" or "source": these are held out whole, and classes are spread as evenly as that allows.
-        "random_by_cell": the split that published JUMP-CP results use. It **leaks**: neighbours in a well are in
-        training and in test. A column's name: its values are train, val and test.
+        "well", "plate" or "source": each of these belongs to one part, and classes are distributed as evenly as that
+        allows. "random_by_cell": the split of the published JUMP-CP results. It **leaks**: neighbours in a well are in
+        training and in test. Name of a column: its values are train, val and test.
     val, test
-        Share of the rows; 0 for none.
+        Fraction of the rows; 0 for none.
     seed
-        Of the draw. Validation is drawn after the test, so that other validations leave the test as it is.
+        Random seed. Validation is drawn after the test, so the test does not depend on the validation fraction.
     label
-        Column of the classes to spread.
+        Column of the classes.
     where
-        What the rows are of, for messages.
+        Name of the data, for messages.
 
     Returns
     -------
@@ -58,12 +58,12 @@ def split_rows(
     Warns
     -----
     UserWarning
-        The split leaks, or a part lacks classes.
+        The split leaks, or classes are missing from a part.
 
     Raises
     ------
     MetadataError
-        A column is missing, or there are too few wells (plates, sources) to hold some out.
+        A column is missing, or there are too few wells (plates, sources).
 
     Examples
     --------
@@ -74,15 +74,15 @@ def split_rows(
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share < 1 or val + test >= 1:
-            raise InputError(f"The share of {name} is {share}; expected 0 to below 1, and both together below 1.")
+            raise InputError(f"The fraction {name} is {share}; expected 0 to below 1, val and test together below 1.")
     if by in table.columns and by not in (*GROUPS, LEAKY):
         return _given(table, by, where)
     classes = _classes(table, label)
     if by == LEAKY:
         warnings.warn(
-            f"The split '{LEAKY}' leaks: cells of one well are in training and in test, so its accuracy says little "
-            "about another well. It is here to compare with published figures; split by well, plate or source for "
-            "your own.",
+            f"The split '{LEAKY}' leaks: cells of one well are in training and in test, so its accuracy does not "
+            "carry over to other wells. Use it to compare with published results only; otherwise split by well, plate "
+            "or source.",
             stacklevel=2,
         )
         groups = np.arange(len(table))
@@ -112,32 +112,38 @@ def _given(table: pd.DataFrame, column: str, where: str) -> dict[str, np.ndarray
 def check_groups(
     table: pd.DataFrame, by: str, *, val: float, test: float, label: str = "label", where: str = "the data"
 ) -> np.ndarray:
-    """Number what is held out whole, (n,) int64, or say why it cannot be; parameters and Raises as `split_rows`."""
+    """Return the number of each row's well (plate, source), (n,) int64; see `split_rows`.
+
+    Raises
+    ------
+    MetadataError
+        A split into the parts is not possible.
+    """
     if by not in GROUPS:
         known = [*GROUPS, LEAKY]
         raise InputError(
-            f"There is no split by '{by}'; there are {listing(known)}, or a column that says train, val and test; "
+            f"There is no split by '{by}'; expected {listing(known)}, or a column with train, val and test; "
             f"{where} has {listing(table.columns)}.{suggestion(by, known)}"
         )
     keys = [name for name in GROUPS[by] if name in table.columns]
     if GROUPS[by][-1] not in keys:
         raise MetadataError(
-            f"A split by {by} needs {GROUPS[by][-1]}; {where} has {listing(table.columns)}. Give that column in the "
+            f"A split by {by} requires {GROUPS[by][-1]}; {where} has {listing(table.columns)}. Give that column in the "
             "plate map, with --data.table or with --data.pattern, or choose another --data.split."
         )
     groups = table.groupby(keys, sort=True, observed=True, dropna=False).ngroup().to_numpy()
     classes, parts, n_groups = _classes(table, label), 1 + (val > 0) + (test > 0), len(np.unique(groups))
     if n_groups < parts:
         raise MetadataError(
-            f"{where} has {n_groups} {by}{'s' * (n_groups != 1)}; a split by {by} needs at least {parts}, one for each "
-            "of training, validation and test. Hold out less, or split by something finer."
+            f"{where} has {n_groups} {by}{'s' * (n_groups != 1)}; a split by {by} requires at least {parts}, one each "
+            "for training, validation and test. Use a smaller unit, or set --data.val or --data.test to 0."
         )
     names = np.unique(classes[classes != ""])
     in_one = [name for name in names if len(np.unique(groups[classes == name])) == 1]
     if parts > 1 and len(names) > 1 and len(in_one) == len(names):
         raise MetadataError(
-            f"Every class of {where} lies in one {by} only ({listing(names, 6)}), so no {by} can be held out: what was "
-            f"learned of a class could not be told from what is peculiar to its {by}. Choose a label with replicates."
+            f"Every class of {where} lies in one {by} only ({listing(names, 6)}), so no {by} can be held out: effects "
+            f"of a class cannot be distinguished from those of its {by}. Choose a label with replicates."
         )
     return groups
 
@@ -149,47 +155,41 @@ def _classes(table: pd.DataFrame, label: str) -> np.ndarray:
 
 
 def _hold_out(groups: np.ndarray, classes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return a mask of about ``share`` of the rows: whole groups, classes spread as evenly as they allow."""
+    """Return a mask of about ``share`` of the rows: complete groups, classes distributed as evenly as possible."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     unique, first = np.unique(groups, return_index=True)
-    if len(unique) == len(groups):  # single rows: no need to keep groups together
-        return _stratified(classes, share, seed)
-    if (classes == classes[first][np.searchsorted(unique, groups)]).all():  # one class a group, as wells mostly have
-        return np.isin(groups, unique[_some_of_each_class(classes[first], share, seed)])
+    if len(unique) == len(groups):  # groups of single rows
+        return np.isin(np.arange(len(groups)), _draw_from_each_class(classes, share, seed))
+    if (
+        classes == classes[first][np.searchsorted(unique, groups)]
+    ).all():  # one class per group, as is common for wells
+        return np.isin(groups, unique[_draw_from_each_class(classes[first], share, seed, at_least=1)])
     folds = int(np.clip(round(1 / share), 2, len(unique)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a class with fewer members than folds: said by _warn_of_absent_classes
+        warnings.simplefilter(
+            "ignore"
+        )  # about classes with fewer members than folds; _warn_of_absent_classes covers it
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         _, held_out = next(splitter.split(np.zeros(len(groups)), classes, groups))
     mask = np.zeros(len(groups), bool)
     mask[held_out] = True
-    if not mask.any():  # an empty fold: the folds were too many for these groups
+    if not mask.any():  # an empty fold, if there are too many folds for the groups
         mask = groups == np.random.default_rng(seed).choice(unique)
     return mask
 
 
-def _some_of_each_class(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Choose groups by their class: a share of each, at least one of every class that has two or more."""
+def _draw_from_each_class(classes: np.ndarray, share: float, seed: int, *, at_least: int = 0) -> np.ndarray:
+    """Draw a fraction of the members of each class; ``at_least`` of them unless the class would have none left."""
     generator = np.random.default_rng(seed)
     chosen: list[int] = []
     for name in np.unique(classes):
         members = generator.permutation(np.flatnonzero(classes == name))
-        count = round(share * len(members)) or min(1, len(members) - 1)
+        count = round(share * len(members)) or min(at_least, len(members) - 1)
         chosen += members[:count].tolist()
-    if not chosen:  # every class has one group only, and classes are allowed to be so
+    if at_least and not chosen:  # every class has one member only
         chosen = [int(generator.integers(len(classes)))]
-    return np.array(chosen)
-
-
-def _stratified(classes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Hold out a share of every class, row by row."""
-    generator = np.random.default_rng(seed)
-    mask = np.zeros(len(classes), bool)
-    for name in np.unique(classes):
-        rows = generator.permutation(np.flatnonzero(classes == name))
-        mask[rows[: round(share * len(rows))]] = True
-    return mask
+    return np.array(chosen, int)
 
 
 def _warn_of_absent_classes(rows: dict[str, np.ndarray], classes: np.ndarray, by: str) -> None:
@@ -200,5 +200,5 @@ def _warn_of_absent_classes(rows: dict[str, np.ndarray], classes: np.ndarray, by
         if len(chosen) and everywhere - set(classes[chosen])
     }
     if absent:
-        said = "; ".join(f"{part}: {listing(names, 6)}" for part, names in absent.items())
-        warnings.warn(f"Some classes are absent from parts of the split by {by} ({said}).", stacklevel=3)
+        parts = "; ".join(f"{part}: {listing(names, 6)}" for part, names in absent.items())
+        warnings.warn(f"Some classes are absent from parts of the split by {by} ({parts}).", stacklevel=3)

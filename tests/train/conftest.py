@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # synthetic_plate
 
 
 def write_crops(folder: Path, *, plates: int = 4, per_class: int = 4, size: int = 16, seed: int = 0) -> Path:
-    """A folder a class: bright squares ("large") or dots ("small"), ``per_class`` of each on every plate."""
+    """Write one folder per class: bright squares ("large") or dots ("small"), ``per_class`` of each per plate."""
     rng = np.random.default_rng(seed)
     for name, half in (("small", 1), ("large", 4)):
         (folder / name).mkdir(parents=True)
@@ -29,7 +29,7 @@ def write_crops(folder: Path, *, plates: int = 4, per_class: int = 4, size: int 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models as small as these are slower with more."""
+    """Small models are slower with more threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def crop_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled_plate(tmp_path_factory) -> Path:
-    """12 wells of 2 channels, half of them controls; a column of labels of every kind that can go wrong."""
+    """12 wells with 2 channels, half of them controls; one column of labels for each kind of error."""
     from synthetic_plate import draw_field, write_plate
 
     wells = [f"{row}{column:02d}" for row in "ABC" for column in range(1, 5)]

@@ -1,4 +1,4 @@
-"""Ways to train with less memory, or with more processes to load, change nothing that is learned."""
+"""Options that save memory or add loading processes do not change the trained weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cellvim.train.callbacks import Checkpoints, LearningCurves
 from cellvim.train.ema import WeightAverage
 from cellvim.train.joint import Joint
 from cellvim.train.optimization import Optimization
-from cellvim.train.run import export_model
+from cellvim.train.training import export_model
 
 STILL = Augmentation(flips=False, vertical_flips=False, quarter_turns=False)
 
@@ -25,7 +25,7 @@ def fit(folder, tmp_path, module, *callbacks, epochs=2, data=None, **options):
 
 
 def test_accumulated_gradients_are_those_of_the_bigger_batch(crop_folder, tmp_path):
-    """16 training crops, so a step is all of them either way: the gradient's mean, learning rate and schedule agree."""
+    """A step has all 16 training crops in both cases: the mean gradient, learning rate and schedule agree."""
     choices = {"augmentation": STILL, "changes": TINY | {"drop_path_rate": 0.0}}
     found = [
         fit(
@@ -35,13 +35,13 @@ def test_accumulated_gradients_are_those_of_the_bigger_batch(crop_folder, tmp_pa
         for size in (16, 4)
     ]  # fmt: skip
     for name, value in found[0].items():
-        if not name.endswith("_extra_state"):  # of the channels' draws, which are four times as many
+        if not name.endswith("_extra_state"):  # state of the channel sampler, which draws four times as often
             torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["supervised", "joint"])
-def test_gradient_checkpointing_learns_the_same_bitwise(crop_folder, tmp_path, kind):
-    """Drop path, masks and channels are drawn once, and found again when blocks are computed the second time."""
+def test_gradient_checkpointing_gives_the_same_weights_bitwise(crop_folder, tmp_path, kind):
+    """Drop path, masks and channels are the same when the blocks are recomputed."""
     made, calls = [], []
 
     class Count(StopAfter):
@@ -64,7 +64,7 @@ def test_gradient_checkpointing_learns_the_same_bitwise(crop_folder, tmp_path, k
 
 
 def test_bfloat16_learns_and_exports_float32(crop_folder, tmp_path):
-    """Matrix products in bfloat16, weights and steps in float32: what is learned is as good, and stored whole."""
+    """Matrix products are in bfloat16; weights and optimiser steps, and the exported model, in float32."""
     module, curves = supervised(changes=TINY | {"drop_path_rate": 0.0}), LearningCurves(tmp_path)
     data = crops(crop_folder, val=0.0, test=0.5)
     fitted = trainer(tmp_path, curves, epochs=8, precision="bf16-mixed")
@@ -74,14 +74,14 @@ def test_bfloat16_learns_and_exports_float32(crop_folder, tmp_path):
     path = export_model(module, data, tmp_path / "model.safetensors", metrics={}, recipe="test")
     loaded = load_checkpoint(path)
     assert {v.dtype for n, v in loaded.state_dict().items() if not n.endswith("_extra_state")} == {torch.float32}
-    assert any((v != v.bfloat16().float()).any() for v in loaded.parameters())  # not rounded on the way
+    assert any((v != v.bfloat16().float()).any() for v in loaded.parameters())  # not rounded
     plain = fit(crop_folder, tmp_path, supervised(), epochs=1)
     lower = fit(crop_folder, tmp_path, supervised(), epochs=1, precision="bf16-mixed")
-    assert not torch.equal(plain["model.head.weight"], lower["model.head.weight"])  # it was bfloat16 indeed
+    assert not torch.equal(plain["model.head.weight"], lower["model.head.weight"])  # bfloat16 was used
 
 
-def test_averaged_weights_are_what_is_evaluated_and_exported(crop_folder, tmp_path):
-    """The exported model is the exponential average, computed here step by step."""
+def test_averaged_weights_are_exported(crop_folder, tmp_path):
+    """The exported model is the moving average, computed here step by step."""
     decay, followed = 0.8, {}
 
     class Follow(StopAfter):
@@ -120,7 +120,7 @@ def batches(folder, **options):
     ids=["lazy", "workers", "lazy-workers"],
 )
 def test_workers_and_lazy_reading_give_the_same_batches(crop_folder, options):
-    """Bitwise: the crops are of the model's size times 8/7 already, so that lazy reading resizes nothing."""
+    """Bitwise: the crops have 8/7 of the model's size, so lazy reading does not resize them."""
     eager, expected = batches(crop_folder, crop_size=14)
     data, found = batches(crop_folder, crop_size=14, **options)
     assert len(found) == len(expected)
@@ -134,9 +134,11 @@ def test_workers_and_lazy_reading_give_the_same_batches(crop_folder, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"lazy": True, "workers": 2, "crop_size": 14}])
 def test_workers_resume_in_the_middle_of_an_epoch(crop_folder, tmp_path, options, recwarn):
-    """What workers had loaded ahead when the training stopped is loaded again, and nothing is left out."""
+    """Batches that workers had loaded ahead when the training stopped are loaded again."""
     changes = {"encoder": "fastchannelvim_tiny_patch2"} if "crop_size" in options else {}
-    whole = fit(crop_folder, tmp_path, supervised(**changes), data=crops(crop_folder, **options | {"workers": 0}))
+    uninterrupted = fit(
+        crop_folder, tmp_path, supervised(**changes), data=crops(crop_folder, **options | {"workers": 0})
+    )
     saving = Checkpoints(tmp_path, every_n_train_steps=6)
     cut = trainer(tmp_path, saving, StopAfter(steps=7), epochs=2)
     with pytest.raises(SystemExit):
@@ -146,5 +148,5 @@ def test_workers_resume_in_the_middle_of_an_epoch(crop_folder, tmp_path, options
         resumed, datamodule=crops(crop_folder, **options), ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
         weights_only=False,
     )  # fmt: skip
-    assert_same(whole, weights(resumed))
+    assert_same(uninterrupted, weights(resumed))
     assert not [w for w in recwarn if "resumable" in str(w.message)]

@@ -1,14 +1,14 @@
-"""Every recipe says what the paper and the published configurations say; what a command line lacks is told."""
+"""Recipes contain the published values; errors of the command line are one line."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-import yaml
 
 from cellvim.errors import CellvimError
 from cellvim.models.registry import model_config
-from cellvim.train.run import expand_arguments
-from cellvim.train.usage import describe_recipes, recipe_names, recipe_path
+from cellvim.train.recipes import parse_command_line, recipe_descriptions, recipe_settings
 
 # Independent of the recipes: the tables of the paper and the published configurations.
 JUMP = {
@@ -48,8 +48,8 @@ EXPECTED = {
 
 
 def values(recipe: str) -> dict:
-    """All values of a recipe by their last name, which is unique in ours."""
-    read = yaml.safe_load(recipe_path(recipe).read_text())
+    """Return the values of a recipe by the last part of their name, which is unique in these."""
+    read = recipe_settings(recipe)
     flat: dict = {}
 
     def visit(node):
@@ -63,21 +63,21 @@ def values(recipe: str) -> dict:
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
-def test_recipes_hold_the_published_values(recipe):
+def test_recipes_contain_the_published_values(recipe):
     found = values(recipe)
     for name, expected in EXPECTED[recipe].items():
         assert found.get(name) == expected, name
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
-def test_recipes_name_models_that_there_are(recipe):
-    found = yaml.safe_load(recipe_path(recipe).read_text())["model"]["init_args"]
+@pytest.mark.parametrize("recipe", recipe_descriptions())
+def test_recipes_use_existing_models(recipe):
+    found = recipe_settings(recipe)["model"]["init_args"]
     model_config(found["encoder"], **found["changes"])
 
 
-def test_every_recipe_says_what_it_is():
-    for name, what in describe_recipes():
-        assert len(what) > 20, name
+def test_there_are_thirty_described_recipes():
+    assert len(recipe_descriptions()) == 30
+    assert all(len(description) > 20 for description in recipe_descriptions().values())
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_every_recipe_says_what_it_is():
     [
         (["nosuch"], "no recipe or file 'nosuch'"),
         (["nosuch.yaml"], r"no configuration nosuch\.yaml"),
-        ([], "Nothing to train was given"),
+        ([], "Nothing to train"),
         (["plate", "--output"], "--output needs a value"),
     ],
 )
-def test_what_is_not_there_is_told(arguments, message):
+def test_missing_files_and_values_raise(arguments, message):
     with pytest.raises(CellvimError, match=message):
-        expand_arguments(arguments)
+        parse_command_line(arguments)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_what_is_not_there_is_told(arguments, message):
         (["--model.augmentation.flip", "true"], r"no option 'flip'\. Did you mean flips"),
         (["--trainer.max_epochs", "ten"], r"trainer\.max_epochs: Expected a int; found ten"),
         (["--model.optimization.lr", "-1"], r"optimization\.lr is -1\.0"),
-        (["--model.encoder", "fastvim_tin_patch8"], "no model 'fastvim_tin_patch8'"),
+        (["--model.encoder", "fastvim_tin_patch8"], "Model 'fastvim_tin_patch8' is unknown"),
         (["--modl", "x"], "no option '--modl'"),
     ],
 )
-def test_unknown_options_are_told_in_one_line(options, message, tmp_path):
-    from cellvim.train.run import train
+def test_invalid_options_raise_one_line(options, message, tmp_path):
+    from cellvim.train.training import train
 
     with pytest.raises(CellvimError, match=message) as caught:
         train(["plate", "--data.plates", "[a.zarr]", "--output", str(tmp_path / "run"), *options])
@@ -115,8 +115,9 @@ def test_unknown_options_are_told_in_one_line(options, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_recipe_is_meant_where_a_folder_has_its_name(tmp_path, monkeypatch):
+def test_a_recipe_takes_precedence_over_a_folder_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "crops").mkdir()
-    assert expand_arguments(["crops"])[0][:2] == ["--config", str(recipe_path("crops"))]
-    assert "--data.plates" in expand_arguments(["./crops"])[0]
+    command = parse_command_line(["crops"])
+    assert command.name == "crops" and json.loads(command.options[1]) == recipe_settings("crops")
+    assert "--data.plates" in parse_command_line(["./crops"]).options

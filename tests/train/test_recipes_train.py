@@ -1,4 +1,4 @@
-"""Every recipe trains: read by the real parser, one step of the optimiser and one of validation, on tiny crops."""
+"""Every recipe trains for one step with tiny crops, and validates once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback
 
 from cellvim.models.checkpoints import save_checkpoint
 from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.registry import create_model, model_config
-from cellvim.train.usage import recipe_names, recipe_path
+from cellvim.train.recipes import recipe_descriptions, recipe_settings
 
 SMALL = {"depth": 2, "embed_dim": 48}
 QUICK = (
@@ -25,7 +24,7 @@ QUICK = (
 
 @pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory):
-    """A folder a class of PNGs with three channels, not square, of plates P0 and P1; and one grey image."""
+    """One folder per class of PNGs that are not square, from plates P0 and P1: three channels, and one grey image."""
     import imagecodecs
 
     folder, rng = tmp_path_factory.mktemp("colour") / "images", np.random.default_rng(0)
@@ -40,20 +39,20 @@ def colour_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory):
-    """A tiny masked pre-training, which fine-tuning and probe begin with."""
+    """A tiny masked pre-training, from which fine-tuning and probe start."""
     config = model_config("fastmaskvim_base_patch16", image_size=32, channel_names=("red", "green", "blue"), **SMALL)
     masked = MaskedAutoencoder(config, decoder_dim=16, decoder_depth=1)
     return save_checkpoint(masked, tmp_path_factory.mktemp("pretrained") / "masked.safetensors")
 
 
 class Watch(Callback):
-    """Keeps the weights that training began with, and what came of them."""
+    """Compare the weights before and after the training."""
 
     def on_train_start(self, trainer, pl_module):
         self.before = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
 
     def on_after_backward(self, trainer, pl_module):
-        self.without = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+        self.without_gradient = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
 
     def on_train_end(self, trainer, pl_module):
         after = dict(pl_module.named_parameters())
@@ -62,14 +61,14 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize(
-    "recipe", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in recipe_names()]
+    "recipe", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in recipe_descriptions()]
 )
 def test_every_recipe_takes_a_step(recipe, colour_folder, labelled_plate, pretrained, tmp_path):
-    """As it stands: its model family, losses, augmentation, callbacks and precision; only sizes are changed."""
-    from cellvim.train.cli import TrainingCLI
+    """With its model family, losses, augmentation, callbacks and precision; only sizes are changed."""
+    from cellvim.train.configuration import TrainingCLI
 
-    said = yaml.safe_load(recipe_path(recipe).read_text())
-    model, data = said["model"]["init_args"], said["data"]["init_args"]
+    settings = recipe_settings(recipe)
+    model, data = settings["model"]["init_args"], settings["data"]["init_args"]
     patch = model_config(model["encoder"]).patch_size
     side = 2 * (patch if isinstance(patch, int) else patch[0])
     changes = model["changes"] | SMALL
@@ -87,7 +86,7 @@ def test_every_recipe_takes_a_step(recipe, colour_folder, labelled_plate, pretra
     if "decoder_dim" in model:
         options += ["--model.decoder_dim", "16", "--model.decoder_depth", "1"]
     if "weights" in model:
-        if patch != 16:  # the masked pre-training is of 16
+        if patch != 16:  # the patch size of the masked pre-training
             source = create_model(
                 model["encoder"], image_size=side, channel_names=("red", "green", "blue"), **changes, num_classes=0
             )
@@ -100,13 +99,13 @@ def test_every_recipe_takes_a_step(recipe, colour_folder, labelled_plate, pretra
         options += [f"--trainer.{name}", value]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cli = TrainingCLI(["--config", str(recipe_path(recipe)), *options], tmp_path)
+        cli = TrainingCLI(["--config", json.dumps(settings), *options], tmp_path)
         watch = Watch()
         cli.trainer.callbacks.append(watch)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     assert cli.trainer.global_step == 1
     assert watch.finite
-    assert not watch.without  # several processes would wait for their gradients
+    assert not watch.without_gradient  # otherwise several processes would wait for them
     # a bias may get no gradient (of attention's scores) or a step below its rounding (at these learning rates)
     assert not [n for n in watch.before.keys() - watch.moved if not n.endswith("bias")]
     for name, value in model["optimization"].items():
@@ -115,7 +114,7 @@ def test_every_recipe_takes_a_step(recipe, colour_folder, labelled_plate, pretra
         assert (list(found) if isinstance(found, tuple) else found) == expected, name
     metrics = cli.trainer.callback_metrics
     assert np.isfinite(float(metrics["train_loss"])) and np.isfinite(float(metrics["val_loss"]))
-    if "Masked" not in said["model"]["class_path"]:
+    if "Masked" not in settings["model"]["class_path"]:
         assert 0 <= float(metrics["val_accuracy"]) <= 1
     config = cli.model.finished_model().config
     for name, value in changes.items():

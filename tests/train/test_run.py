@@ -1,4 +1,4 @@
-"""`cellvim train` on a user's own plate, from the plate to an embedding with the trained model."""
+"""`cellvim train` on a plate, from the plate to an embedding with the trained model, and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_plate_and_a_column_become_a_model_that_embeds(labelled_plate, tmp_pat
     assert "Next: cellvim embed" in capsys.readouterr().out
     model = load_checkpoint(output / "model.safetensors")
     assert model.is_trained
-    assert model.config.channel_names == ("DNA", "GFP")  # the stain that the plate's Hoechst is
+    assert model.config.channel_names == ("DNA", "GFP")  # the plate's Hoechst stains DNA
     assert model.card["class_names"] == ["DMSO", "drug"]
     assert model.card["crop_px"] == model.config.image_size == 16
     assert model.card["pixel_size_um"] == 0.5
@@ -38,7 +38,7 @@ def test_a_plate_and_a_column_become_a_model_that_embeds(labelled_plate, tmp_pat
     assert adata.shape[1] == 16
 
     assert main(["train", str(labelled_plate), "--label", "compound", "--output", str(output), *QUICK]) == 2
-    assert "holds a training already" in capsys.readouterr().err
+    assert "already contains a training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -50,19 +50,19 @@ def test_a_plate_and_a_column_become_a_model_that_embeds(labelled_plate, tmp_pat
         ("few", "lies in one well only"),
     ],
 )
-def test_labels_that_cannot_be_learned_are_told(labelled_plate, tmp_path, capsys, label, message):
+def test_unusable_labels_raise_before_anything_is_written(labelled_plate, tmp_path, capsys, label, message):
     output = tmp_path / "run"
     assert main(["train", str(labelled_plate), "--label", label, "--output", str(output), *QUICK]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert message in said
-    assert "Traceback" not in said
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
     assert not output.exists()
 
 
-def test_too_few_wells_are_told(labelled_plate, tmp_path, capsys):
+def test_too_few_wells_raise(labelled_plate, tmp_path, capsys):
     arguments = ["train", str(labelled_plate), "--label", "compound", "--output", str(tmp_path / "run"), *QUICK]
     assert main([*arguments, "--data.wells", "[A01, A02]"]) == 2
-    assert "2 wells; a split by well needs at least 3" in " ".join(capsys.readouterr().err.split())
+    assert "2 wells; a split by well requires at least 3" in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_and_the_list_of_recipes(capsys):
@@ -72,7 +72,7 @@ def test_help_and_the_list_of_recipes(capsys):
     assert "jumpcp_fastchannelvim_s16 " in capsys.readouterr().out
 
 
-def test_the_models_that_come_along_are_trained_and_have_cards(capsys):
+def test_shipped_models_are_trained_and_have_cards(capsys):
     from cellvim.models.checkpoints import model_card, shipped_models
 
     assert len(shipped_models()) == 2
@@ -99,7 +99,7 @@ def test_a_shipped_model_is_found_by_name(labelled_plate):
         (["--data.wells", "[A01, H12]"], "has no well H12; it has A01"),
         (["--data.classes", "[DMSO, nothing]"], "Label 'compound' of labelled.zarr has no value nothing"),
         (["--data.split", "wel"], "no split by 'wel'"),
-        (["--data.val", "1.5"], "val is 1.5 and test 0.25; expected shares"),
+        (["--data.val", "1.5"], "val is 1.5 and test 0.25; expected fractions"),
         (["--data.crop_size", "4000"], "The crop is 4000 pixels, but the fields are 128 x 128"),
         (["--epochs", "0"], "The training has no steps"),
         (["--model.weights", "nowhere.safetensors"], "no weights nowhere.safetensors"),
@@ -107,21 +107,19 @@ def test_a_shipped_model_is_found_by_name(labelled_plate):
         (["--resume"], "no checkpoint"),
     ],
 )
-def test_what_cannot_be_used_is_told_before_anything_is_cut(
-    labelled_plate, tmp_path, capsys, options, message, monkeypatch
-):
+def test_invalid_options_raise_before_any_crop_is_cut(labelled_plate, tmp_path, capsys, options, message, monkeypatch):
     from cellvim.train.plates import PlateCrops
 
     monkeypatch.setattr(PlateCrops, "_cut", None)
     output = tmp_path / "run"
     assert main(["train", str(labelled_plate), "--label", "compound", "--output", str(output), *QUICK, *options]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert message in said
-    assert "Traceback" not in said
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
     assert not output.exists()
 
 
-def test_plates_without_cells_or_pixels_are_told(tmp_path, capsys, labelled_plate):
+def test_plates_without_cells_raise_and_unreadable_fields_give_a_warning(tmp_path, capsys, labelled_plate):
     import shutil
 
     import numpy as np
@@ -137,12 +135,12 @@ def test_plates_without_cells_or_pixels_are_told(tmp_path, capsys, labelled_plat
     broken = tmp_path / "broken.zarr"
     shutil.copytree(labelled_plate, broken)
     break_chunk(broken, "A01")
-    assert main(["train", str(broken), *arguments]) == 0  # one bad field stops nothing, but is told
+    assert main(["train", str(broken), *arguments]) == 0  # the other fields are used
     assert "Warning: 1 of 12 fields of" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
-def test_a_crop_that_cannot_be_read_is_named(crop_folder, tmp_path, capsys, lazy):
+def test_an_unreadable_crop_is_named(crop_folder, tmp_path, capsys, lazy):
     import shutil
 
     folder = tmp_path / "crops"
@@ -158,23 +156,23 @@ def test_a_crop_that_cannot_be_read_is_named(crop_folder, tmp_path, capsys, lazy
     ]
     options = [o for o in QUICK if o not in ("--data.margin", "0")]
     assert main(["train", "crops", *arguments, "--output", str(tmp_path / "run"), *options, f"--data.lazy={lazy}"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "P1_2.tif cannot be read (not a TIFF file" in said
-    assert "Traceback" not in said
+    error = " ".join(capsys.readouterr().err.split())
+    assert "P1_2.tif cannot be read (not a TIFF file" in error
+    assert "Traceback" not in error
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model: [}", "is no YAML, line 1"), ("", "holds no configuration"), ("nothing: 3", "no option 'nothing'")],
+    [("model: [}", "is not valid YAML, line 1"), ("", "is not a configuration"), ("nothing: 3", "no option 'nothing'")],
 )
-def test_configurations_that_cannot_be_read_are_told(tmp_path, capsys, text, message):
+def test_invalid_configurations_raise(tmp_path, capsys, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     assert main(["train", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "run")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_crops_that_no_memory_holds_are_told(crop_folder, monkeypatch):
+def test_crops_that_exceed_the_memory_raise(crop_folder, monkeypatch):
     from cellvim.errors import InputError
     from cellvim.train import folders
 
@@ -183,11 +181,10 @@ def test_crops_that_no_memory_holds_are_told(crop_folder, monkeypatch):
         folders.read_crops(folders.find_crops(crop_folder)["path"])
 
 
-def test_the_summary_says_what_is_learned_from_what():
-    """Classes with their training crops, channels, and how many wells each part has."""
+def test_the_summary_lists_channels_classes_and_split():
     import pandas as pd
 
-    from cellvim.train.data import DataDescription, TrainingData
+    from cellvim.train.batches import DataDescription, TrainingData
 
     class Wells(TrainingData):
         label = "Metadata_compound"
@@ -212,7 +209,8 @@ def test_the_summary_says_what_is_learned_from_what():
     dmso, drug = ((data.table["label"].iloc[data.rows["train"]] == name).sum() for name in ("dmso", "drug"))
     assert lines == [
         "Channels: DNA, GFP; crops of 48 x 48 pixels.",
-        f"Classes by Metadata_compound, with their training crops: dmso {dmso}, drug {drug}.",
-        f"Split by well: {counts['train']} crops of {counts['train'] // 3} wells to train on, {counts['val']} crops of "
-        f"{counts['val'] // 3} wells to validate, {counts['test']} crops of {counts['test'] // 3} wells to test.",
+        f"Classes (Metadata_compound), with their training crops: dmso {dmso}, drug {drug}.",
+        f"Split by well: {counts['train']} crops from {counts['train'] // 3} wells for training, {counts['val']} crops "
+        f"from {counts['val'] // 3} wells for validation, {counts['test']} crops from {counts['test'] // 3} wells for "
+        "test.",
     ]

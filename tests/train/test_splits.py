@@ -1,4 +1,4 @@
-"""Splits hold whole wells, plates or sources out, and say when they cannot."""
+"""Splits hold out complete wells, plates or sources, or raise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(wells: int = 12, plates: int = 3, cells: int = 5, classes: int = 2) ->
         ("source", ["Metadata_Source"]),
     ],
 )
-def test_groups_are_never_parted(by, keys):
+def test_groups_belong_to_one_part(by, keys):
     rows = table(plates=6)
     parts = split_rows(rows, by, val=0.0 if by == "source" else 0.2, test=0.3)
     seen = {part: set(map(tuple, rows[keys].iloc[chosen].to_numpy())) for part, chosen in parts.items()}
@@ -46,21 +46,21 @@ def test_groups_are_never_parted(by, keys):
     assert len(parts["test"])
 
 
-def test_the_same_seed_splits_alike_and_another_does_not():
+def test_the_split_depends_on_the_seed():
     rows = table()
     first, again, other = (split_rows(rows, "well", seed=s)["test"].tolist() for s in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_other_validations_leave_the_test_as_it_is():
+def test_the_test_part_does_not_depend_on_the_validation_fraction():
     rows = table()
     tests = [split_rows(rows, "well", val=v)["test"].tolist() for v in (0.0, 0.1, 0.3)]
     assert tests[0] == tests[1] == tests[2]
 
 
 def test_every_class_is_in_every_part_when_wells_have_one_class():
-    """Also when a class has three wells among many."""
+    """Also if a class has three of many wells."""
     rows = table(wells=20, plates=1)
     rows.loc[rows["Metadata_Well"].isin(["A03", "A07", "A11"]), "label"] = "rare"
     for seed in range(5):
@@ -83,7 +83,7 @@ def test_plates_of_many_classes_are_balanced():
     assert shares.min() > 0.1
 
 
-def test_a_column_can_say_the_split():
+def test_a_column_can_define_the_split():
     rows = table().assign(part=lambda t: np.where(t["Metadata_Plate"] == "P0", "Test", "train"))
     parts = split_rows(rows, "part")
     assert set(rows["Metadata_Plate"].iloc[parts["test"]]) == {"P0"}
@@ -94,25 +94,25 @@ def test_a_column_can_say_the_split():
 @pytest.mark.parametrize(
     ("rows", "by", "message"),
     [
-        (table(wells=2, plates=1), "well", "2 wells; a split by well needs at least 3"),
-        (table(plates=1), "plate", "1 plate; a split by plate needs at least 3"),
-        (table().drop(columns="Metadata_Source"), "source", "needs Metadata_Source"),
+        (table(wells=2, plates=1), "well", "2 wells; a split by well requires at least 3"),
+        (table(plates=1), "plate", "1 plate; a split by plate requires at least 3"),
+        (table().drop(columns="Metadata_Source"), "source", "requires Metadata_Source"),
         (table(wells=6, plates=1, classes=6), "well", "lies in one well only"),
     ],
 )
-def test_what_cannot_be_split_is_told(rows, by, message):
+def test_impossible_splits_raise(rows, by, message):
     with pytest.raises(MetadataError, match=message):
         split_rows(rows, by, where="plate.zarr")
 
 
-def test_an_unknown_split_is_told():
+def test_unknown_splits_and_fractions_raise():
     with pytest.raises(InputError, match=r"no split by 'wel'.*Did you mean well"):
         split_rows(table(), "wel")
-    with pytest.raises(InputError, match="share of val"):
+    with pytest.raises(InputError, match="fraction val"):
         split_rows(table(), "well", val=1.5)
 
 
-def test_classes_that_a_part_lacks_are_said():
+def test_missing_classes_of_a_part_give_a_warning():
     rows = table(wells=12, plates=1)
     rows.loc[rows["Metadata_Well"] == "A05", "label"] = "lonely"
     with pytest.warns(UserWarning, match="lonely"):

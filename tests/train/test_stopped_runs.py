@@ -1,4 +1,4 @@
-"""A run that is stopped, by Ctrl-C or a full disk, leaves what it had, says how to go on, and ends where it would."""
+"""A run stopped by Ctrl-C or a full disk keeps its checkpoint, and resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def learned(folder):
 
 @pytest.fixture
 def ctrl_c(tmp_path, monkeypatch):
-    """A callback that presses Ctrl-C in the second epoch, once."""
+    """Options for a callback that sends Ctrl-C once, in the second epoch."""
     name = f"ctrl_c_{os.getpid()}"
     (tmp_path / f"{name}.py").write_text(
         "import os, signal\nfrom pathlib import Path\nfrom lightning.pytorch.callbacks import Callback\n\n"
@@ -45,47 +45,47 @@ def ctrl_c(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_keeps_a_checkpoint_in_the_middle_of_an_epoch(labelled_plate, tmp_path, ctrl_c, capsys):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert train(labelled_plate, whole) == 0
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    assert train(labelled_plate, uninterrupted) == 0
     capsys.readouterr()
     assert train(labelled_plate, run, *ctrl_c) == 130
-    said = capsys.readouterr().err
-    assert "Stopping after this batch" in said
-    assert f"Go on with: cellvim train --resume --output {run}" in " ".join(said.split())
+    error = capsys.readouterr().err
+    assert "Stopping after this batch" in error
+    assert f"Resume with: cellvim train --resume --output {run}" in " ".join(error.split())
     assert not (run / "model.safetensors").exists() and not list(run.rglob("*.partial*"))
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
     assert saved["cellvim"]["loader"] == {"epoch": 1, "batches": 2}
     assert main(["train", "--resume", "--output", str(run)]) == 0
-    assert_same(learned(run), learned(whole))
-    curves = [json.loads((folder / "curves.json").read_text()) for folder in (run, whole)]
+    assert_same(learned(run), learned(uninterrupted))
+    curves = [json.loads((folder / "curves.json").read_text()) for folder in (run, uninterrupted)]
     assert len(curves[0]) == len(curves[1]) == 2
-    assert curves[0] == curves[1]  # the epoch's mean is of its batches before and after
+    assert curves[0] == curves[1]  # the mean over the epoch includes the batches before and after
 
 
-def test_another_training_does_not_take_up_a_checkpoint(labelled_plate, tmp_path, capsys):
+def test_a_checkpoint_of_another_training_is_rejected(labelled_plate, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(labelled_plate, run) == 0
     before = (run / "config.yaml").read_text()
     capsys.readouterr()
     options = ["--resume", "--model.optimization.lr", "0.5", "--data.batch_size", "4", "--data.test", "0.3"]
     assert train(labelled_plate, run, *options) == 2
-    said = " ".join(capsys.readouterr().err.split())
+    error = " ".join(capsys.readouterr().err.split())
     for name in (
         "model.optimization.lr is 0.001 there and 0.5 here",
         "crops a step is 8 there and 4 here",
         "data.test",
     ):
-        assert name in said
+        assert name in error
     assert (run / "config.yaml").read_text() == before
-    assert train(labelled_plate, run, "--resume", "--epochs", "3") == 0  # it may go on for longer, and says so
-    assert "of another length" in capsys.readouterr().err
+    assert train(labelled_plate, run, "--resume", "--epochs", "3") == 0  # a longer training is allowed, with a warning
+    assert "length of the training has changed" in capsys.readouterr().err
     assert len(json.loads((run / "curves.json").read_text())) == 3
     (run / "checkpoints" / "last.ckpt").write_bytes(b"no checkpoint")
     assert train(labelled_plate, run, "--resume") == 2
-    assert "is not a whole checkpoint" in " ".join(capsys.readouterr().err.split())
+    assert "is not a complete checkpoint" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(labelled_plate, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_last_checkpoint_complete(labelled_plate, tmp_path, monkeypatch, capsys):
     from lightning.pytorch import Trainer
 
     save, saved = Trainer.save_checkpoint, []
@@ -100,9 +100,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(labelled_plate, tmp_path, 
 
     monkeypatch.setattr(Trainer, "save_checkpoint", fill)
     assert train(labelled_plate, tmp_path / "run") == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "last.ckpt cannot be written: No space left on device. The last one" in said
-    assert "Traceback" not in said
+    error = " ".join(capsys.readouterr().err.split())
+    assert "last.ckpt cannot be written: No space left on device. The last one" in error
+    assert "Traceback" not in error
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)["epoch"] == 0
     assert not (tmp_path / "run" / "model.safetensors").exists()

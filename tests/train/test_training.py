@@ -1,4 +1,4 @@
-"""A training is the same again from its seed and from its checkpoint, and stops where it cannot go on."""
+"""A training is reproducible from its seed and from its checkpoint, and stops at a non-finite loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cellvim.train.ema import WeightAverage
 from cellvim.train.folders import LabelledCrops
 from cellvim.train.joint import Joint
 from cellvim.train.masked import Masked
-from cellvim.train.optimization import Optimization
+from cellvim.train.optimization import Optimization, cosine_schedule
 from cellvim.train.supervised import Supervised
 
 PATTERN = r"(?P<Metadata_Plate>P\d)_"
@@ -24,7 +24,7 @@ TINY = {"depth": 2, "embed_dim": 16, "drop_path_rate": 0.2}
 
 
 class StopAfter(Callback):
-    """Ends a training early, as a kill would, but for what is saved."""
+    """Stop a training early."""
 
     def __init__(self, epochs: int | None = None, steps: int | None = None):
         self.epochs, self.steps = epochs, steps
@@ -73,7 +73,7 @@ def assert_same(one, other):
 def test_a_seed_gives_the_same_weights_bitwise(crop_folder, tmp_path):
     runs = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(runs))  # whatever was drawn before does not matter
+        torch.manual_seed(len(runs))  # earlier draws do not matter
         module = supervised(seed)
         trainer(tmp_path, epochs=1).fit(module, datamodule=crops(crop_folder, seed=seed))
         runs.append(weights(module))
@@ -83,13 +83,13 @@ def test_a_seed_gives_the_same_weights_bitwise(crop_folder, tmp_path):
 
 @pytest.mark.parametrize("average", [False, True], ids=["plain", "averaged"])
 def test_a_resumed_training_ends_at_the_same_weights_bitwise(crop_folder, tmp_path, average):
-    """Optimiser, schedules, order of crops, augmentation, drop path and channel draws all go on as they were."""
+    """Optimiser, schedules, order of crops, augmentation, drop path and channel draws are restored."""
 
     def extras():
         return [WeightAverage(0.9)] if average else []
 
-    whole, curves = supervised(), LearningCurves(tmp_path / "whole")
-    trainer(tmp_path, curves, *extras()).fit(whole, datamodule=crops(crop_folder))
+    uninterrupted, curves = supervised(), LearningCurves(tmp_path / "uninterrupted")
+    trainer(tmp_path, curves, *extras()).fit(uninterrupted, datamodule=crops(crop_folder))
 
     half = trainer(tmp_path, Checkpoints(tmp_path), LearningCurves(tmp_path / "half"), StopAfter(2), *extras())
     half.fit(supervised(), datamodule=crops(crop_folder))
@@ -98,24 +98,24 @@ def test_a_resumed_training_ends_at_the_same_weights_bitwise(crop_folder, tmp_pa
     trainer(tmp_path, Checkpoints(tmp_path / "again"), drawn, *extras()).fit(
         resumed, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=False
     )
-    assert_same(weights(whole), weights(resumed))
-    assert drawn.epochs == curves.epochs  # and the loss curve is that of the uninterrupted run
+    assert_same(weights(uninterrupted), weights(resumed))
+    assert drawn.epochs == curves.epochs  # the same loss curve
     assert (tmp_path / "resumed" / "curves.png").stat().st_size > 5000
 
 
 def test_a_training_resumes_in_the_middle_of_an_epoch(crop_folder, tmp_path):
-    whole = supervised()
-    trainer(tmp_path, epochs=2).fit(whole, datamodule=crops(crop_folder))
+    uninterrupted = supervised()
+    trainer(tmp_path, epochs=2).fit(uninterrupted, datamodule=crops(crop_folder))
     steps = len(crops_loader(crop_folder)) + 2
     saving = Checkpoints(tmp_path, every_n_train_steps=steps)
     cut = trainer(tmp_path, saving, StopAfter(steps=steps + 1), epochs=2)
-    with pytest.raises(SystemExit):  # what Lightning makes of an interruption
+    with pytest.raises(SystemExit):  # raised by Lightning for an interruption
         cut.fit(supervised(), datamodule=crops(crop_folder))
     resumed = supervised()
     trainer(tmp_path, epochs=2).fit(
         resumed, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=False
     )
-    assert_same(weights(whole), weights(resumed))
+    assert_same(weights(uninterrupted), weights(resumed))
 
 
 def crops_loader(folder):
@@ -124,7 +124,7 @@ def crops_loader(folder):
     return data.train_dataloader()
 
 
-def test_the_state_of_the_channel_draws_is_in_the_checkpoint(crop_folder, tmp_path):
+def test_checkpoints_contain_the_state_of_the_channel_sampler(crop_folder, tmp_path):
     module = supervised()
     trainer(tmp_path, Checkpoints(tmp_path), epochs=1).fit(module, datamodule=crops(crop_folder))
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
@@ -144,15 +144,14 @@ def test_it_learns(crop_folder, tmp_path):
 def test_steps_use_the_schedules(crop_folder, tmp_path):
     seen = []
 
-    class Look(Callback):
+    class Record(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             groups = pl_module.optimizers().param_groups
             seen.append((max(g["lr"] for g in groups), sorted({g["weight_decay"] for g in groups})))
 
     choices = Optimization(lr=1e-3, lr_batch=8, warmup_epochs=1, weight_decay=0.04, final_weight_decay=0.4)
     module = supervised(optimization=choices)
-    trainer(tmp_path, Look(), epochs=3, accumulate_grad_batches=2).fit(module, datamodule=crops(crop_folder))
-    from cellvim.train.schedules import cosine_schedule
+    trainer(tmp_path, Record(), epochs=3, accumulate_grad_batches=2).fit(module, datamodule=crops(crop_folder))
 
     steps, batches = len(seen) // 2, len(seen) // 3
     expected = cosine_schedule(1e-3, 1e-6, steps, warmup_steps=batches // 2)  # batch 4 x 2, the lr_batch
@@ -164,7 +163,7 @@ def test_steps_use_the_schedules(crop_folder, tmp_path):
 
 
 def test_a_length_in_steps_warms_up_over_the_same_epochs(crop_folder, tmp_path):
-    """16 crops are 4 steps an epoch, so one epoch of warm-up is 4 steps, however the length was given."""
+    """16 crops are 4 steps per epoch, so one epoch of warm-up is 4 steps for a length in epochs or in steps."""
     for options in ({"epochs": -1, "max_steps": 10}, {"epochs": 50, "max_steps": 10}):
         module = supervised()
         trainer(tmp_path, **options).fit(module, datamodule=crops(crop_folder))
@@ -172,7 +171,7 @@ def test_a_length_in_steps_warms_up_over_the_same_epochs(crop_folder, tmp_path):
         assert module._rates[:5].tolist() == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(crop_folder, tmp_path):
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(crop_folder, tmp_path):
     class Poison(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 1 and batch_idx == 2:
@@ -188,7 +187,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(crop_
     assert all(v.isfinite().all() for v in saved["state_dict"].values() if v.is_floating_point())
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_by_name(crop_folder, tmp_path):
+def test_a_checkpoint_of_another_architecture_raises_with_the_differences(crop_folder, tmp_path):
     trainer(tmp_path, Checkpoints(tmp_path), epochs=1).fit(supervised(), datamodule=crops(crop_folder))
     other = supervised(changes=TINY | {"depth": 3, "pool": "max"})
     with pytest.raises(ModelError, match=r"depth is 2 there and 3 here.*pool is 'mean' there and 'max' here"):
@@ -229,8 +228,8 @@ def test_class_weights_balance_the_loss(crop_folder, tmp_path):
     assert torch.allclose(weight * torch.tensor([30.0, 10.0]), torch.tensor([20.0, 20.0]))
 
 
-def test_what_the_data_say_cannot_be_changed():
-    with pytest.raises(InputError, match="num_classes, which the data say"):
+def test_settings_that_the_data_determine_cannot_be_changed():
+    with pytest.raises(InputError, match="num_classes, which the data determine"):
         supervised(changes={"num_classes": 4})
-    with pytest.raises(CellvimError, match=r"no model 'fastvim_tin"):
+    with pytest.raises(CellvimError, match=r"Model 'fastvim_tin"):
         supervised(encoder="fastvim_tin_patch8")

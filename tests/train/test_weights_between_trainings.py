@@ -1,4 +1,4 @@
-"""Weights between trainings: channels by name, a probe folded into a head, joint training as an encoder."""
+"""Trained weights in other models: channels by name, a probe folded into a head, joint training as an encoder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cellvim.models.encoder import Encoder
 from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.registry import create_model, model_config
 from cellvim.train.augment import Augment, Augmentation, middle_window, mix, random_window
-from cellvim.train.channels_table import evaluate_channel_subsets, summarize_channel_subsets
-from cellvim.train.finetune import start_from
-from cellvim.train.joint import whole_image_encoder
+from cellvim.train.joint import encoder_of_joint
 from cellvim.train.probe import Probe
+from cellvim.train.resuming import start_from
+from cellvim.train.training import evaluate_channel_subsets
 
 SMALL = {"depth": 2, "embed_dim": 16, "image_size": 16}
 
 
-def test_channels_are_taken_over_by_name(tmp_path):
+def test_channels_are_matched_by_name(tmp_path):
     names = ("DNA", "ER", "GFP")
     source = create_model("fastchannelvim_tiny_patch8", channel_names=names, num_classes=4, **SMALL).eval()
     path = save_checkpoint(source, tmp_path / "a.safetensors")
@@ -34,7 +34,7 @@ def test_channels_are_taken_over_by_name(tmp_path):
         start_from(other, path)
 
 
-def test_a_masked_pretraining_is_taken_over(tmp_path):
+def test_an_encoder_starts_from_a_masked_pretraining(tmp_path):
     config = model_config("fastmaskvim_tiny_patch8", channel_names=("DNA",), **SMALL)
     masked = MaskedAutoencoder(config, decoder_dim=16, decoder_depth=1).eval()
     path = save_checkpoint(masked, tmp_path / "m.safetensors")
@@ -48,7 +48,7 @@ def test_a_masked_pretraining_is_taken_over(tmp_path):
     assert bigger.pos_embed.shape[1] == 16
 
 
-def test_another_architecture_is_refused_and_named(tmp_path):
+def test_another_architecture_raises_with_the_differences(tmp_path):
     source = create_model("fastvim_tiny_patch8", channel_names=("DNA",), num_classes=3, **SMALL)
     path = save_checkpoint(source, tmp_path / "a.safetensors")
     model = create_model("fastvim_tiny_patch8", channel_names=("DNA",), num_classes=3, **SMALL | {"depth": 3})
@@ -73,11 +73,11 @@ def test_a_probe_folds_into_the_head():
 def test_a_joint_training_becomes_an_encoder_with_its_head():
     config = model_config("fastchannelmaskvim_tiny_patch8", channel_names=("DNA", "GFP"), **SMALL | {"num_classes": 3})
     joint = MaskedAutoencoder(config, decoder_dim=16, decoder_depth=1, mask_ratio=0.0, supervised=True).eval()
-    whole, images = whole_image_encoder(joint), torch.rand(2, 2, 16, 16)
-    assert type(whole) is Encoder
-    torch.testing.assert_close(whole(images), joint(images).logits, rtol=1e-4, atol=1e-5)  # nothing is masked
+    encoder, images = encoder_of_joint(joint), torch.rand(2, 2, 16, 16)
+    assert type(encoder) is Encoder
+    torch.testing.assert_close(encoder(images), joint(images).logits, rtol=1e-4, atol=1e-5)  # without masking
     half = MaskedAutoencoder(config, decoder_dim=16, decoder_depth=1, mask_ratio=0.5, supervised=True)
-    assert whole_image_encoder(half).config.pool_scale == 0.5
+    assert encoder_of_joint(half).config.pool_scale == 0.5
 
 
 def test_every_subset_of_the_channels_is_evaluated():
@@ -87,7 +87,7 @@ def test_every_subset_of_the_channels_is_evaluated():
     assert list(table["channels"]) == ["DNA", "ER", "GFP", "DNA,ER", "DNA,GFP", "ER,GFP", "DNA,ER,GFP"]
     right = (model(images[:, [0, 2]], channels=["DNA", "GFP"]).argmax(1) == labels).float().mean()
     assert table["accuracy"][4] == pytest.approx(float(right))
-    assert list(summarize_channel_subsets(table)["subsets"]) == [3, 3, 1]
+    assert table["n_channels"].value_counts().to_dict() == {1: 3, 2: 3, 3: 1}
     joint = create_model("fastvim_tiny_patch8", channel_names=("DNA",), num_classes=2, **SMALL)
     with pytest.raises(ModelError, match="joint tokens"):
         evaluate_channel_subsets(joint, [(images[:, :1], labels, [0])])
@@ -100,7 +100,7 @@ def test_augmentations_keep_shape_and_values():
     out = Augment(choices, 16)(images)
     assert out.shape == (4, 2, 16, 16)
     assert out.isfinite().all()
-    moved = Augment(Augmentation(), 20)(images)  # only flips and turns: the same pixels elsewhere
+    moved = Augment(Augmentation(), 20)(images)  # flips and rotations only move pixels
     torch.testing.assert_close(moved.flatten(2).sort().values, images.flatten(2).sort().values)
     window = random_window(images, 16)
     assert any(torch.equal(window[0], images[0, :, i : i + 16, j : j + 16]) for i in range(5) for j in range(5))

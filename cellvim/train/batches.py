@@ -1,17 +1,21 @@
-"""What a training reads: crops in memory or on disk, their labels and split, and the batches of each epoch."""
+"""Training data: crops with labels and a split, and the batches of each epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cellvim.errors import InputError, MetadataError, listing, suggestion
+from cellvim.data.wells import natural_key
+from cellvim.errors import InputError, MetadataError
+from cellvim.train.splits import split_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,26 +27,26 @@ UNLABELLED = -1
 
 @dataclass
 class DataDescription:
-    """What a model must know of its data; it travels with the weights.
+    """Description of training data that a model requires; stored with its weights.
 
     Attributes
     ----------
     channel_names
-        C names that the model's channels bear.
+        Names of the model's channels, (C,).
     class_names
-        In the order of the labels; empty without labels.
+        Names of the classes in the order of the labels; empty without labels.
     crop_px
-        Side of a crop as the model sees it, in pixels.
+        Side of the model's input in pixels.
     pixel_size_um
-        Side of a pixel in µm, or None when unknown.
+        Side of a pixel in µm, or None if unknown.
     unit
         cell, tile or field.
     intensity
-        How intensities became values: ``IntensityScale.to_dict()``, or how a scale is estimated for each plate.
+        Scaling of intensities: ``IntensityScale.to_dict()``, or the rule by which a scale is estimated per plate.
     source
-        What the crops are of, in words.
+        Name of the data, for messages.
     class_counts
-        Training crops of each class.
+        Number of training crops of each class.
     """
 
     channel_names: tuple[str, ...]
@@ -55,7 +59,7 @@ class DataDescription:
     class_counts: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the checkpoint's card keeps."""
+        """Return the entries of the checkpoint's card."""
         return {
             "class_names": list(self.class_names),
             "channel_names": list(self.channel_names),
@@ -70,25 +74,23 @@ class DataDescription:
 
 @dataclass
 class CropGroup:
-    """Crops that have the same channels: ``images`` (n, C, S, S) of any type, and the model's numbers for C."""
+    """Crops with the same channels: ``images`` (n, C, S, S) of any type, and the model's ids of the C channels."""
 
     images: np.ndarray
     channel_ids: tuple[int, ...]
-    scale: IntensityScale | None = None  # applied on the device; None: the images are scaled already
+    scale: IntensityScale | None = None  # applied on the device; None if the images are scaled already
 
-    def scaled(self, rows: np.ndarray) -> np.ndarray:
-        """Return some of the crops as the model gets them, float32."""
-        images = torch.from_numpy(np.ascontiguousarray(self.images[rows]))
-        return (images.float() if self.scale is None else self.scale.apply_on_device(images)).numpy()
+    def scaled(self, images: Tensor) -> Tensor:
+        """Return stored crops as the model's input, float32."""
+        return images.float() if self.scale is None else self.scale.apply_on_device(images)
 
 
 class CropSet(Dataset):
-    """Rows of one part of the split, fetched a batch at a time."""
+    """Crops of one part of the split, read one batch at a time."""
 
     def __init__(self, groups: Sequence[CropGroup], rows: np.ndarray, labels: np.ndarray) -> None:
         self.groups, self.rows, self.labels = list(groups), rows, labels
-        sizes = [len(g.images) for g in self.groups]
-        self.first = np.concatenate([[0], np.cumsum(sizes)])  # row number of each group's first crop
+        self.first = np.cumsum([0, *(len(group.images) for group in groups)])  # row number of each group's first crop
         self.group_of = np.searchsorted(self.first, rows, side="right") - 1
 
     def __len__(self) -> int:
@@ -97,40 +99,37 @@ class CropSet(Dataset):
     def __getitems__(self, items: Sequence[int]) -> dict[str, Any]:
         rows = self.rows[np.asarray(items)]
         number = int(self.group_of[items[0]])
-        group = self.groups[number]
-        images = torch.from_numpy(np.ascontiguousarray(group.images[rows - self.first[number]]))
+        images = self.groups[number].images[rows - self.first[number]]
         return {
-            "images": images,
+            "images": torch.from_numpy(np.ascontiguousarray(images)),
             "labels": torch.from_numpy(self.labels[rows]),
             "rows": torch.from_numpy(rows),
             "group": number,
         }
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        return self.__getitems__([item])
-
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of an epoch, each of crops with the same channels; another order every epoch, the same for a seed.
+    """Batches of an epoch, each of crops with the same channels. The order depends on the seed and the epoch.
 
-    Several processes share every batch: together they see what one process with a batch of all their sizes would see,
-    in the same order, and no crop twice.
+    Several processes share each batch: together they see the crops that one process with their total batch size would
+    see, in the same order, and no crop twice.
 
     Parameters
     ----------
     groups
-        (n,) which crops can share a batch.
+        (n,) number of each crop's group; the crops of a batch belong to one group.
     batch_size
-        Of one process.
+        Crops per batch and process.
     seed
-        Of the order.
+        Random seed for the order.
     shuffle
-        False: in the order of the rows, for evaluation. Then a process may have fewer batches than another.
+        False for evaluation: crops in the order of the rows. A process may then have fewer batches than another.
     drop_last
-        Leave out a group's last batch when it is not full (training), unless it is the group's only one.
+        Leave out a group's last batch if it is incomplete, unless it is the group's only one.
     rank, world
-        This process and how many there are. In training all get equally many crops of a batch: of a group that has
-        only one, not full batch, what is left over waits for another epoch, and fewer crops than processes repeat.
+        Number of this process, and number of processes. In training, all processes get equally many crops of a batch:
+        of a group with a single, incomplete batch, the remainder waits for another epoch, and fewer crops than
+        processes are repeated.
     """
 
     def __init__(
@@ -147,39 +146,39 @@ class EpochBatches(Sampler[list[int]]):
         self.groups, self.batch_size, self.seed = np.asarray(groups), batch_size, seed
         self.shuffle, self.drop_last, self.rank, self.world = shuffle, drop_last, rank, world
         self.epoch = 0
-        self.skip = 0  # batches at the start of the next epoch that are left out
+        self.skip = 0  # batches to skip at the start of the next epoch
 
     @property
     def sampler(self) -> EpochBatches:
-        """Where Lightning looks for `set_epoch`."""
+        """The object on which Lightning calls `set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of that epoch."""
+        """Select the order of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         sizes = np.bincount(self.groups) if len(self.groups) else np.zeros(0, int)
-        whole = self.batch_size * self.world
-        batches = [min(whole, int(n) - first) for n in sizes for first in range(0, self._count(int(n)) * whole, whole)]
+        total = self.batch_size * self.world
+        batches = [min(total, int(n) - first) for n in sizes for first in range(0, self._count(int(n)) * total, total)]
         return sum(self._share(n) > 0 for n in batches)
 
     def _count(self, n: int) -> int:
-        """How many batches a group of n crops makes."""
+        """Return the number of batches of a group of n crops."""
         full = n // (self.batch_size * self.world)
         return full if self.drop_last and full else -(-n // (self.batch_size * self.world))
 
     def _share(self, n: int) -> int:
-        """How many of a batch's n crops are this process's."""
+        """Return the number of crops of this process in a batch of n crops."""
         return max(1, n // self.world) if self.shuffle else n // self.world + (self.rank < n % self.world)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        whole, batches = self.batch_size * self.world, []
+        total, batches = self.batch_size * self.world, []
         for group in np.unique(self.groups):
             members = np.flatnonzero(self.groups == group)
             members = generator.permutation(members) if self.shuffle else members
-            batches += [members[i * whole : (i + 1) * whole] for i in range(self._count(len(members)))]
+            batches += [members[i * total : (i + 1) * total] for i in range(self._count(len(members)))]
         if self.shuffle:
             batches = [batches[i] for i in generator.permutation(len(batches))]
         skip, self.skip = self.skip, 0
@@ -190,13 +189,13 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that a resumed training goes on with in the middle of an epoch (Lightning's state protocol)."""
+    """A DataLoader that can resume in the middle of an epoch (Lightning's protocol for stateful loaders)."""
 
     batches_given = 0
     _resumed: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        # a generator: all this runs when the first batch is asked for, and by then the epoch is set
+        # A generator: this runs when the first batch is requested, after Lightning has set the epoch.
         order: EpochBatches = self.batch_sampler
         resumed, self._resumed = self._resumed, None
         if resumed is not None and resumed["epoch"] == order.epoch:
@@ -207,37 +206,49 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return which epoch it is in and how many of its batches were given."""
+        """Return the epoch and the number of its batches that were given."""
         return {"epoch": self.batch_sampler.epoch, "batches": self.batches_given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Leave those batches out if the epoch goes on, rather than begins."""
+        """Skip these batches when the same epoch is iterated next."""
         self._resumed = dict(state)
 
 
 class TrainingData(LightningDataModule):
-    """Base of the data modules: subclasses fill ``table``, ``groups`` and ``description`` in `read`.
+    """Base of the data modules. Subclasses fill ``table``, ``groups`` and ``description`` in `read`.
 
     Parameters
     ----------
     batch_size
-        Crops a step and process.
+        Crops per step and process.
     split
         See `cellvim.train.splits.split_rows`.
     val, test
-        Shares held out.
+        Fractions of the crops held out for validation and test.
     seed
-        Of the split and of the order of the crops.
+        Random seed for the split and the order of the crops.
     workers
-        Processes that load; 0 when crops are in memory.
+        Number of loading processes; 0 if the crops are in memory.
     """
 
-    def __init__(self, *, batch_size: int, split: str, val: float, test: float, seed: int, workers: int = 0) -> None:
+    label: str | None = None  # column of the labels
+    run_folder: Path | None = None  # folder of the run, for temporary files
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 256,
+        split: str = "well",
+        val: float = 0.15,
+        test: float = 0.15,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1.")
         if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-            raise InputError(f"val is {val} and test {test}; expected shares of 0 to below 1, together below 1.")
+            raise InputError(f"val is {val} and test {test}; expected fractions of 0 to below 1, together below 1.")
         self.batch_size, self.split, self.val, self.test = batch_size, split, val, test
         self.seed, self.workers = seed, workers
         self.table: pd.DataFrame | None = None
@@ -250,57 +261,57 @@ class TrainingData(LightningDataModule):
         """Fill ``table`` (with a column ``label``), ``groups`` and ``description``."""
         raise NotImplementedError
 
+    def clear(self) -> None:
+        """Remove temporary files."""
+
     def setup(self, stage: str | None = None) -> None:
-        """Read, split and number the classes; once."""
+        """Read and split the data once."""
         if self.description is not None:
             return
         self.read()
-        self.rows = split_rows_of(self)
-        self.labels = number_labels(self.table["label"].to_numpy(object), self.description.class_names)
+        description = self.description
+        self.rows = split_rows(
+            self.table, self.split, val=self.val, test=self.test, seed=self.seed, where=description.source
+        )
+        self.labels = number_labels(self.table["label"].to_numpy(object), description.class_names)
         known = self.labels[self.rows["train"]]
-        counts = np.bincount(known[known >= 0], minlength=len(self.description.class_names))
-        self.description.class_counts = tuple(int(n) for n in counts)
+        counts = np.bincount(known[known >= 0], minlength=len(description.class_names))
+        description.class_counts = tuple(int(n) for n in counts)
 
     def summary(self) -> str:
-        """Return what is learned from what, in a few lines: classes, channels, crops and what is held out."""
+        """Return a few lines of text: the classes, channels, crops and the split."""
         found = self.description
         lines = [f"Channels: {', '.join(found.channel_names)}; crops of {found.crop_px} x {found.crop_px} pixels."]
         if found.class_names:
-            label = getattr(self, "label", None) or "the label"
             counts = [f"{name} {n:,}" for name, n in zip(found.class_names[:12], found.class_counts, strict=False)]
             more = f" and {len(found.class_names) - 12:,} more" if len(found.class_names) > 12 else ""
-            lines.append(f"Classes by {label}, with their training crops: {', '.join(counts)}{more}.")
+            lines.append(f"Classes ({self.label}), with their training crops: {', '.join(counts)}{more}.")
         parts = []
-        for part, what in (("train", "to train on"), ("val", "to validate"), ("test", "to test")):
+        for part, purpose in (("train", "training"), ("val", "validation"), ("test", "test")):
             table = self.table.iloc[self.rows[part]]
-            of = f" of {table['Metadata_Well'].nunique():,} wells" if "Metadata_Well" in table else ""
-            parts.append(f"{len(table):,} crops{of} {what}")
+            wells = f" from {table['Metadata_Well'].nunique():,} wells" if "Metadata_Well" in table else ""
+            parts.append(f"{len(table):,} crops{wells} for {purpose}")
         lines.append(f"Split by {self.split}: {', '.join(parts)}.")
         return "\n".join(lines)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of training, shuffled anew every epoch."""
+        """Return the batches of training, in another order every epoch."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Batches of validation; none when nothing is held out."""
+        """Return the batches of validation; none if nothing is held out."""
         return self._loader("val") if len(self.rows["val"]) else []
 
     def test_dataloader(self) -> DataLoader | list:
-        """Batches of the test; none when nothing is held out."""
+        """Return the batches of the test; none if nothing is held out."""
         return self._loader("test") if len(self.rows["test"]) else []
 
-    def predict_dataloader(self) -> DataLoader:
-        """All crops, in the order of ``table``."""
-        return self._loader("all")
-
     def whole_loader(self, part: str) -> DataLoader:
-        """Batches of a part of the split that are not shared with other processes."""
+        """Return all batches of a part of the split, in every process."""
         return self._loader(part, shared=False)
 
     def _loader(self, part: str, *, shuffle: bool = False, shared: bool = True) -> DataLoader:
-        rows = np.arange(len(self.table)) if part == "all" else self.rows[part]
-        crops = CropSet(self.groups, rows, self.labels)
+        crops = CropSet(self.groups, self.rows[part], self.labels)
         trainer = self.trainer if shared else None
         batches = EpochBatches(
             crops.group_of,
@@ -325,52 +336,22 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def split_rows_of(data: TrainingData) -> dict[str, np.ndarray]:
-    """Split a data module's table as it was asked to."""
-    from cellvim.train.splits import split_rows
-
-    return split_rows(
-        data.table, data.split, val=data.val, test=data.test, seed=data.seed, where=data.description.source
-    )
-
-
 def class_names_of(labels: np.ndarray, *, column: str, where: str) -> tuple[str, ...]:
-    """Return the classes among labels, sorted; empty values are no class.
+    """Return the sorted class names among labels; empty values are not a class.
 
     Raises
     ------
     MetadataError
-        There is none, or only one.
+        There are fewer than two classes.
     """
-    names = sorted({str(v) for v in labels if v is not None and v == v and str(v) != ""}, key=_natural)
+    names = sorted({str(v) for v in labels if v is not None and v == v and str(v) != ""}, key=natural_key)
     if len(names) < 2:
         found = f"is '{names[0]}' everywhere" if names else "is empty"
-        raise MetadataError(f"Label '{column}' of {where} {found}; expected at least two classes to tell apart.")
+        raise MetadataError(f"Label '{column}' of {where} {found}; expected at least two classes.")
     return tuple(names)
 
 
 def number_labels(labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Return the class number of each label, −1 where it has none."""
+    """Return the class number of each label, −1 for unlabelled crops, (n,) int64."""
     number = {name: i for i, name in enumerate(class_names)}
     return np.array([number.get(str(v), UNLABELLED) for v in labels], dtype=np.int64)
-
-
-def label_column(table: pd.DataFrame, label: str, where: str) -> np.ndarray:
-    """Return a table's column of labels.
-
-    Raises
-    ------
-    MetadataError
-        There is no such column.
-    """
-    if label not in table.columns:
-        raise MetadataError(
-            f"{where} has no column '{label}'; it has {listing(table.columns)}.{suggestion(label, table.columns)}"
-        )
-    return table[label].to_numpy(object)
-
-
-def _natural(name: str) -> tuple:
-    from cellvim.data.wells import natural_key
-
-    return tuple(natural_key(name))
