@@ -102,10 +102,7 @@ def describe(plate: Plate) -> dict[str, Any]:
 class Plate:
     """The wells, fields, channels and plate map of a plate. Created by `open_plate`."""
 
-    def __init__(
-        self, path: Path | Location, *, z: int | str | None = None, t: int | None = None, level: int = 0
-    ) -> None:
-        folder = path if isinstance(path, Location) else LocalFolder(path)
+    def __init__(self, folder: Location, *, z: int | str | None, t: int | None, level: int) -> None:
         self.path = str(folder)
         self._folder = folder
         self.selection: dict[str, Any] = {"z": z, "t": t, "level": level}
@@ -148,12 +145,11 @@ class Plate:
         if not isinstance(entries, list) or not entries:
             raise PlateError(f"{self.path} lists no wells in its plate metadata; expected at least one.")
         rows, columns = ([str(_dig(entry, "name")) for entry in _list(plate.get(key))] for key in ("rows", "columns"))
-        paths = [str(_dig(entry, "path")) for entry in entries]
+        paths = [str(_dig(entry, "path") or "") for entry in entries]
+        folders = [self._folder.inside(path) for path in paths]
         files = ["zarr.json"] if self.ome_version == "0.5" else ["zarr.json", ".zattrs"]
-        self._folder.prefetch([f"{p}/{file}" for p in paths if self._folder.inside(p) is not None for file in files])
-        for entry in entries:
-            path = str(_dig(entry, "path") or "")
-            folder = self._folder.inside(path)
+        self._folder.prefetch([f"{p}/{file}" for p, f in zip(paths, folders, strict=True) if f for file in files])
+        for entry, path, folder in zip(entries, paths, folders, strict=True):
             if folder is None:
                 raise PlateError(f"{self.path} lists a well at '{path}'; expected a path such as A/1 inside the plate.")
             name = _well_of(entry, path, rows, columns)

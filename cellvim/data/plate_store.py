@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cellvim.errors import PlateError
+from cellvim.errors import OutputError, PlateError
 from cellvim.files import is_url, open_filesystem
 
 METADATA_FILES = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
@@ -281,6 +281,8 @@ def _locate_url(url: str, options: dict[str, Any]) -> Location:
         options = {} if any(name in os.environ for name in credentials) else {"anon": True}
     try:
         filesystem, path = open_filesystem(url, **options)
+    except OutputError as error:
+        raise PlateError(str(error)) from error
     except Exception as error:  # unknown protocols and wrong options raise exceptions of any kind
         raise PlateError(f"{url} cannot be opened ({type(error).__name__}: {str(error)[:200]}).") from error
     return Location(filesystem, path, url)
@@ -500,12 +502,13 @@ def _read_bytes(file: Any, offset: int, length: int, name: str) -> np.ndarray:
 def plan_chunks(folder: Path, root: Path, document: dict[str, Any]) -> ChunkedArray | None:
     """Return the array of a metadata document (``zarr.json`` or ``.zarray``), or None if only Zarr can decode it."""
     try:
-        described = _describe_v3(document) if "node_type" in document else _describe_v2(document)
+        layout = _layout_v3(document) if "node_type" in document else _layout_v2(document)
+        if layout is None or layout["codec"] not in (None, "zstd", "blosc") or layout["separator"] not in ("/", "."):
+            return None
+        fill = _fill_value(document["fill_value"], layout["dtype"])
+        array = ChunkedArray(folder=folder, root=root, shape=tuple(document["shape"]), fill=fill, **layout)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
-    if described is None:
-        return None
-    array = ChunkedArray(folder=folder, root=root, **described)
     sizes = (*array.shape, *array.chunks, *array.shards)
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 40 for n in sizes):
         return None
@@ -517,7 +520,7 @@ def plan_chunks(folder: Path, root: Path, document: dict[str, Any]) -> ChunkedAr
     return array if n_files <= 1 << 20 else None
 
 
-def _describe_v3(document: dict[str, Any]) -> dict[str, Any] | None:
+def _layout_v3(document: dict[str, Any]) -> dict[str, Any] | None:
     grid, naming, codecs = document["chunk_grid"], document["chunk_key_encoding"], document["codecs"]
     chunks = shards = tuple(grid["configuration"]["chunk_shape"])
     index_at_end, index_codecs = None, []
@@ -534,10 +537,8 @@ def _describe_v3(document: dict[str, Any]) -> dict[str, Any] | None:
         or document["data_type"] not in _TYPES
         or grid["name"] != "regular"
         or naming["name"] not in ("default", "v2")
-        or separator not in ("/", ".")
         or len(codecs) > 2
         or codecs[0]["name"] != "bytes"
-        or codec not in (None, "zstd", "blosc")
         or (index_at_end is not None and [c["name"] for c in index_codecs] != ["bytes", "crc32c"])
     ):
         return None
@@ -546,7 +547,6 @@ def _describe_v3(document: dict[str, Any]) -> dict[str, Any] | None:
         if itemsize > 1 and order.get("configuration", {}).get("endian") != "little":
             return None
     return {
-        "shape": tuple(document["shape"]),
         "dtype": dtype,
         "chunks": chunks,
         "shards": shards,
@@ -554,11 +554,10 @@ def _describe_v3(document: dict[str, Any]) -> dict[str, Any] | None:
         "separator": separator,
         "prefix": f"c{separator}" if naming["name"] == "default" else "",
         "index_at_end": index_at_end,
-        "fill": _fill_value(document["fill_value"], dtype),
     }
 
 
-def _describe_v2(document: dict[str, Any]) -> dict[str, Any] | None:
+def _layout_v2(document: dict[str, Any]) -> dict[str, Any] | None:
     codec = None if document["compressor"] is None else document["compressor"]["id"]
     dtype = np.dtype(document["dtype"])
     separator = document.get("dimension_separator", ".")
@@ -566,14 +565,11 @@ def _describe_v2(document: dict[str, Any]) -> dict[str, Any] | None:
         document["zarr_format"] != 2
         or document["order"] != "C"
         or document.get("filters")
-        or codec not in (None, "zstd", "blosc")
-        or separator not in ("/", ".")
         or dtype.newbyteorder("=").name not in _TYPES
     ):
         return None
     chunks = tuple(document["chunks"])
     return {
-        "shape": tuple(document["shape"]),
         "dtype": dtype,
         "chunks": chunks,
         "shards": chunks,
@@ -581,7 +577,6 @@ def _describe_v2(document: dict[str, Any]) -> dict[str, Any] | None:
         "separator": separator,
         "prefix": "",
         "index_at_end": None,
-        "fill": _fill_value(document["fill_value"], dtype),
     }
 
 
