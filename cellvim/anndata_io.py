@@ -109,7 +109,7 @@ _CHECKS = {"zarr": is_zarr, "h5ad": is_h5ad, "parquet": is_parquet}
 class StoredAnnData:
     """An AnnData whose rows are read on request, from Zarr, HDF5, Parquet or memory. Returned by `open_anndata`.
 
-    Columns of ``obs`` are read one at a time, and the names of the rows are not read.
+    Columns of ``obs`` are read one at a time, and the names of the rows only by `row_names`.
 
     Attributes
     ----------
@@ -133,6 +133,7 @@ class StoredAnnData:
         obs_columns: Iterable[str],
         *,
         column: Callable[[str], pd.Series],
+        names: Callable[[], Iterable[Any]],
         obsm: Callable[[str], Any],
         uns: Callable[[], Mapping[str, Any]],
     ) -> None:
@@ -142,7 +143,7 @@ class StoredAnnData:
         self.var_names = [str(v) for v in var_names]
         self.obs_columns = [str(c) for c in obs_columns]
         self._matrices = matrices
-        self._column, self._obsm, self._uns = column, obsm, uns
+        self._column, self._names, self._obsm, self._uns = column, names, obsm, uns
 
     def column(self, name: str) -> pd.Series:
         """Return a column of ``obs``, indexed from 0."""
@@ -151,6 +152,10 @@ class StoredAnnData:
     def obs(self) -> pd.DataFrame:
         """Return all columns of ``obs``, indexed from 0."""
         return pd.DataFrame({name: self.column(name) for name in self.obs_columns}, index=pd.RangeIndex(self.n_rows))
+
+    def row_names(self) -> np.ndarray:
+        """Return the names of the rows, (n,) text."""
+        return np.array([str(name) for name in self._names()], dtype=object)
 
     def rows(self, start: int, stop: int, matrix: str = "X") -> np.ndarray:
         """Return rows ``start`` to ``stop`` (exclusive) of a matrix, (n, D)."""
@@ -483,6 +488,7 @@ def _of_parquet(path: Path) -> StoredAnnData:
         features,
         layout.obs.columns,
         column=column,
+        names=lambda: file.read(columns=[], use_pandas_metadata=True).to_pandas().index,
         obsm=lambda _: None,
         uns=lambda: _parquet_uns(file.schema_arrow),
     )
@@ -532,6 +538,7 @@ def _of_group(group: Any, name: str) -> StoredAnnData:
         read_elem(var[var.attrs["_index"]]),
         obs.attrs["column-order"],
         column=lambda column: pd.Series(read_elem(obs[column])),
+        names=lambda: read_elem(obs[obs.attrs["_index"]]),
         obsm=lambda key: read_elem(obsm[key]) if key in obsm else None,
         uns=lambda: read_elem(uns["cellvim"]) if "cellvim" in uns else {},
     )
@@ -546,6 +553,7 @@ def _of_anndata(adata: AnnData, name: str) -> StoredAnnData:
         adata.var_names,
         adata.obs.columns,
         column=lambda column: adata.obs[column],
+        names=lambda: adata.obs_names,
         obsm=lambda key: adata.obsm.get(key),
         uns=lambda: adata.uns.get("cellvim", {}),
     )

@@ -174,7 +174,8 @@ def separate_stored_controls(
     if not finite.all():
         notes.append(f"{int((~finite).sum()):,} cells with values that are not finite are omitted.")
         rows, values = rows[finite], values[finite]
-    table = obs.iloc[rows].assign(**{PLATE: obs[plate], WELL: obs[well]})
+    table = obs.iloc[rows]  # with no rows, `assign` would extend it to those of a longer column
+    table = table.assign(**{PLATE: table[plate], WELL: table[well]})
     intensities = intensity_columns(table)
     if intensities and not np.isfinite(table[intensities].to_numpy(np.float64)).all():
         table = table.drop(columns=intensities)

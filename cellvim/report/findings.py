@@ -1,4 +1,4 @@
-"""The figures of a report: profiles of the wells and their evaluation, given or made here; why one is missing."""
+"""Results for a report: well profiles and their evaluation, and nearest perturbations."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import CellvimError, CellvimWarning
-from cellvim.profiles.columns import find_columns
+from cellvim.errors import CellvimError, CellvimWarning, InputError
+from cellvim.profiles.columns import find_columns, keys
 from cellvim.profiles.representations import latest_representation, matrix, settings_of
 
 if TYPE_CHECKING:
@@ -23,26 +23,28 @@ if TYPE_CHECKING:
     from cellvim.profiles.columns import Columns
 
 TASKS = ("retrieval", "mechanism", "assay", "dose_response")
+MAX_PERTURBATIONS = 3000
+N_NEAREST, N_TYPICAL = 5, 6
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What is known of the wells.
+    """Well profiles and their evaluation.
 
     Attributes
     ----------
     profiles
-        One row a well; None if there are none.
+        One row per well; None if there are none.
     use
-        The representation that everything is computed from.
+        The evaluated representation.
     columns
-        Which column of the profiles says what.
+        Roles of the columns of the profiles.
     evaluation
-        Figures; None if nothing can be evaluated.
+        None if nothing can be evaluated.
     missing
-        Why something is not there, by its name: "profiles", and the tasks of the evaluation.
+        Reasons for missing results, by name: "profiles" and the tasks of the evaluation.
     notes
-        What the reader must know about the figures.
+        Remarks on the results.
     """
 
     profiles: AnnData | None = None
@@ -53,7 +55,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def table(self, name: str) -> pd.DataFrame | None:
-        """Return a table of the evaluation, of the embedding alone and without baselines; None if there is none."""
+        """Return a table of the evaluation without the rows of baselines; None if it was not computed."""
         if self.evaluation is None or name not in self.evaluation.tables:
             return None
         table = self.evaluation.tables[name]
@@ -61,30 +63,44 @@ class Findings:
 
     def reason(self, task: str) -> str:
         """Return why a task has no table."""
+        reason = self.missing.get(task) or self.missing.get("profiles") or "It was not computed."
         if self.evaluation is not None:
             left_out = self.evaluation.left_out
-            names = {task, task.replace("_", " ")}
-            reasons = left_out.loc[left_out["task"].isin(names), "reason"]
-            if len(reasons):
-                return _brief(reasons.iloc[0])
-        return _brief(self.missing.get(task) or self.missing.get("profiles") or "It was not computed.")
+            reasons = left_out.loc[left_out["task"].isin((task, task.replace("_", " "))), "reason"]
+            reason = reasons.iloc[0] if len(reasons) else reason
+        # Without the list of the columns of obs, which the page shows where the map is coloured.
+        return re.sub(r"; (obs|it) has [^;]*?\. (?=[A-Z])", ". ", str(reason))
 
     @property
-    def is_on_controls(self) -> bool:
-        """Whether the robust z scores are against the negative controls; else against all wells of a plate."""
-        return settings_of(self.profiles, "robustmad").get("fit_on") != "all"
-
-    def values(self) -> np.ndarray:
-        """Return the representation, (wells, D) float64."""
-        return matrix(self.profiles, self.use)
+    def distance_label(self) -> str:
+        """Name of the `distances`, which are from the negative controls or from all wells of a plate."""
+        if "robustmad" in self.profiles.layers and settings_of(self.profiles, "robustmad").get("fit_on") == "all":
+            return "Distance from the plate's center"
+        return "Distance from controls"
 
     def distances(self) -> np.ndarray | None:
-        """Return each well's distance from the controls: root mean square of its robust z scores; None without them."""
+        """Return the root mean square of each well's robust z-scores, or None."""
         if self.profiles is None or "robustmad" not in self.profiles.layers:
             return None
         scores = matrix(self.profiles, "robustmad")
         finite = np.isfinite(scores).all(axis=0)
         return np.sqrt(np.square(scores[:, finite]).mean(axis=1)) if finite.any() else None
+
+    def activity(self) -> np.ndarray | None:
+        """Return each well's activity relative to the controls, or None."""
+        table = self.table("activity")
+        if table is None or self.profiles is None:
+            return None
+        return table.set_index("row")["activity"].reindex(self.profiles.obs_names).to_numpy(float)
+
+    def precision(self) -> np.ndarray | None:
+        """Return the mean average precision of each well's treatment, or None."""
+        table = self.table("retrieval")
+        if table is None or self.columns is None or self.columns.perturbation is None:
+            return None
+        names = [n for n in (self.columns.perturbation, self.columns.dose) if n is not None and n in table]
+        known = pd.Series(table["mean_average_precision"].to_numpy(float), index=keys(table, names).to_numpy())
+        return keys(self.profiles.obs, names).map(known[~known.index.duplicated()]).to_numpy(float)
 
 
 def find(
@@ -96,28 +112,28 @@ def find(
     seed: int = 0,
     **columns: str | None,
 ) -> Findings:
-    """Take or compute the profiles of the wells and their evaluation.
+    """Read or compute the well profiles and their evaluation.
 
     Parameters
     ----------
     embeddings
-        Cells, from which profiles are made where none are given: means of wells, robust z scores against the negative
-        controls of each plate, or against all wells where there are none.
+        Cells to aggregate if no profiles are given: well means, with robust z-scores relative to the negative controls
+        of each plate, or to all wells without controls.
     by
-        Columns that say which well a row is of; none if there are none.
+        Columns that identify the well of a row; may be empty.
     profiles
-        Profiles as `cellvim.profile` makes them.
+        Profiles made by `cellvim.profile`.
     evaluation
-        What `cellvim evaluate` wrote.
+        Result of ``cellvim evaluate``.
     seed
-        Of the evaluation.
+        Random seed for the evaluation.
     **columns
         As for `find_columns`.
 
     Raises
     ------
     CellvimError
-        Something that was given cannot be read, or lacks a column that was named.
+        A given file cannot be read, or a named column does not exist.
     """
     from cellvim.anndata_io import read_anndata
     from cellvim.evaluate.evaluation import Evaluation, evaluate_profiles
@@ -125,95 +141,127 @@ def find(
     notes: list[str] = []
     missing: dict[str, str] = {}
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")  # the libraries'
+        warnings.simplefilter("ignore")  # of the libraries
         warnings.simplefilter("always", CellvimWarning)
-        if profiles is not None:
-            made = read_anndata(profiles) if isinstance(profiles, str | Path) else profiles
-        else:
-            made = _make(embeddings, by, notes, missing, columns.get("negative") or "negcon", columns.get("pert_type"))
-        if made is None:
+        if profiles is None:
+            profiles = _make_profiles(embeddings, by, columns, notes, missing)
+        elif isinstance(profiles, str | Path):
+            profiles = read_anndata(profiles)
+        if profiles is None:
             return Findings(missing=missing, notes=notes)
-        found = find_columns(made.obs, **columns)
-        use = latest_representation(made)
-        result = None
-        if evaluation is not None:
-            result = Evaluation.load(evaluation) if isinstance(evaluation, str | Path) else evaluation
-        else:
+        found = find_columns(profiles.obs, **columns)
+        use = latest_representation(profiles)
+        if isinstance(evaluation, str | Path):
+            evaluation = Evaluation.load(evaluation)
+        if evaluation is None:
+            roles = {role: name for role, name in columns.items() if role not in ("negative", "positive")}
+            roles |= {"pert_type": found.pert_type, "control": found.negative, "positive": found.positive}
             try:
-                result = evaluate_profiles(made, use=use, tasks=TASKS, seed=seed, **_options(found, columns))
-            except CellvimError:  # of every task, so that each can be told why
-                missing |= _reasons(made, use, found, columns)
+                evaluation = evaluate_profiles(profiles, use=use, tasks=TASKS, seed=seed, **roles)
+            except CellvimError:  # none of the tasks: find the reason of each
+                for task in TASKS:
+                    try:
+                        evaluate_profiles(profiles, use=use, tasks=[task], **roles)
+                    except CellvimError as error:
+                        missing[task] = re.sub(r"^Nothing can be evaluated\. [a-z_ ]+: ", "", str(error))
     notes += list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, CellvimWarning)))
-    return Findings(made, use, found, result, missing, notes)
+    return Findings(profiles, use, found, evaluation, missing, notes)
 
 
-def _brief(reason: str) -> str:
-    """Return the reason without the list of columns: the page shows these where the map is coloured."""
-    return re.sub(r"; (obs|it) has [^;]*?\. (?=[A-Z])", ". ", str(reason))
-
-
-def _options(found: Columns, columns: dict[str, str]) -> dict[str, str | None]:
-    named = {role: name for role, name in columns.items() if role not in ("negative", "positive")}
-    return {**named, "pert_type": found.pert_type, "control": found.negative, "positive": found.positive}
-
-
-def _reasons(profiles: AnnData, use: str, found: Columns, columns: dict[str, str]) -> dict[str, str]:
-    """Return why each task cannot be done, where none can."""
-    from cellvim.evaluate.evaluation import evaluate_profiles
-
-    reasons = {}
-    for task in TASKS:
-        try:
-            evaluate_profiles(profiles, use=use, tasks=[task], **_options(found, columns))
-        except CellvimError as error:
-            reasons[task] = re.sub(r"^Nothing can be evaluated\. [a-z_ ]+: ", "", str(error))
-    return reasons
-
-
-def _make(
-    embeddings,
-    by: Sequence[str],
-    notes: list[str],
-    missing: dict[str, str],
-    control: str,
-    pert_type: str | None,
+def _make_profiles(
+    embeddings, by: Sequence[str], columns: dict[str, str], notes: list[str], missing: dict[str, str]
 ) -> AnnData | None:
-    """Make profiles as well as the embeddings allow."""
     from cellvim.profiles.pipeline import profile
 
     if not by:
         missing["profiles"] = (
-            "No column says which well a row is of (such as Metadata_Well), so wells have no profiles."
+            "No column contains the well of each row (such as Metadata_Well), so there are no well profiles."
         )
         return None
-    control = f"{pert_type}:{control}" if pert_type else control
+    control = columns.get("negative") or "negcon"
+    control = f"{columns['pert_type']}:{control}" if columns.get("pert_type") else control
     for options, note in (
         ({"normalize": ("robustmad",)}, ""),
         (
             {"normalize": ("robustmad",), "fit_on": "all"},
-            "Profiles are scaled by all wells of a plate, because there are not enough negative controls to scale by: "
-            "distances are from the plate's middle.",
+            "Profiles are scaled by all wells of a plate, because there are not enough negative controls. Distances "
+            "are from the plate's center.",
         ),
-        ({"normalize": ()}, "Profiles are not scaled: there are too few wells to scale by."),
+        ({"normalize": ()}, "Profiles are not scaled, because there are too few wells."),
     ):
         try:
             made = profile(embeddings, aggregate_by=by, control=control, **options)
         except CellvimError as error:
-            problem = str(error)
+            missing["profiles"] = str(error)
         else:
-            if note:
-                notes.append(note)
+            missing.pop("profiles", None)
+            notes += [note] if note else []
             return made
-    missing["profiles"] = problem
     return None
 
 
-def summary_table(evaluation: Evaluation) -> tuple[list[str], list[list[object]]]:
-    """Return the evaluation's figures as a table: measures by sets of features, baselines last."""
-    wide = evaluation.wide()
-    features = [str(name) for name in wide.columns]
-    rows = [
-        [f"{task}: {measure}" if task not in measure else measure, *row]
-        for (task, measure), row in zip(wide.index, wide.to_numpy(), strict=True)
-    ]
-    return features, rows
+def nearest_perturbations(names: np.ndarray, values: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the perturbations with the most similar mean profiles.
+
+    Parameters
+    ----------
+    names
+        (n,) perturbation of each row; None if missing.
+    values
+        (n, D) profiles, centered so that 0 is no effect.
+
+    Returns
+    -------
+    names : list of str
+        P perturbations.
+    nearest : numpy.ndarray
+        (P, up to 5) positions of the nearest perturbations, most similar first.
+    similarity : numpy.ndarray
+        (P, up to 5) cosine similarity.
+
+    Raises
+    ------
+    InputError
+        There are fewer than two perturbations, or more than 3,000.
+    """
+    finite = np.isfinite(values).all(axis=0)
+    treated = np.array([name is not None and name != "" for name in names], bool)
+    codes, found = pd.factorize(names[treated], sort=True)
+    if len(found) < 2:
+        raise InputError(f"There {'is 1 perturbation' if len(found) == 1 else 'are no perturbations'} to compare.")
+    if len(found) > MAX_PERTURBATIONS:
+        raise InputError(f"There are {len(found):,} perturbations; up to {MAX_PERTURBATIONS:,} are shown.")
+    if not finite.any():
+        raise InputError("No feature of the profiles is finite in every row, so they cannot be compared.")
+    chosen = values[treated][:, finite]
+    means = np.zeros((len(found), chosen.shape[1]))
+    np.add.at(means, codes, chosen)
+    means /= np.bincount(codes)[:, None]
+    length = np.linalg.norm(means, axis=1, keepdims=True)
+    unit = means / np.where(length > 0, length, 1)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, -np.inf)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(N_NEAREST, len(found) - 1)]
+    return [str(name) for name in found], nearest, np.take_along_axis(cosine, nearest, axis=1)
+
+
+def typical_cells(perturbation: np.ndarray, embeddings: np.ndarray, count: int = N_TYPICAL) -> dict[str, list[int]]:
+    """Return the cells nearest to the mean embedding of their perturbation.
+
+    Parameters
+    ----------
+    perturbation
+        (k,) perturbation of each cell; None if missing.
+    embeddings
+        (k, D) embeddings of the cells.
+    count
+        Number of cells per perturbation.
+    """
+    typical: dict[str, list[int]] = {}
+    finite = np.isfinite(embeddings).all(axis=1)
+    for name in sorted({str(n) for n in perturbation if n is not None and n != ""}):
+        own = np.flatnonzero((perturbation == name) & finite)
+        if len(own):
+            distance = np.linalg.norm(embeddings[own] - embeddings[own].mean(axis=0), axis=1)
+            typical[name] = own[np.argsort(distance, kind="stable")[:count]].tolist()
+    return typical

@@ -1,8 +1,10 @@
-"""`cellvim report`: everything about a plate's embeddings on one HTML page that asks no network for anything."""
+"""`cellvim report`: embeddings summarised on one HTML page that works offline."""
 
 from __future__ import annotations
 
 import base64
+import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,10 +13,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import cellvim
 from cellvim.errors import InputError, OutputError
-from cellvim.report import sections
-from cellvim.report.encoding import to_json
+from cellvim.files import write_atomic
+from cellvim.report.projection import MAX_CELLS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -22,28 +26,24 @@ if TYPE_CHECKING:
     from cellvim.evaluate.evaluation import Evaluation
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPTS = (
-    *("data.js", "colors.js", "tip.js", "crops.js", "platemaps.js", "cells.js", "inspect.js"),
-    *("neighbours.js", "tables.js", "main.js"),
-)
 
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """What a page holds.
+    """Summary of a report.
 
     Attributes
     ----------
     output
-        The page.
+        Path of the page.
     n_rows, n_shown, n_crops
-        Rows of the AnnData, those on the map, and crops.
+        Number of rows of the AnnData, of cells on the map, and of crops.
     n_bytes
         Size of the page.
     seconds
-        How long it took.
+        Elapsed time.
     remarks
-        What the user must know, a line each.
+        Warnings for the user.
     """
 
     output: Path
@@ -78,35 +78,34 @@ def write_report(
     progress: Callable[[int, int], None] | None = None,
     **columns: str | None,
 ) -> ReportSummary:
-    """Write a report of embeddings as one self-contained HTML page.
+    """Write a report on embeddings as one self-contained HTML page.
 
     Parameters
     ----------
     embeddings
-        Rows are cells (tiles, fields): an AnnData, or the path of one.
+        AnnData with one row per cell (tile, field), or its path.
     output
-        The page to write.
+        Path of the page.
     plate
-        Plates to cut crops from, where they are no longer where they were embedded.
+        Plates to cut crops from, if they are no longer at the path where they were embedded.
     profiles
-        Profiles of the wells as `cellvim.profile` makes them; made here if None.
+        Well profiles made by `cellvim.profile`; computed from the embeddings if None.
     evaluation
-        What ``cellvim evaluate`` wrote; computed here if None.
+        Result of ``cellvim evaluate``; computed from the profiles if None.
     color_by
-        Column of ``obs`` that colours the map at first.
+        Column of ``obs`` that initially colours the map.
     title
-        Of the page; the name of the plate by default.
+        Title of the page; the name of the plate by default.
     max_cells
-        Cells that are laid out by UMAP at most; 20,000 by default. Coordinates in ``obsm["X_umap"]`` are taken as they
-        are.
+        Maximum number of cells for UMAP; 20,000 by default. Coordinates in ``obsm["X_umap"]`` are used as they are.
     control, positive
         Values of the column of controls, or COLUMN:VALUE.
     seed
-        Of what is drawn.
+        Random seed for samples and for UMAP.
     overwrite
-        Replace ``output`` when it exists.
+        Replace ``output`` if it exists.
     progress
-        Takes the parts done and their number.
+        Function that receives the number of completed parts and their total number.
     **columns
         ``plate``, ``well``, ``batch``, ``perturbation``, ``dose``, ``mechanism`` or ``pert_type``: names of columns of
         ``obs`` (``plate`` as ``plate_column``); found by their usual names if not given.
@@ -118,25 +117,25 @@ def write_report(
     Raises
     ------
     CellvimError
-        Something given cannot be used, or the page cannot be written. What is merely missing is said on the page.
+        An input is invalid, or the page cannot be written. Missing parts do not raise: the page states the reason.
     """
-    from cellvim.report.embedding_map import MAX_CELLS
+    from cellvim.report.sections import make_sections
     from cellvim.report.source import open_source
 
     start = time.perf_counter()
     output = Path(output)
     check_page(output, overwrite=overwrite)
     if max_cells is not None and max_cells < 1:
-        raise InputError(f"The map is of {max_cells} cells; expected at least 1.")
+        raise InputError(f"max_cells is {max_cells}; expected at least 1.")
     if "plate_column" in columns:
         columns["plate"] = columns.pop("plate_column")
     columns = {name: value for name, value in columns.items() if value is not None}
-    paths = [plate] if isinstance(plate, str | Path) else list(plate)
-    with open_source(embeddings, negative=control, positive=positive, **columns) as source:
-        content, data, summary = sections.make(
+    columns |= {"negative": control, "positive": positive}
+    with open_source(embeddings, **columns) as source:
+        content, data, summary = make_sections(
             source,
             embeddings,
-            paths=[str(path) for path in paths],
+            paths=[str(p) for p in ([plate] if isinstance(plate, str | Path) else plate)],
             profiles=profiles,
             evaluation=evaluation,
             color_by=color_by,
@@ -144,32 +143,36 @@ def write_report(
             max_cells=MAX_CELLS if max_cells is None else max_cells,
             seed=seed,
             progress=progress or (lambda done, total: None),
-            columns={"negative": control, "positive": positive, **columns},
+            columns=columns,
         )
     page = render(content, data)
-    _write(output, page)
+    write_atomic(output, page)
     return ReportSummary(output=output, n_bytes=len(page.encode()), seconds=time.perf_counter() - start, **summary)
 
 
 def render(content: dict[str, Any], data: dict[str, Any]) -> str:
-    """Put a page together.
+    """Return the page.
+
+    Its content security policy permits no network access, and only the page's own scripts and styles: scripts by their
+    hash, styles also by a nonce, which is set on the style elements that BokehJS creates.
 
     Parameters
     ----------
     content
-        What the template shows; every text in it is escaped.
+        Values for the template, which escapes all text.
     data
-        What the page's script draws from.
+        Values for the page's script.
 
     Raises
     ------
     InputError
-        jinja2 is not installed.
+        Jinja2 or Bokeh is not installed.
     """
     try:
         import jinja2
     except ImportError as error:
-        raise InputError("A report needs jinja2. Install it: pip install 'cellvim[report]'") from error
+        raise InputError("A report requires Jinja2. Install it: pip install 'cellvim[report]'") from error
+    from cellvim.report.figures import bokeh_script
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -178,54 +181,73 @@ def render(content: dict[str, Any], data: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    css = (TEMPLATES / "report.css").read_text("utf-8")
-    script = '"use strict";\n' + "\n".join((TEMPLATES / name).read_text("utf-8") for name in SCRIPTS)
+    css, script = ((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "report.js"))
+    library, encoded = bokeh_script(), to_json(data)
+    nonce = _digest(encoded)
+    hashes = [f"'sha256-{_digest(text)}'" for text in (library, script)]
     return (
         environment.get_template("report.html")
         .render(
             **content,
             css=css,
+            library=library,
             script=script,
-            data=to_json(data),
-            policy=_policy(css, script),
+            data=encoded,
+            nonce=nonce,
+            policy=(
+                f"default-src 'none'; img-src data:; style-src 'nonce-{nonce}'; script-src {' '.join(hashes)}; "
+                "base-uri 'none'; form-action 'none'"
+            ),
             version=cellvim.__version__,
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
         .lstrip()
     )
 
 
+def to_json(data: Any) -> str:
+    """Return JSON for a ``<script>`` element, without the characters ``<``, ``>`` and ``&``.
+
+    Parameters
+    ----------
+    data
+        Dicts, lists, strings, numbers (NaN and infinity become null), NumPy scalars and arrays (become lists).
+    """
+    text = json.dumps(_plain(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
 def check_page(output: Path, *, overwrite: bool) -> None:
-    """Raise when the page exists and may not be replaced, or its folder is not there.
+    """Raise if the page cannot be written.
 
     Raises
     ------
     OutputError
+        The page exists and ``overwrite`` is off, its name is not that of a page, or its folder does not exist.
     """
     if output.is_dir():
         raise OutputError(f"{output} is a folder; expected the name of a page, such as {output / 'report.html'}.")
     if output.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{output} is no name of a page; expected .html at its end.")
+        raise OutputError(f"{output} is not the name of a page; expected a name that ends with .html.")
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
     if not output.absolute().parent.is_dir():
         raise OutputError(f"The folder {output.parent} for the page does not exist.")
 
 
-def _policy(css: str, script: str) -> str:
-    """Return the page's content security policy: nothing from elsewhere, and no style or script but our own."""
-
-    def digest(text: str) -> str:
-        return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
-
-    return f"default-src 'none'; img-src data:; style-src {digest(css)}; script-src {digest(script)}; base-uri 'none'"
+def _digest(text: str) -> str:
+    return base64.b64encode(sha256(text.encode()).digest()).decode()
 
 
-def _write(output: Path, page: str) -> None:
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        partial.write_text(page, "utf-8")
-        partial.replace(output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{output} cannot be written: {error.strerror or error}.") from error
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    if isinstance(data, np.ndarray | np.generic):
+        return _plain(data.tolist())
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    return data if data is None or isinstance(data, bool | int) else str(data)

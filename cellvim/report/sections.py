@@ -1,28 +1,29 @@
-"""What each part of the page says: its content, or why it has none."""
+"""Sections of the page: the content of each, or the reason why it is missing."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import CellvimError, InputError
+from cellvim.errors import CellvimError, ChannelError, InputError, PlateError, listing
 from cellvim.evaluate.controls import separate_stored_controls
-from cellvim.profiles.columns import keys, text
-from cellvim.report import charts, neighbours, record
-from cellvim.report.cells import Cells, crop_data, map_data, show_cells, spread_over_cells
-from cellvim.report.findings import Findings, find, summary_table
-from cellvim.report.platemaps import plate_maps
+from cellvim.profiles.columns import text
+from cellvim.profiles.representations import matrix
+from cellvim.report import figures, record
+from cellvim.report.findings import Findings, find, nearest_perturbations, typical_cells
+from cellvim.report.projection import Projection, project_cells
 from cellvim.report.source import Source
-from cellvim.report.tables import frame_table, make_table
+from cellvim.report.thumbnails import Thumbnails, make_thumbnails
 
-ACTIVITY = "Activity of the well"
-STEPS = 4
+MAX_TABLE_ROWS = 2000
+N_STEPS = 4
 
 
-def make(
+def make_sections(
     source: Source,
     embeddings: Any,
     *,
@@ -36,67 +37,152 @@ def make(
     progress: Callable[[int, int], None],
     columns: dict[str, str],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return what the template shows, what the script draws from, and the figures of the summary.
+    """Return the values for the template, the data for the page's script, and the counts for the summary.
 
     Parameters
     ----------
     source, embeddings
-        The embeddings, opened and as they were given.
+        The embeddings, opened and as given by the user.
     paths
-        Plates that the user named.
-    profiles, evaluation, color_by, title, max_cells, seed
+        Plates named by the user.
+    profiles, evaluation, color_by, title, max_cells, seed, progress
         As in `cellvim.report.write_report`.
-    progress
-        Takes the parts done and their number.
     columns
-        Roles that the user named.
+        Roles named by the user.
 
     Raises
     ------
     CellvimError
-        Something that the user named is not there.
+        Something named by the user does not exist.
     """
     found = _findings(source, embeddings, profiles, evaluation, seed, columns)
-    progress(1, STEPS)
-    cells = show_cells(source, paths, max_cells=max_cells, seed=seed)
-    progress(2, STEPS)
-    controls = _controls(source, seed)
-    progress(3, STEPS)
+    progress(1, N_STEPS)
+    thumbnails, crops = _crops(source, paths, seed)
+    projection, no_map = None, ""
+    try:
+        projection = project_cells(
+            source.store.take,
+            source.wells(),
+            existing=source.matrix("X_umap"),
+            keep=None if thumbnails is None else thumbnails.rows,
+            max_cells=max_cells,
+            seed=seed,
+        )
+    except InputError as error:
+        no_map = str(error)
+    progress(2, N_STEPS)
     data: dict[str, Any] = {}
-    remarks = [warning] if (warning := record.untrained_warning(source.uns)) else []
+    plots: dict[str, Any] = {}
+    if thumbnails is not None:
+        data["crops"] = thumbnails.to_dict(_row_names(source, thumbnails.rows))
+    controls = _controls(source, seed, plots)
+    progress(3, N_STEPS)
+    warning = record.untrained_warning(source.uns)
+    remarks = [warning] if warning else []
+    uns = dict(source.uns)
+    if found.profiles is not None:
+        uns["profile"] = found.profiles.uns.get("cellvim", {}).get("profile", {})
+    roles = found.columns.as_dict() if found.columns is not None else {}
     content = {
         "title": title or _title(source),
-        "warnings": remarks + ([] if source.n_rows else ["The AnnData has no rows: nothing was found, or embedded."]),
-        "tiles": _tiles(source, found),
         "subtitle": _subtitle(source),
-        "plates": _plates(found, data),
-        "map": _map(source, cells, found, color_by, data),
-        "crops": _crops(source, cells, data),
+        "tiles": _tiles(source, found),
+        "warnings": remarks + ([] if source.n_rows else ["The AnnData has no rows: no cells were found or embedded."]),
+        "plates": _plates(found, data, plots),
+        "map": (
+            {"missing": no_map}
+            if projection is None
+            else _map(source, projection, thumbnails, found, color_by, data, plots)
+        ),
+        "crops": crops,
         "controls": controls,
         "assay": _assay(found),
         "retrieval": _retrieval(found),
         "summary": _summary(found),
-        "doses": _doses(found),
-        "neighbours": _neighbours(source, found, cells, data),
-        "record": _record(source, found),
-        "failed": make_table("Fields that could not be read.", *record.failures(source.uns)),
+        "doses": _doses(found, plots),
+        "neighbors": _neighbors(source, found, thumbnails, data),
+        "channels": make_table(
+            "Channels in the order of the model, and the stored intensities that are mapped to 0 and 1.",
+            ["On the plate", "In the model", "Mapped to 0", "Mapped to 1"],
+            record.channel_rows(uns),
+        ),
+        "record": record.record_lines(uns if source.uns else {})
+        + [(f"column of the {role}", name) for role, name in roles.items() if name is not None],
+        "failed": make_table("Fields that could not be read.", *record.failure_table(source.uns)),
         "no_failures": (
-            "Every field could be read." if "failed_fields" in source.uns else "Nothing is recorded of failed fields."
+            "All fields could be read." if "failed_fields" in source.uns else "Failed fields are not recorded."
         ),
     }
-    progress(STEPS, STEPS)
-    return (
-        content,
-        data,
-        {
-            "n_rows": source.n_rows,
-            "n_shown": 0 if cells.map is None else len(cells.map.rows),
-            "n_crops": 0 if cells.crops is None else len(cells.crops.rows),
-            "remarks": remarks
-            + [f"No crops: {cells.missing['crops']}" for _ in range("crops" in cells.missing)]
-            + cells.notes.get("crops", []),
-        },
-    )
+    data["figures"] = figures.to_document(plots)
+    progress(N_STEPS, N_STEPS)
+    summary = {
+        "n_rows": source.n_rows,
+        "n_shown": 0 if projection is None else len(projection.rows),
+        "n_crops": 0 if thumbnails is None else len(thumbnails.rows),
+        "remarks": remarks + ([f"No crops: {crops['missing']}"] if crops["missing"] else crops["notes"]),
+    }
+    return content, data, summary
+
+
+def make_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return a table for the template.
+
+    Parameters
+    ----------
+    caption
+        Caption of the table.
+    columns
+        Headings.
+    rows
+        Values. A column is numeric if all its values are numbers or missing.
+    """
+    shown = list(rows[:MAX_TABLE_ROWS])
+    if len(rows) > MAX_TABLE_ROWS:
+        caption += f" The first {MAX_TABLE_ROWS:,} of {len(rows):,} rows are shown."
+    numeric = [bool(shown) and all(_is_number(row[c]) for row in shown) for c in range(len(columns))]
+    return {
+        "caption": caption,
+        "columns": [{"name": str(name), "number": number} for name, number in zip(columns, numeric, strict=True)],
+        "rows": [[_cell(value, number) for value, number in zip(row, numeric, strict=True)] for row in shown],
+        "search": len(shown) > 12,
+    }
+
+
+def format_value(value: Any) -> str:
+    """Return a value as it is displayed in a table."""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{int(value):,}"
+    if value is None or pd.isna(value):
+        return "–"
+    if isinstance(value, float | np.floating):
+        if not np.isfinite(value):
+            return "–"
+        if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+            return f"{value:.2e}"
+        return f"{value:,.3f}" if value != round(value) or abs(value) < 10 else f"{value:,.0f}"
+    return str(value)
+
+
+def _frame_table(caption: str, frame: pd.DataFrame, names: dict[str, str]) -> dict[str, Any]:
+    """Return a table of some columns, given as ``{column: heading}``; missing ones are left out."""
+    names = {column: heading for column, heading in names.items() if column in frame}
+    rows = [list(row) for row in frame[list(names)].astype(object).itertuples(index=False, name=None)]
+    return make_table(caption, list(names.values()), rows)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return False
+    return value is None or value is pd.NA or isinstance(value, int | float | np.number)
+
+
+def _cell(value: Any, number: bool) -> dict[str, Any]:
+    key = None
+    if number:
+        key = repr(float(value)) if not pd.isna(value) and np.isfinite(float(value)) else ""
+    return {"text": format_value(value), "value": key, "number": number}
 
 
 def _findings(source: Source, embeddings, profiles, evaluation, seed: int, columns: dict[str, str]) -> Findings:
@@ -117,141 +203,184 @@ def _title(source: Source) -> str:
 def _subtitle(source: Source) -> str:
     model = source.uns.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    return f"{source.name}" + (f", embedded by {name}" if name else "")
+    return source.name + (f", embedded with {name}" if name else "")
 
 
-def _tiles(source: Source, found: Findings) -> list[dict[str, str]]:
-    unit = str(source.uns.get("unit", "cell"))
-    tiles = [(f"{source.n_rows:,}", f"{unit}s")]
+def _tiles(source: Source, found: Findings) -> list[tuple[str, str]]:
+    tiles = [(f"{source.n_rows:,}", f"{source.uns.get('unit', 'cell')}s")]
     for role, name in (("well", "wells"), ("plate", "plates"), ("perturbation", "perturbations")):
         if getattr(source.columns, role) is not None:
             number = len(np.unique(source.wells())) if role == "well" else pd.Series(source.text(role)).nunique()
             tiles.append((f"{number:,}", name if number != 1 else name[:-1]))
-    channels = source.uns.get("channels")
-    if isinstance(channels, dict) and channels.get("plate") is not None:
-        tiles.append((f"{len(channels['plate'])}", "channels"))
+    channels = record.channel_rows(source.uns)
+    tiles += [(f"{len(channels)}", "channels")] if channels else []
     tiles.append((f"{source.store.matrices['X']:,}", "features"))
     table = found.table("retrieval")
     if table is not None:
         tiles.append((f"{int(table['active'].sum())} of {len(table)}", "treatments active"))
-    return [{"value": value, "name": name} for value, name in tiles]
+    return tiles
 
 
-def _plates(found: Findings, data: dict[str, Any]) -> dict[str, Any]:
+def _plates(found: Findings, data: dict[str, Any], plots: dict[str, Any]) -> dict[str, Any]:
     if found.profiles is None:
-        return {"missing": found.missing.get("profiles", "There are no profiles of wells.")}
-    extra = []
-    activity = _activity(found)
-    if activity is not None:
-        extra.append(
-            (
-                ACTIVITY.removesuffix(" of the well"),
-                "0 is the median negative, 1 the median positive control.",
-                activity,
-            )
-        )
-    distance = found.distances()
-    if distance is not None:
-        label = "Distance from controls" if found.is_on_controls else "Distance from the plate's middle"
-        extra.append((label, "Root mean square of the profile's robust z scores.", distance))
-    precision = _precision(found)
-    if precision is not None:
-        extra.append(("mAP of the treatment", "How well its replicates find each other among controls.", precision))
+        return {"missing": found.missing["profiles"]}
+    extra = [
+        ("Activity", "0 is the median negative, 1 the median positive control.", found.activity()),
+        (found.distance_label, "Root mean square of the profile's robust z-scores.", found.distances()),
+        ("mAP of the treatment", "How well its replicates retrieve each other among controls.", found.precision()),
+    ]
     try:
-        data["plates"], notes = plate_maps(found.profiles, found.columns, extra)
-    except CellvimError as error:
+        data["plates"], notes = figures.plate_data(
+            found.profiles, found.columns, [measure for measure in extra if measure[2] is not None]
+        )
+    except InputError as error:
         return {"missing": str(error)}
-    plates = data["plates"]["list"]
+    measures, plates = data["plates"]["measures"], data["plates"]["list"]
+    plots |= {f"plate-map-{i}": plot for i, plot in enumerate(figures.plate_maps(measures))}
     return {
         "missing": "",
+        "measures": measures,
         "count": len(plates),
         "marks": any(well["mark"] for plate in plates for well in plate["wells"]),
         "notes": notes + found.notes,
     }
 
 
-def _activity(found: Findings) -> np.ndarray | None:
-    """Return each well's activity between the controls; None where it was not computed."""
-    table = found.table("activity")
-    if table is None or found.profiles is None:
-        return None
-    return table.set_index("row")["activity"].reindex(found.profiles.obs_names).to_numpy(float)
+def _crops(source: Source, paths: Sequence[str], seed: int) -> tuple[Thumbnails | None, dict[str, Any]]:
+    try:
+        thumbnails = make_thumbnails(source, paths, seed=seed)
+    except (PlateError, ChannelError):
+        raise
+    except InputError as error:
+        return None, {"missing": str(error)}
+    about = (
+        f"{len(thumbnails.rows):,} crops of {thumbnails.crop_size}, sampled evenly from perturbations and wells, are "
+        "included; the pointer finds the nearest cell with a crop. Intensities are scaled as for the model, and "
+        "brightened (gamma 0.7)."
+    )
+    return thumbnails, {"missing": "", "about": about, "notes": thumbnails.notes}
 
 
-def _precision(found: Findings) -> np.ndarray | None:
-    """Return for each well the mean average precision of its treatment; None where it was not computed."""
-    table = found.table("retrieval")
-    if table is None or found.columns is None or found.columns.perturbation is None:
-        return None
-    names = [n for n in (found.columns.perturbation, found.columns.dose) if n is not None and n in table]
-    known = pd.Series(table["mean_average_precision"].to_numpy(float), index=keys(table, names).to_numpy())
-    of_wells = keys(found.profiles.obs, names)
-    return of_wells.map(known[~known.index.duplicated()]).to_numpy(float)
-
-
-def _map(source: Source, cells: Cells, found: Findings, color_by: str | None, data: dict[str, Any]) -> dict[str, Any]:
-    if cells.map is None:
-        return {"missing": cells.missing["map"]}
-    extra = {}
-    values = _activity(found)
-    values = found.distances() if values is None else values
-    if values is not None and found.columns.well is not None:
-        obs = found.profiles.obs
-        plate = text(obs[found.columns.plate]).to_numpy() if found.columns.plate else None
-        wells = pd.DataFrame({"plate": plate, "well": text(obs[found.columns.well]).to_numpy()}, dtype=object)
-        extra[ACTIVITY] = spread_over_cells(source, wells, values)
-    data["map"] = map_data(source, cells, color_by, extra)
-    n = len(cells.map.rows)
-    shaded = " There are so many that each pixel shows the mean colour of its cells." if n > 20_000 else ""
-    if not data["map"]["columns"]:
-        cells.notes["map"].append("There is no column to colour by.")
+def _map(
+    source: Source,
+    projection: Projection,
+    thumbnails: Thumbnails | None,
+    found: Findings,
+    color_by: str | None,
+    data: dict[str, Any],
+    plots: dict[str, Any],
+) -> dict[str, Any]:
+    rows, roles, notes = projection.rows, source.columns, list(projection.notes)
+    table = source.obs.iloc[rows].reset_index(drop=True)
+    front = [roles.perturbation, roles.dose, roles.mechanism, roles.pert_type, roles.well, roles.plate]
+    activity = found.activity()
+    activity = found.distances() if activity is None else activity
+    if activity is not None and found.columns.well is not None:
+        front.append("Activity of the well")
+        table[front[-1]] = _spread_over_cells(source, found, activity)[rows]
+    front = list(dict.fromkeys(name for name in front if name is not None))
+    table = table[front + [name for name in table.columns if name not in front]]
+    columns, codes, excluded = figures.encode_columns(table)
+    names = [column["name"] for column in columns]
+    if color_by is not None and color_by not in names:
+        reason = f" ({dict(excluded)[color_by]})" if color_by in dict(excluded) else ""
+        raise InputError(f"The map cannot be coloured by '{color_by}'{reason}. Choose one of {listing(names, 40)}.")
+    if excluded:
+        notes.append(f"Not available as colours: {'; '.join(f'{name} ({why})' for name, why in excluded[:8])}.")
+    if not columns:
+        notes.append("There is no column to colour by.")
+    wanted = [color_by, roles.pert_type, roles.perturbation, roles.dose, roles.well]
+    plate = ["plate" if p is None else p for p in source.text("plate")[rows]]  # as `figures.plate_data` names it
+    well_codes, well_names = pd.factorize(pd.MultiIndex.from_arrays([plate, source.text("well")[rows]]))
+    arrays = {"x": projection.coordinates[:, 0], "y": projection.coordinates[:, 1]}
+    arrays["well"] = well_codes.astype(np.uint16 if len(well_names) < 65_536 else np.int32)
+    arrays |= {f"code{i}": values for i, values in enumerate(codes)}
+    data["palettes"] = {"colors": figures.CATEGORY_COLORS, "numbers": figures.viridis()}
+    data["map"] = {
+        "n": len(rows),
+        "columns": columns,
+        "initial": next((names.index(name) for name in wanted if name in names), 0),
+        "identity": [names.index(name) for name in (roles.perturbation, roles.dose) if name in names],
+        "wells": [list(well) for well in well_names],
+        "export": _export_columns(source, projection, arrays),
+    }
+    if thumbnails is not None:
+        place = np.searchsorted(rows, thumbnails.rows).clip(max=len(rows) - 1)
+        data["map"]["cropped"] = np.where(rows[place] == thumbnails.rows, place, -1)  # −1: not on the map
+    plots["map-figure"] = figures.cell_map(len(rows), projection.method, arrays)
+    n = f"{len(rows):,}"
     return {
         "missing": "",
-        "n": f"{n:,}",
-        "about": f"{cells.map.method} of {n:,} {source.uns.get('unit', 'cell')}s.{shaded}",
-        "notes": cells.notes["map"],
+        "n": n,
+        "about": f"{projection.method} of {n} {source.uns.get('unit', 'cell')}s.",
+        "notes": notes,
     }
 
 
-def _crops(source: Source, cells: Cells, data: dict[str, Any]) -> dict[str, Any]:
-    if cells.crops is None:
-        return {"missing": cells.missing.get("crops", "None were cut."), "shown": False}
-    data["crops"] = crop_data(source, cells.crops)
-    n, side = len(cells.crops.rows), cells.crops.side
-    return {
-        "missing": "",
-        "shown": True,
-        "about": (
-            f"{n:,} crops of {side} are in this page, drawn evenly from perturbations and wells; the pointer finds the "
-            "nearest cell that has one. Intensities are scaled as for the model, and brightened (gamma 0.7)."
-        ),
-        "notes": cells.notes["crops"],
-    }
+def _export_columns(source: Source, projection: Projection, arrays: dict[str, np.ndarray]) -> list[list[str]]:
+    """Add what identifies each displayed row to the arrays; return the headings of the CSV and the arrays' names.
+
+    Texts are stored as the bytes of a JSON list, which Bokeh compresses.
+    """
+    rows = projection.rows
+    texts = {"obs_name": source.store.row_names()[rows]}
+    for name in (source.columns.plate, source.columns.well, source.site_column, "Metadata_ObjectNumber"):
+        if name in source.obs:
+            texts[name] = text(source.obs[name].iloc[rows]).to_numpy(dtype=object)
+    export = []
+    for i, (name, values) in enumerate(texts.items()):
+        encoded = json.dumps([None if v is None else str(v) for v in values], separators=(",", ":"))
+        arrays[f"text{i}"] = np.frombuffer(encoded.encode(), np.uint8)
+        export.append([str(name), f"text{i}"])
+    export += [[f"{projection.method}{i + 1}", axis] for i, axis in enumerate("xy")]
+    spatial = source.matrix("spatial")
+    if spatial is not None:
+        unit = "um" if str(source.uns.get("spatial_unit", "micrometer")) == "micrometer" else "px"
+        for axis, values in zip("xy", spatial[rows].T[:2], strict=True):
+            arrays[f"spatial_{axis}"] = values.astype(np.float32)
+            export.append([f"field_{axis}_{unit}", f"spatial_{axis}"])
+    return export
 
 
-def _controls(source: Source, seed: int) -> dict[str, Any]:
+def _row_names(source: Source, rows: np.ndarray) -> list[str]:
+    """Return names such as "plate A01 site 1 object 3"."""
+    parts = [source.text("plate")[rows], source.text("well")[rows]]
+    for word, name in (("site", source.site_column), ("object", "Metadata_ObjectNumber")):
+        if name in source.obs:
+            parts.append([f"{word} {value}" for value in source.obs[name].iloc[rows]])
+    return [" ".join(str(part) for part in name if part is not None) for name in zip(*parts, strict=True)]
+
+
+def _spread_over_cells(source: Source, found: Findings, values: np.ndarray) -> np.ndarray:
+    """Give each cell the value of its well, (wells,) -> (n,); NaN for wells without a value."""
+    obs, columns = found.profiles.obs, found.columns
+    plate = text(obs[columns.plate]).to_numpy() if columns.plate else np.full(len(obs), None)
+    known = pd.Series(values, index=pd.MultiIndex.from_arrays([plate, text(obs[columns.well]).to_numpy()]))
+    of_cells = pd.MultiIndex.from_arrays([source.text("plate"), source.text("well")])
+    return known[~known.index.duplicated()].reindex(of_cells).to_numpy(np.float64)
+
+
+def _controls(source: Source, seed: int, plots: dict[str, Any]) -> dict[str, Any]:
     if source.n_rows == 0:
-        return {"missing": "There are no rows."}
+        return {"missing": "The AnnData has no rows."}
     try:
         results, notes = separate_stored_controls(source.store, source.obs, source.columns, seed=seed)
     except CellvimError as error:
         return {"missing": str(error)}
     first = results[0]
+    plots["controls-figure"] = figures.separation_chart(
+        [(r.features, r.balanced_accuracy, r.balanced_accuracy_std) for r in results]
+    )
     return {
         "missing": "",
         "about": (
-            f"Positive against negative control, cell by cell: logistic regression on {first.n_rows:,} cells of "
-            f"{first.n_wells} wells, whole wells held out in {first.n_folds} folds. Chance is 0.5."
+            f"Positive against negative controls, cell by cell: logistic regression on {first.n_rows:,} cells of "
+            f"{first.n_wells} wells, with whole wells held out in {first.n_folds} folds. Chance is 0.5."
         ),
-        "chart": charts.dot_chart(
-            [(r.features, r.balanced_accuracy, r.balanced_accuracy_std) for r in results],
-            label="Balanced accuracy of telling controls apart: "
-            + ", ".join(f"{r.features} {r.balanced_accuracy:.3f}" for r in results),
-            zero=0.5,
-        ),
+        "label": "Balanced accuracy: " + ", ".join(f"{r.features} {r.balanced_accuracy:.3f}" for r in results),
         "table": make_table(
             "Mean over the folds; ± is the standard deviation over the folds.",
-            ["Features", "Numbers", "Balanced accuracy", "±", "AUC"],
+            ["Features", "Dimensions", "Balanced accuracy", "±", "AUC"],
             [[r.features, r.n_features, r.balanced_accuracy, r.balanced_accuracy_std, r.auc] for r in results],
         ),
         "notes": notes,
@@ -262,132 +391,102 @@ def _assay(found: Findings) -> dict[str, Any]:
     table = found.table("assay")
     if table is None:
         return {"missing": found.reason("assay")}
-    names = {
-        "plate": "Plate",
-        "n_negative": "Negative",
-        "n_positive": "Positive",
-        "z_prime": "Z′",
-        "robust_z_prime": "Robust Z′",
-        "ssmd": "SSMD",
-    }
-    caption = "Assay quality by plate: Z′ above 0.5 is excellent, below 0 the controls overlap."
-    return {"missing": "", "table": frame_table(caption, table, names)}
+    names = {"plate": "Plate", "n_negative": "Negative", "n_positive": "Positive"}
+    names |= {"z_prime": "Z′", "robust_z_prime": "Robust Z′", "ssmd": "SSMD"}
+    caption = "Assay quality per plate: Z′ above 0.5 is excellent; below 0 the controls overlap."
+    return {"missing": "", "table": _frame_table(caption, table, names)}
 
 
 def _retrieval(found: Findings) -> dict[str, Any]:
     table = found.table("retrieval")
     if table is None:
         return {"missing": found.reason("retrieval")}
-    columns = found.columns
-    names = {c: c for c in (columns.perturbation, columns.dose, columns.mechanism) if c is not None}
-    names |= {
-        "n_replicates": "Wells",
-        "mean_average_precision": "mAP",
-        "mean_normalized_average_precision": "Normalised mAP",
-        "p_value": "p",
-        "corrected_p_value": "q",
-        "active": "Active",
-    }
+    roles = found.columns
+    names = {c: c for c in (roles.perturbation, roles.dose, roles.mechanism) if c is not None}
+    names |= {"n_replicates": "Wells", "mean_average_precision": "mAP"}
+    names |= {"mean_normalized_average_precision": "Normalised mAP", "p_value": "p", "corrected_p_value": "q"}
+    names |= {"active": "Active"}
     return {
         "missing": "",
         "about": (
-            f"Mean average precision: how well the wells of a treatment find each other among controls, from "
-            f"{found.use}. Active is q < 0.05."
+            f"Mean average precision: how well the wells of a treatment retrieve each other among controls, from "
+            f"{found.use}. Active: q < 0.05."
         ),
-        "table": frame_table("One row a treatment of at least two wells.", table, names),
-        "notes": [],
+        "table": _frame_table("One row per treatment with at least two wells.", table, names),
     }
 
 
 def _summary(found: Findings) -> dict[str, Any] | None:
     if found.evaluation is None or not len(found.evaluation.summary):
         return None
-    features, rows = summary_table(found.evaluation)
-    names = [f"embedding ({features[0]})", *features[1:]]
-    return make_table("Each figure for the embedding and for what needs none.", ["Figure", *names], rows)
+    wide = found.evaluation.wide()
+    names = [str(name) for name in wide.columns]
+    rows = [
+        [f"{task}: {measure}" if task not in measure else measure, *row]
+        for (task, measure), row in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    return make_table("Embedding and baselines.", ["Measure", f"embedding ({names[0]})", *names[1:]], rows)
 
 
-def _doses(found: Findings) -> dict[str, Any]:
+def _doses(found: Findings, plots: dict[str, Any]) -> dict[str, Any]:
     curves, points = found.table("dose_response"), found.table("dose_points")
     if curves is None or points is None:
         return {"missing": found.reason("dose_response")}
-    drawn = charts.dose_charts(curves, points)
-    names = {
-        "perturbation": "Perturbation",
-        "n_doses": "Doses",
-        "n_wells": "Wells",
-        "ec50": "EC50",
-        "hill": "Hill slope",
-        "r_squared": "R²",
-        "p_value": "p",
-        "spearman": "Rank correlation",
-        "remark": "Remark",
-    }
-    notes = [] if len(drawn) == len(curves) else [f"{len(drawn)} of {len(curves)} curves are drawn, the surest first."]
+    charts = figures.dose_charts(curves, points)
+    plots |= {f"dose-{i}": plot for i, (_, _, plot) in enumerate(charts)}
+    names = {"perturbation": "Perturbation", "n_doses": "Doses", "n_wells": "Wells", "ec50": "EC50"}
+    names |= {"hill": "Hill slope", "r_squared": "R²", "p_value": "p", "spearman": "Rank correlation"}
+    names |= {"remark": "Remark"}
     return {
         "missing": "",
         "about": (
             "Activity against dose: 0 is the median negative, 1 the median positive control. Dots are means of wells; "
             "the line is a four-parameter logistic curve."
         ),
-        "charts": drawn,
-        "table": frame_table("One row a perturbation.", curves, names),
-        "notes": notes,
+        "charts": [(name, fit) for name, fit, _ in charts],
+        "table": _frame_table("One row per perturbation.", curves, names),
+        "notes": [f"{len(charts)} of {len(curves)} curves are shown, by p-value."] if len(charts) < len(curves) else [],
     }
 
 
-def _neighbours(source: Source, found: Findings, cells: Cells, data: dict[str, Any]) -> dict[str, Any]:
+def _neighbors(source: Source, found: Findings, thumbnails: Thumbnails | None, data: dict[str, Any]) -> dict[str, Any]:
     if found.profiles is None or found.columns is None:
-        return {"missing": found.missing.get("profiles", "There are no profiles of wells.")}
-    column = found.columns.perturbation
-    if column is None:
-        return {"missing": "No column says what was done to the cells. Name it with --perturbation COLUMN."}
+        return {"missing": found.missing["profiles"]}
+    if found.columns.perturbation is None:
+        return {"missing": "No column contains the perturbation. Name it with --perturbation COLUMN."}
+    notes = []
+    perturbation = text(found.profiles.obs[found.columns.perturbation]).to_numpy(dtype=object)
     try:
-        values = found.values()
-        note = []
-        if found.use == "X":  # not centred on the controls
+        values = matrix(found.profiles, found.use)
+        if found.use == "X":  # not relative to the controls
             values = values - np.nanmean(values, axis=0)
-            note.append("Profiles are not normalised: they are compared after subtracting their mean.")
-        perturbation = text(found.profiles.obs[column]).to_numpy(dtype=object)
-        names, nearest, similarity = neighbours.nearest_perturbations(perturbation, values)
+            notes.append("Profiles are not normalised: their mean was subtracted.")
+        names, nearest, similarity = nearest_perturbations(perturbation, values)
     except InputError as error:
         return {"missing": str(error)}
-    if len(names) > neighbours.MAX_PERTURBATIONS:
-        return {"missing": f"There are {len(names):,} perturbations; up to {neighbours.MAX_PERTURBATIONS:,} are shown."}
-    crops = {}
-    if cells.crops is not None:
-        rows = cells.crops.rows
-        crops = neighbours.typical_crops(source.text("perturbation")[rows], source.rows(rows))
+    typical = {}
+    if thumbnails is not None:
+        typical = typical_cells(source.text("perturbation")[thumbnails.rows], source.store.take(thumbnails.rows))
     wells = pd.Series(perturbation).value_counts()
-    about = {name: [["wells", f"{wells[name]:,}"]] for name in names}
-    precision, strength = _precision(found), {}
-    if precision is not None:
-        best = pd.Series(precision).groupby(perturbation).max().dropna()
-        strength = best.to_dict()
-        for name, value in strength.items():
-            about.get(name, []).append(["mAP", f"{value:.2f}"])
-    data["neighbours"] = neighbours.neighbour_data(names, nearest, similarity, crops, about, strength)
+    precision = found.precision()
+    best = {} if precision is None else pd.Series(precision).groupby(perturbation).max().dropna().to_dict()
+    data["neighbors"] = {
+        "initial": max(range(len(names)), key=lambda i: (best.get(names[i], -np.inf), names[i] in typical, -i)),
+        "list": [
+            {
+                "name": name,
+                "crops": typical.get(name, []),
+                "about": [["wells", f"{wells[name]:,}"]] + ([["mAP", f"{best[name]:.2f}"]] if name in best else []),
+                "nearest": [[int(j), round(float(s), 4)] for j, s in zip(nearest[i], similarity[i], strict=True)],
+            }
+            for i, name in enumerate(names)
+        ],
+    }
     return {
         "missing": "",
         "about": (
-            f"Cosine similarity of mean profiles ({found.use}). Crops are of the cells nearest to the mean of the "
-            "perturbation's cells in this page."
+            f"Cosine similarity of mean profiles ({found.use}). The crops show the cells nearest to the mean of the "
+            "perturbation's cells on this page."
         ),
-        "notes": note,
+        "notes": notes,
     }
-
-
-def _record(source: Source, found: Findings) -> dict[str, Any]:
-    uns = dict(source.uns)
-    if found.profiles is not None:
-        uns["profile"] = found.profiles.uns.get("cellvim", {}).get("profile", {})
-    table = make_table(
-        "Channels in the model's order, and the stored intensities that became 0 and 1.",
-        ["On the plate", "To the model", "Becomes 0", "Becomes 1"],
-        record.channel_rows(uns),
-    )
-    lines = record.record_lines(uns) if source.uns else []
-    if lines and found.columns is not None:
-        taken = ", ".join(f"{role} {name}" for role, name in found.columns.as_dict().items() if name is not None)
-        lines.append(("Columns taken", taken))
-    return {"channels": table, "lines": lines}

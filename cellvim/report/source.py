@@ -1,4 +1,4 @@
-"""What a report is about: the rows of an AnnData, read when they are needed, and which column says what."""
+"""The input of a report: rows of an AnnData, read on demand, and the roles of the columns of ``obs``."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ import numpy as np
 import pandas as pd
 
 from cellvim.anndata_io import StoredAnnData, open_anndata
-from cellvim.profiles.columns import Columns, find_columns, is_value, text
+from cellvim.profiles.columns import Columns, find_columns, text
 from cellvim.report.record import with_first_plate
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+SITE_COLUMNS = ("Metadata_Site", "Metadata_Field", "Site")
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The embeddings of a report.
+    """Embeddings to report on.
 
     Attributes
     ----------
     name
-        What to call them.
+        Name for messages and the subtitle.
     store
-        Their rows.
+        The rows.
     obs
-        All columns; the index is 0 … n − 1.
+        All columns of ``obs``, with the index 0 … n − 1.
     columns
-        Which column says what.
+        Roles of the columns.
     uns
         ``uns["cellvim"]``.
     """
@@ -45,39 +47,30 @@ class Source:
 
     @property
     def n_rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return self.store.n_rows
 
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """Return rows of X, (m, D) float32, in ascending order of ``index``."""
-        return self.store.take(index)
-
     def matrix(self, name: str) -> np.ndarray | None:
-        """Return a whole entry of obsm, or None where there is none of two or more columns."""
+        """Return an entry of obsm with two or more columns, or None."""
         values = self.store.obsm(name)
         return values if values is not None and values.ndim == 2 and values.shape[1] >= 2 else None
 
     def text(self, role: str) -> np.ndarray:
-        """Return what a role's column says, (n,) text; None where nothing is said or there is no such column."""
+        """Return the column of a role as (n,) text; None for missing values or a missing column."""
         column = getattr(self.columns, role)
         if column is None:
             return np.full(len(self.obs), None, dtype=object)
         return text(self.obs[column]).to_numpy(dtype=object)
 
+    @property
+    def site_column(self) -> str | None:
+        """Column with the site of each row."""
+        return next((name for name in SITE_COLUMNS if name in self.obs), None)
+
     def wells(self) -> np.ndarray:
-        """Return a code for each row's plate and well, (n,), 0 and up."""
+        """Return an integer code per plate and well, (n,), starting at 0."""
         plate, well = (pd.factorize(self.text(role), use_na_sentinel=False)[0] for role in ("plate", "well"))
         return pd.factorize(plate * (well.max(initial=0) + 1) + well)[0]
-
-    def kinds(self) -> np.ndarray:
-        """Return "negative", "positive" or "" for each row."""
-        column = self.columns.pert_type
-        if column is None:
-            return np.full(len(self.obs), "", dtype=object)
-        is_negative, is_positive = (
-            is_value(self.obs[column], kind) for kind in (self.columns.negative, self.columns.positive)
-        )
-        return np.where(is_negative, "negative", np.where(is_positive, "positive", "")).astype(object)
 
 
 @contextmanager
@@ -87,14 +80,14 @@ def open_source(source: str | Path | AnnData, **columns: str | None) -> Iterator
     Parameters
     ----------
     source
-        An AnnData, or the path of one.
+        An AnnData or its path.
     **columns
         As for `cellvim.profiles.find_columns`.
 
     Raises
     ------
     CellvimError
-        It cannot be read, or a column that was named is not there.
+        The embeddings cannot be read, or a named column does not exist.
     """
     with open_anndata(source) as store:
         obs = store.obs()

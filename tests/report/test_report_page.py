@@ -52,13 +52,13 @@ def test_every_part_has_its_content(whole):
     page, summary, _ = whole
     assert page.sections["header"].count("UNTRAINED") == 1
     assert summary.n_rows == summary.n_shown == summary.n_crops == N_CELLS
-    assert "36 cells are too few for UMAP" in page.sections["map"]
+    assert "too few for UMAP" in page.sections["map"]
     assert f"{N_CELLS} crops of 32 px (16 µm)" in page.sections["map"]
     assert "logistic regression on 15 cells of 5 wells" in page.sections["controls"]
     assert "Z′" in page.sections["controls"] and "robust z scores" not in page.sections["controls"]
-    assert "mAP" in page.sections["activity"] and "baselines beside them" in page.sections["activity"]
+    assert "mAP" in page.sections["activity"] and "All measures" in page.sections["activity"]
     assert "EC50" in page.sections["doses"]
-    assert "Cosine similarity" in page.sections["neighbours"]
+    assert "Cosine similarity" in page.sections["neighbors"]
     assert "ab" * 32 in page.sections["record"] and "1300" in page.sections["record"]
     assert f"unreadable {SCRIPT}" in page.sections["failures"]
     assert not [a for a in page.tags("p") if a.get("class") == "absent"]
@@ -103,9 +103,9 @@ def test_activity_and_precision_are_those_of_cellvim_evaluate(whole):
 
 
 def test_names_never_break_out(whole):
-    """Two scripts, both ours; no attribute that runs; names are text, and the data's JSON gives them back."""
+    """No other scripts and no event attributes; names are text, and the JSON of the data contains them unchanged."""
     page, _, html = whole
-    assert [a.get("type") for a in page.tags("script")] == ["application/json", None]
+    assert [a.get("type") for a in page.tags("script")] == ["application/json", None, None]
     assert not page.tags("img")
     assert all(not attributes for attributes in page.tags("b"))  # those of the tiles
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
@@ -113,7 +113,7 @@ def test_names_never_break_out(whole):
     assert SCRIPT in page.sections["activity"] or SCRIPT in page.sections["doses"]
     categories = next(c["categories"] for c in page.data["map"]["columns"] if c["name"] == "compound")
     assert set(categories) == {*HOSTILE, "DMSO"}
-    assert {one["name"] for one in page.data["neighbours"]["list"]} == {*HOSTILE, "DMSO"}
+    assert {one["name"] for one in page.data["neighbors"]["list"]} == {*HOSTILE, "DMSO"}
     assert not set(re.findall(r"[<>&\u2028]", page.scripts[0]))
 
 
@@ -127,7 +127,7 @@ def test_names_of_wells_plates_channels_and_columns(make, tmp_path, name):
     adata.obs[name] = 1.5
     adata.uns["cellvim"]["unit"] = "cell"
     page, _, html = make(adata, title=name, color_by=name)
-    assert len(page.tags("script")) == 2 and "window.pwned=1>" not in html.replace("window.pwned=1&gt;", "")
+    assert len(page.tags("script")) == 3 and "window.pwned=1>" not in html.replace("window.pwned=1&gt;", "")
     assert name in page.sections["header"] and name in page.sections["record"]
     assert page.data["map"]["columns"][page.data["map"]["initial"]]["name"] == name
     assert all(not attribute.startswith("on") for _, attributes in page.elements for attribute in attributes)
@@ -142,7 +142,7 @@ def test_the_page_asks_no_network(whole):
             assert not attributes.get(name) or attributes[name].startswith("#"), (tag, attributes)
     code = html.split("<script>")[1]
     assert not re.search(
-        r"\bfetch\(|XMLHttpRequest|import\(|url\(|@import", code + html.split("<style>")[1].split("</style>")[0]
+        r"\bfetch\(|XMLHttpRequest|import\(|url\(|@import", code + html.split("<style")[1].split("</style>")[0]
     )
 
 
@@ -150,11 +150,12 @@ def test_the_policy_names_the_script_and_style(whole):
     import base64
     from hashlib import sha256
 
-    page, _, html = whole
+    page, _, _ = whole
     (policy,) = [a["content"] for a in page.tags("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    style = html.split("<style>")[1].split("</style>")[0]
-    for text in (page.scripts[1], style):
+    for text in page.scripts[1:]:
         assert base64.b64encode(sha256(text.encode()).digest()).decode() in policy
+    (style,) = page.tags("style")
+    assert f"style-src 'nonce-{style['nonce']}'" in policy and len(style["nonce"]) > 40
     assert not [attributes for _, attributes in page.elements if "style" in attributes]  # the policy forbids them
 
 
@@ -178,20 +179,20 @@ def _absent(page: Page, section: str) -> str:
 def test_nothing_but_embeddings(make):
     bare = anndata.AnnData(np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32))
     page, summary, _ = make(bare)
-    assert "does not say which weights" in page.sections["header"]
+    assert "does not record whether the weights were trained" in page.sections["header"]
     assert "column" in page.sections["plates"] and "well" in page.sections["plates"].lower()
     assert "There is no column to colour by" in page.sections["map"] and "No crops" in page.sections["map"]
     assert "No column of controls" in page.sections["controls"]
-    for section in ("activity", "doses", "neighbours"):
+    for section in ("activity", "doses", "neighbors"):
         assert len(page.sections[section].strip()) > 40, section
-    assert "no record of how it was made" in page.sections["record"]
+    assert "no provenance" in page.sections["record"]
     assert summary.n_shown == 20 and summary.n_crops == 0
 
 
 def test_no_rows(make, embeddings):
     page, summary, _ = make(embeddings[:0].copy())
     assert summary.n_rows == 0 and "no rows" in page.sections["header"]
-    for section in ("plates", "map", "controls", "activity", "doses", "neighbours"):
+    for section in ("plates", "map", "controls", "activity", "doses", "neighbors"):
         assert "rows" in page.sections[section], section
 
 
@@ -208,20 +209,20 @@ def test_numbers_that_are_not_finite(make, embeddings):
     embeddings.obs["qc_focus"] = np.nan
     page, summary, _ = make(embeddings)
     assert summary.n_shown == N_CELLS - 3
-    assert "3 cells are left out: their numbers are not finite" in page.sections["map"]
-    assert "3 cells are left out" in page.sections["controls"] or "left out" in page.sections["controls"]
-    assert "Not offered as colours: qc_focus (no values)" in page.sections["map"]
+    assert "3 cells are excluded" in page.sections["map"]
+    assert "3 cells" in page.sections["controls"]
+    assert "Not available as colours: qc_focus (no values)" in page.sections["map"]
     embeddings.X[:] = np.nan
     page, summary, _ = make(embeddings)
-    assert summary.n_shown == 0 and "No cell has finite numbers" in page.sections["map"]
+    assert summary.n_shown == 0 and "No cell has finite values" in page.sections["map"]
 
 
 def test_no_controls(make, embeddings):
     embeddings.obs["Metadata_pert_type"] = "trt"
     page, _, _ = make(embeddings)
-    assert "'Metadata_pert_type' is 'negcon' in no row" in page.sections["controls"]
+    assert "'Metadata_pert_type' is never 'negcon'" in page.sections["controls"]
     labels = [measure["label"] for measure in page.data["plates"]["measures"]]
-    assert "Distance from the plate's middle" in labels and "Distance from controls" not in labels
+    assert "Distance from the plate's center" in labels and "Distance from controls" not in labels
     assert "--control" in page.sections["controls"]
     assert "scaled by all wells" in page.sections["plates"]
     assert "No row is a negative control" in page.sections["activity"]
@@ -232,7 +233,7 @@ def test_no_doses_and_no_perturbations(make, embeddings):
     page, _, _ = make(embeddings)
     assert "No column of the dose" in page.sections["doses"]
     assert (
-        "--perturbation" in page.sections["neighbours"] and "No column of the perturbation" in page.sections["activity"]
+        "--perturbation" in page.sections["neighbors"] and "No column of the perturbation" in page.sections["activity"]
     )
 
 
@@ -267,7 +268,7 @@ def test_a_plate_with_other_wells(make, tmp_path):
 def test_a_plate_of_another_name_is_said(make, tmp_path):
     other = write_plate(tmp_path / "stranger.zarr", {"A01": [draw_field(0, 4)]}, ["DNA", "GFP"])
     page, _, _ = make(make_embeddings(other))
-    assert "the crops of a plate called stranger: is it the right one?" in page.sections["map"]
+    assert "the crops from a plate called stranger" in page.sections["map"]
 
 
 def test_fields_that_cannot_be_read(make, tmp_path):
@@ -299,7 +300,7 @@ def test_a_report_of_what_embed_wrote_of_several_plates(make, tmp_path):
     assert summary.n_crops == adata.n_obs == 14
     assert {name.split()[0] for name in page.data["crops"]["names"]} == {"p0", "p1"}
     assert [c["name"] for c in page.data["crops"]["channels"]] == ["DNA", "GFP"]
-    assert "scaled as those of" in page.sections["map"]
+    assert "use the scaling of p0" in page.sections["map"]
     assert "A02/0" in page.sections["failures"] and "p1" in page.sections["failures"]
 
 
@@ -341,7 +342,7 @@ def test_profiles_and_evaluation_that_are_given(make, embeddings, tmp_path):
     assert "from standardized" in page.sections["activity"]
     assert "It was not computed" in page.sections["doses"]
     (tmp_path / "evaluation.json").write_text("{}")
-    with pytest.raises(InputError, match="no evaluation"):
+    with pytest.raises(InputError, match="not an evaluation"):
         make(embeddings, evaluation=tmp_path / "evaluation.json")
 
 
@@ -354,7 +355,7 @@ def test_coordinates_that_are_there_are_taken(make, embeddings):
 def test_a_sample_is_said_to_be_one(make, embeddings):
     del embeddings.obsm["spatial"]  # no crops, that would have to be shown, too
     page, summary, _ = make(embeddings, max_cells=20)
-    assert summary.n_shown == 20 and f"20 of {N_CELLS} cells are shown, drawn evenly" in page.sections["map"]
+    assert summary.n_shown == 20 and f"20 of {N_CELLS} cells are shown, sampled evenly" in page.sections["map"]
 
 
 # --- the command
@@ -415,7 +416,7 @@ def test_a_folder_is_never_replaced(tmp_path, embeddings):
 
 
 def test_json_of_odd_values():
-    from cellvim.report.encoding import to_json
+    from cellvim.report.page import to_json
 
     text = to_json({"a": np.float32("nan"), "b": [np.int64(3), True, None], "</script>": np.array(["&\u2029"])})
     assert "<" not in text and "&" not in text and text.isascii()
