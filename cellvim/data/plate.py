@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,15 @@ def open_plate(
     if not isinstance(level, int) or isinstance(level, bool) or level < 0:
         raise PlateError(f"level={level!r} is not a resolution; expected 0, the full resolution, or a larger number.")
     return Plate(locate(path, storage_options), z=z, t=t, level=level)
+
+
+def sample_fields(fields: Sequence[Field], count: int, seed: int) -> list[Field]:
+    """Draw one field from each of ``count`` equal sections of a plate: evenly spread, but not periodic."""
+    if count >= len(fields):
+        return list(fields)
+    edges = np.linspace(0, len(fields), count + 1).astype(int)
+    rng = np.random.default_rng(seed)
+    return [fields[rng.integers(start, stop)] for start, stop in pairwise(edges)]
 
 
 def describe(plate: Plate) -> dict[str, Any]:

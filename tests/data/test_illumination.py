@@ -79,5 +79,5 @@ def test_few_or_unequal_fields_are_refused(make_plate, tmp_path):
         for i in range(9):
             writer.write_field(f"A{i + 1}", "1", np.ones((1, 20 + i, 20), "uint8"))
         writer.finish()
-    with pytest.raises(PlateError, match="of one size only"):
+    with pytest.raises(PlateError, match="fields of one size"):
         estimate_illumination(open_plate(tmp_path / "u.zarr"), ["DNA"])
