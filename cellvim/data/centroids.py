@@ -8,18 +8,18 @@ import sqlite3
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from cellvim.data.wells import canonical_well
 from cellvim.errors import InputError, MetadataError, listing
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".parquet", ".pq", ".sqlite", ".sqlite3", ".db")
-COMPARTMENTS = ("Nuclei", "Nucleus", "Cells", "Cell", "Cytoplasm")  # whose centre is taken, in this order
+COMPARTMENTS = ("Nuclei", "Nucleus", "Cells", "Cell", "Cytoplasm")  # in order of preference
 
-# What a column may be called, without prefixes such as Metadata_ and Image_, case and punctuation
+# Known names of columns, without prefixes such as Metadata_ and Image_, case and punctuation
 _X = ("locationcenterx", "areashapecenterx", "xpx", "centroidx", "centerx", "x", "posx", "centroid1")
 _Y = ("locationcentery", "areashapecentery", "ypx", "centroidy", "centery", "y", "posy", "centroid0")
 _X_UM, _Y_UM = ("xum", "centroidxum", "centerxum"), ("yum", "centroidyum", "centeryum")
@@ -32,7 +32,7 @@ _TABLE = ("tablenumber",)
 
 
 def read_centroids(path: str | Path, *, plate_name: str | None = None, object_name: str | None = None) -> pd.DataFrame:
-    """Read where cells are.
+    """Read cell positions from a table.
 
     Parameters
     ----------
@@ -40,21 +40,21 @@ def read_centroids(path: str | Path, *, plate_name: str | None = None, object_na
         ``Nuclei.csv`` of CellProfiler (with its ``Image.csv`` beside it for wells and sites), CellProfiler's or
         cytominer's SQLite, CytoTable's parquet, or any CSV or parquet with columns for x, y, well and site.
     plate_name
-        Which rows to take where the table has several plates.
+        Plate whose rows to take, if the table has several.
     object_name
-        Compartment whose centre is meant, such as ``Cells``; nuclei by default.
+        Compartment whose center to take, such as ``Cells``; nuclei by default.
 
     Returns
     -------
     pandas.DataFrame
-        One row a cell: ``well`` (A01, or None where the table does not say), ``site`` (text, or None), ``number``,
-        and ``x`` and ``y`` in pixels, the middle of the first pixel being 0, or, where the columns are in µm,
-        ``x_um`` and ``y_um`` instead. Rows without a position are left out.
+        One row per cell: ``well`` (A01, or None if the table has no wells), ``site`` (text, or None), ``number``, and
+        ``x`` and ``y`` in pixels (the center of the first pixel is 0), or ``x_um`` and ``y_um`` if the columns are in
+        µm. Rows without a position are omitted.
 
     Raises
     ------
     MetadataError
-        The file cannot be read, or has no columns of positions.
+        The file cannot be read or does not have columns of positions.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,8 +104,6 @@ def _is_image_table(candidate: Path, path: Path) -> bool:
 
 
 def _from_sqlite(path: Path, object_name: str | None) -> tuple[pd.DataFrame, dict[str, str]]:
-    import pandas as pd
-
     with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as connection:
         tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table','view')")]
         names = {t: [r[1] for r in connection.execute(f"PRAGMA table_info({_quoted(t)})")] for t in tables}
@@ -147,16 +145,12 @@ def _quoted(name: str) -> str:
 
 
 def _header(path: Path) -> list[str]:
-    import pandas as pd
-
     if path.suffix.lower() in (".parquet", ".pq"):
         return list(_parquet(path).schema_arrow.names)
     return [str(c) for c in pd.read_csv(path, nrows=0, sep=_delimiter(path), encoding="utf-8-sig").columns]
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    import pandas as pd
-
     if path.suffix.lower() in (".parquet", ".pq"):
         return _parquet(path).read(columns=columns).to_pandas()
     return pd.read_csv(path, usecols=columns, sep=_delimiter(path), encoding="utf-8-sig", low_memory=False)
@@ -193,7 +187,7 @@ def _find(names: list[str], path: Path, object_name: str | None) -> dict[str, st
 
 
 def _roles(names: Iterable[str], object_name: str | None = None) -> dict[str, str]:
-    """Return which column holds what: role -> name."""
+    """Return the columns by their role: role -> name."""
     names = list(names)
     plain = {n: _plain(n, object_name) for n in names}
     roles: dict[str, str] = {}
@@ -219,7 +213,7 @@ def _roles(names: Iterable[str], object_name: str | None = None) -> dict[str, st
 
 
 def _plain(name: str, object_name: str | None) -> Any:
-    """Return (compartment, what) of a column's name; only what if ``object_name`` is an empty text."""
+    """Return (compartment, simplified name) of a column; only the latter if ``object_name`` is an empty string."""
     text = re.sub(r"^(Image_)?(Metadata_)?", "", str(name).strip(), flags=re.I)
     compartment = ""
     for known in [object_name] if object_name else COMPARTMENTS:
@@ -231,21 +225,18 @@ def _plain(name: str, object_name: str | None) -> Any:
         if match:
             compartment, text = known.lower(), text[: match.start()]
             break
-    what = "".join(ch for ch in text.casefold() if ch.isalnum())
-    return what if object_name == "" else (compartment, what)
+    simplified = "".join(ch for ch in text.casefold() if ch.isalnum())
+    return simplified if object_name == "" else (compartment, simplified)
 
 
 def _standard(table: pd.DataFrame, columns: dict[str, str], path: Path, plate_name: str | None) -> pd.DataFrame:
-    import numpy as np
-    import pandas as pd
-
     if "plate" in columns and plate_name is not None:
         plates = table[columns["plate"]].astype(str)
         if plates.nunique() > 1:
             table = table[plates == plate_name]
             if table.empty:
                 raise MetadataError(
-                    f"{path} has cells of the plates {listing(sorted(plates.unique()), 6)} and none of '{plate_name}'."
+                    f"{path} has cells of the plates {listing(sorted(plates.unique()), 6)}, but not of '{plate_name}'."
                 )
     unit = ("x", "y") if "x" in columns else ("x_um", "y_um")
     out = pd.DataFrame({u: pd.to_numeric(table[columns[u]], errors="coerce").to_numpy(float) for u in unit})
@@ -263,8 +254,6 @@ def _standard(table: pd.DataFrame, columns: dict[str, str], path: Path, plate_na
 
 
 def _well(value: Any, path: Path) -> str | None:
-    import pandas as pd
-
     if value is None or pd.isna(value):
         return None
     try:
@@ -274,9 +263,7 @@ def _well(value: Any, path: Path) -> str | None:
 
 
 def site_text(value: Any) -> str | None:
-    """Return a site as text: 1, 1.0, "01" and "f01" are all ``"1"``; None where there is none."""
-    import pandas as pd
-
+    """Return a site as text: 1, 1.0, "01" and "f01" all give ``"1"``; missing values give None."""
     if value is None or pd.isna(value):
         return None
     text = str(value).strip()

@@ -1,36 +1,36 @@
-"""Finding cells: nuclei segmented on the DNA channel, and what is measured of each."""
+"""Segmentation of nuclei on the DNA channel, and of cells around them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from scipy import ndimage as ndi
+from skimage.feature import peak_local_max
+from skimage.filters import threshold_li
+from skimage.segmentation import watershed
+from skimage.transform import downscale_local_mean, resize
 
-if TYPE_CHECKING:
-    pass
-
-NUCLEUS_DIAMETER_UM = 15.0  # of a typical cultured human cell; the measured one replaces it where it can
-SMALLEST_NUCLEUS_UM, LARGEST_NUCLEUS_UM = 6.0, 40.0  # diameters; beyond these it is debris or not a nucleus
-DEFAULT_DIAMETER_PX = 20.0  # a first guess where the pixel size is not known
-LOCAL_SHARE = 0.85  # of the mean around it: what is darker lies between nuclei
-MIN_CONTRAST = 4.0  # threshold above the background, in its own noise
-MIN_SIDE_PX = 8  # a smaller image has no room for a nucleus and its background
+NUCLEUS_DIAMETER_UM = 15.0  # of a typical cultured human cell; a first guess
+SMALLEST_NUCLEUS_UM, LARGEST_NUCLEUS_UM = 6.0, 40.0  # diameters; anything outside is not a nucleus
+DEFAULT_DIAMETER_PX = 20.0  # the first guess if the pixel size is unknown
+LOCAL_SHARE = 0.85  # of the local mean; darker pixels lie between nuclei
+MIN_CONTRAST = 4.0  # of the threshold above the background, in units of its noise
+MIN_SIDE_PX = 8  # no nucleus with its background fits into a smaller image
 
 
 def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.ndarray:
     """Segment nuclei on a DNA image.
 
-    Smoothing; taking off the uneven background; a global threshold by minimum cross entropy [1]_ together with a
-    local one, so that the gap between touching nuclei counts as background; a watershed on the distance transform to
-    split those that still touch; a filter by size. Lengths scale with the typical nucleus of the image itself. An
-    image without contrast, such as an empty well, has no nuclei.
+    The steps are smoothing, subtraction of the uneven background, a global threshold by minimum cross entropy [1]_
+    combined with a local one (so that gaps between touching nuclei are background), a watershed on the distance
+    transform to split nuclei that still touch, and a filter by size. Lengths scale with the typical nucleus of the
+    image. An image without contrast, such as an empty well, has no nuclei.
 
     Parameters
     ----------
     dna
         (H, W), any numeric type.
     pixel_size_um
-        Bounds the sizes that a nucleus may have; without it they come from the image alone.
+        Side of a pixel, which bounds the size of nuclei; without it, the bounds depend on the image alone.
 
     Returns
     -------
@@ -41,10 +41,6 @@ def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.nd
     ----------
     .. [1] Li & Tam, "An iterative algorithm for minimum cross entropy thresholding", Pattern Recognition Letters, 1998.
     """
-    from scipy import ndimage as ndi
-    from skimage.feature import peak_local_max
-    from skimage.segmentation import watershed
-
     labels = np.zeros(dna.shape, np.int32)
     image = np.nan_to_num(np.asarray(dna, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     if min(image.shape) < MIN_SIDE_PX or image.max() <= image.min():
@@ -78,16 +74,13 @@ def segment_nuclei(dna: np.ndarray, pixel_size_um: float | None = None) -> np.nd
 
 
 def _background(smooth: np.ndarray, expected: float, *, window: float) -> np.ndarray:
-    """Return the uneven light without nuclei: a trend over the field, and what is wider than the window (px)."""
-    from scipy import ndimage as ndi
-    from skimage.transform import downscale_local_mean, resize
-
-    factor = max(1, round(expected / 6))  # a sixth of a nucleus is fine enough for the background
+    """Return the background: a trend over the field plus structures wider than ``window`` (px)."""
+    factor = max(1, round(expected / 6))  # the resolution, a sixth of a nucleus
     small = downscale_local_mean(
         np.pad(smooth, [(0, -n % factor) for n in smooth.shape], mode="edge"), (factor, factor)
     )
     trend = _trend(small)
-    # The opening alone would take a bright edge of the field for an object, the trend alone misses haze around cells.
+    # The opening alone would keep a bright edge of the field as an object; the trend alone misses haze around cells.
     size = max(3, round(max(window, 5 * expected) / factor)) | 1
     background = trend + ndi.gaussian_filter(ndi.grey_opening(small - trend, size), size / 6)
     full = [n * factor for n in small.shape]
@@ -95,10 +88,10 @@ def _background(smooth: np.ndarray, expected: float, *, window: float) -> np.nda
 
 
 def _trend(image: np.ndarray) -> np.ndarray:
-    """Fit a quadratic surface to the darker pixels, leaving out in turn what lies well above it."""
+    """Fit a quadratic surface to the darker pixels, repeatedly excluding outliers."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in image.shape), indexing="ij")
     terms = np.stack([np.ones_like(x), x, y, x * y, x**2, y**2], axis=-1)
-    steps = tuple(slice(None, None, max(1, n // 64)) for n in image.shape)  # some 4,000 pixels are plenty
+    steps = tuple(slice(None, None, max(1, n // 64)) for n in image.shape)  # some 4,000 pixels suffice
     values, known = image[steps].ravel().astype(np.float64), terms[steps].reshape(-1, 6)
     kept = values <= np.percentile(values, 60)
     for _ in range(6):
@@ -112,15 +105,13 @@ def _trend(image: np.ndarray) -> np.ndarray:
 
 
 def _threshold(smooth: np.ndarray, *, least: float) -> float:
-    """Return the threshold between background and nuclei; infinite where there is no contrast worth the name."""
-    from skimage.filters import threshold_li
-
-    # Hot pixels and dust would pull the threshold up: nothing above the brightest 0.1% counts.
+    """Return the threshold between background and nuclei, infinite for an image without contrast."""
+    # Ignore the brightest 0.1%: hot pixels and dust would raise the threshold.
     low, high = float(smooth.min()), float(np.percentile(smooth, 99.9))
     if not high - low > least:
         return np.inf
-    # In whole steps, because on floats scikit-image's iteration need not end: it stops at a change of half the
-    # smallest difference between two pixels, and rounding can keep it above that for ever.
+    # Convert to integers, because scikit-image's iteration may not terminate on floats: it stops at a change of half
+    # the smallest difference between two pixels, and rounding errors can exceed that.
     steps = np.clip((smooth - low) * (4095 / (high - low)), 0, 4095).astype(np.uint16)
     threshold = low + float(threshold_li(steps)) * (high - low) / 4095
     dark = smooth[smooth <= threshold]
@@ -130,24 +121,20 @@ def _threshold(smooth: np.ndarray, *, least: float) -> float:
 
 
 def _typical_diameter(mask: np.ndarray, expected: float, *, bounded: bool) -> float:
-    """Return the diameter (px) of the largest circle inside a typical object: clumps do not enlarge it."""
-    from scipy import ndimage as ndi
-
+    """Return the diameter (px) of the largest circle inside a typical object, which clumps do not increase."""
     objects, count = ndi.label(mask)
     area = np.bincount(objects[mask], minlength=count + 1)
     inscribed = np.zeros(count + 1)
     np.maximum.at(inscribed, objects[mask], 2 * ndi.distance_transform_edt(mask)[mask])
     order = np.argsort(inscribed)
-    weight = np.cumsum(area[order])  # by area, so that specks do not count
+    weight = np.cumsum(area[order])  # a median by area, so that specks have no influence
     diameter = float(inscribed[order][np.searchsorted(weight, weight[-1] / 2)])
     low, high = (0.5 * expected, 2.0 * expected) if bounded else (6.0, max(mask.shape) / 3)
     return float(np.clip(diameter, low, max(low, high)))
 
 
 def _fill_small_holes(mask: np.ndarray, diameter: float) -> np.ndarray:
-    """Fill nucleoli and other holes smaller than a nucleus, not the space inside a ring of cells."""
-    from scipy import ndimage as ndi
-
+    """Fill nucleoli and other holes smaller than a nucleus, but not the space inside a ring of cells."""
     holes, count = ndi.label(~mask)
     area = np.bincount(holes.ravel(), minlength=count + 1)
     small = area < np.pi / 4 * (0.6 * diameter) ** 2
@@ -156,32 +143,32 @@ def _fill_small_holes(mask: np.ndarray, diameter: float) -> np.ndarray:
 
 
 def _keep_sizes(labels: np.ndarray, smallest: float, largest: float) -> np.ndarray:
-    """Drop labels whose area (px) is out of range and number the others 1..n in raster order."""
+    """Remove labels whose area (px) is out of range and number the others 1..n in raster order."""
     area = np.bincount(labels.ravel())
     keep = (area >= smallest) & (area <= largest)
     keep[0] = False
     inside = np.flatnonzero(labels)
-    met = np.zeros(len(area), np.int64)
-    met[labels.ravel()[inside[::-1]]] = inside[::-1]  # the last write stays: where each label is met first
+    first = np.zeros(len(area), np.int64)
+    first[labels.ravel()[inside[::-1]]] = inside[::-1]  # the last write remains: the first pixel of each label
     ids = np.flatnonzero(keep)
-    ids = ids[np.argsort(met[ids])]
+    ids = ids[np.argsort(first[ids])]
     numbers = np.zeros(len(area), np.int32)
     numbers[ids] = np.arange(1, len(ids) + 1)
     return numbers[labels]
 
 
 def segment_cells(nuclei: np.ndarray, body: np.ndarray, pixel_size_um: float | None = None) -> np.ndarray:
-    """Grow cells around nuclei: a watershed on the sum of the stains, within what is brighter than the background.
+    """Grow cells around nuclei: a watershed on the mean of the stains, where they are brighter than the background.
 
-    Every cell contains its nucleus and has its number. No cell reaches further than two nuclear diameters from it, and
-    where the stains show no body, the cell is the nucleus alone.
+    Every cell contains its nucleus and has its number. A cell extends at most two nuclear diameters from its nucleus;
+    if the stains do not show a cell body, it is the nucleus alone.
 
     Parameters
     ----------
     nuclei
         (H, W) integers, 0 is background.
     body
-        (C, H, W), the stains that fill the cell, any numeric type.
+        (C, H, W), stains of the cell body, any numeric type.
     pixel_size_um
         Side of a pixel.
 
@@ -190,10 +177,6 @@ def segment_cells(nuclei: np.ndarray, body: np.ndarray, pixel_size_um: float | N
     np.ndarray
         (H, W) int32.
     """
-    from scipy import ndimage as ndi
-    from skimage.filters import threshold_li
-    from skimage.segmentation import watershed
-
     nuclei = np.asarray(nuclei, np.int32)
     if body.ndim != 3 or body.shape[1:] != nuclei.shape:
         raise ValueError(f"the stains have the shape {body.shape}; expected (C, {nuclei.shape[0]}, {nuclei.shape[1]})")
@@ -207,11 +190,11 @@ def segment_cells(nuclei: np.ndarray, body: np.ndarray, pixel_size_um: float | N
     diameter = np.sqrt(4 / np.pi * np.median(areas[areas > 0]))
     smooth = ndi.gaussian_filter(image, max(0.7, diameter / 20))
     distance = ndi.distance_transform_edt(nuclei == 0)
-    # Less contrast is asked for than of nuclei: in a confluent field there is no background to stand out from.
+    # No minimum contrast is required here: a confluent field does not have a background.
     steps = np.round(4095 * smooth).astype(np.uint16)
     bright = steps > threshold_li(steps) if steps.max() > steps.min() else np.zeros(steps.shape, bool)
     mask = bright & (distance <= 2 * diameter)
     mask = _fill_small_holes(mask | (nuclei > 0), diameter)
-    # Brightness says where a cell ends against another, distance keeps a bright neighbour from swallowing a dim one.
+    # Brightness separates adjacent cells; distance prevents a bright cell from absorbing a dim neighbour.
     landscape = -smooth + 0.5 * distance.astype(np.float32) / diameter
     return watershed(landscape, nuclei, mask=mask).astype(np.int32)
