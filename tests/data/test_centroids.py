@@ -100,7 +100,7 @@ def test_only_the_plates_own_cells_are_taken(tmp_path):
     table = named().assign(Metadata_Plate=["P1", "P1", "P2", "P2"], Metadata_Well=["A1"] * 4)
     table.to_csv(tmp_path / "t.csv", index=False)
     assert len(read_centroids(tmp_path / "t.csv", plate_name="P1")) == 2
-    with pytest.raises(MetadataError, match="of the plates P1, P2.*'P3'"):
+    with pytest.raises(MetadataError, match=r"of the plates P1, P2.*'P3'"):
         read_centroids(tmp_path / "t.csv", plate_name="P3")
 
 
