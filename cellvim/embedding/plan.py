@@ -24,7 +24,6 @@ import numpy as np
 from cellvim.channels import canonical_name, find_dna_channel, match_channels, parse_channel_overrides
 from cellvim.data.cells import CellSource, open_cells
 from cellvim.data.crops import CropSpec
-from cellvim.data.illumination import Illumination, estimate_illumination
 from cellvim.data.intensity import IntensityScale, cache_key, choose_intensity_scale
 from cellvim.data.plate import Field, Plate, open_plate
 from cellvim.data.wells import canonical_well
@@ -40,6 +39,7 @@ from cellvim.embedding.options import (
 from cellvim.errors import FieldReadError, InputError, ModelError, OutputError, PlateError, listing
 
 if TYPE_CHECKING:
+    from cellvim.data.illumination import Illumination
     from cellvim.embedding.ledger import Key, Rows
     from cellvim.models.encoder import Encoder
 
@@ -711,6 +711,8 @@ def _crop_spec(options: PlateOptions, default_crop_px: int | None) -> CropSpec:
 
 def _illumination(summary: PlateSummary, seed: int, cache: str | Path | None) -> Illumination:
     """Return the illumination of a plate, from the cache if it was estimated before."""
+    from cellvim.data.illumination import Illumination, estimate_illumination
+
     plate, channels = summary.plate, summary.channels
     if cache is None:
         return estimate_illumination(plate, channels, seed=seed)
