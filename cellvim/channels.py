@@ -1,14 +1,14 @@
-"""Channel names: stains and their synonyms, and matching a model's channels to a plate's by name."""
+"""Channel names: stains and their synonyms, and matching of channels by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from cellvim.errors import ChannelError, InputError, listing
 
-# Canonical name -> synonyms, written without case, spaces and punctuation. A filter or fluorophore that carries
-# different stains on different plates (FITC, Cy5, Alexa 488) is deliberately not listed: it does not name a stain.
+# Canonical name -> synonyms in lower case without spaces and punctuation. Filters and fluorophores that are used with
+# different stains on different plates (FITC, Cy5, Alexa 488) are deliberately not listed.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "DNA": (
         *("dna", "sirdna", "dnachannel", "hoechst", "hoechst33342", "hoechst33258", "hoechst34580", "dapi"),
@@ -52,9 +52,9 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 _CANONICAL = {synonym: name for name, synonyms in _SYNONYMS.items() for synonym in synonyms}
 _WORDS = re.compile(r"[A-Za-z]?[a-z]+[0-9]*|[A-Z0-9]+|[^\W_]+")
-_LONGEST = 4  # words in a synonym, e.g. "actin golgi plasma membrane"
+_LONGEST = 4  # number of words in a synonym, e.g. "actin golgi plasma membrane"
 
-COLORS = {  # display colours, hex RGB, of the stains we know
+COLORS = {  # display colours (hex RGB) of the known stains
     "DNA": "0000FF",
     "ER": "00FF00",
     "RNA": "FFFF00",
@@ -70,9 +70,9 @@ COLORS = {  # display colours, hex RGB, of the stains we know
 
 
 def canonical_name(name: str) -> str | None:
-    """Return the stain that a channel name means, or None if it names no stain we know.
+    """Return the stain that a channel name refers to, or None if it does not contain a known stain.
 
-    Case, punctuation, CellProfiler's ``Orig``/``Corr`` prefixes and words that name no stain are ignored.
+    Case, punctuation, CellProfiler's ``Orig``/``Corr`` prefixes and other words are ignored.
 
     >>> canonical_name("Hoechst 33342"), canonical_name("Alexa 488 - ConA"), canonical_name("ch5")
     ('DNA', 'ER', None)
@@ -81,7 +81,7 @@ def canonical_name(name: str) -> str | None:
     while words and words[0] in ("orig", "corr", "illum"):
         words = words[1:]
     found, start = set(), 0
-    while start < len(words):  # the longest synonym that starts here, so that "BF high" is not also "BF"
+    while start < len(words):  # longest synonym first, so that "BF high" is not "BF"
         for stop in range(min(len(words), start + _LONGEST), start, -1):
             stain = _CANONICAL.get("".join(words[start:stop]))
             if stain is not None:
@@ -90,30 +90,30 @@ def canonical_name(name: str) -> str | None:
                 break
         else:
             start += 1
-    if not found:  # "ORIGDNA", "mitotrackerdeepRED": the words could not be told apart
+    if not found:  # "ORIGDNA", "mitotrackerdeepRED": the words cannot be separated
         whole = "".join(words).removeprefix("orig").removeprefix("corr")
         return _CANONICAL.get(whole)
-    return found.pop() if len(found) == 1 else None  # two stains in one name: it is neither
+    return found.pop() if len(found) == 1 else None  # None for a name with two stains
 
 
 def match_channels(wanted: Sequence[str], available: Sequence[str], *, where: str) -> list[int]:
     """Return the index in ``available`` of each wanted channel.
 
-    A name is looked for as it is, then without regard to case, then by the stain it means.
+    A name is matched exactly, then ignoring case, then by the stain that it refers to.
 
     Parameters
     ----------
     wanted
-        Channel names, of a model or from the user.
+        Channel names of a model or from the user.
     available
-        Channel names of the plate, in its order.
+        Channel names of the plate, in order.
     where
-        What has the available channels, for the message: ``plate.zarr``.
+        Name of the plate or model for messages, such as ``plate.zarr``.
 
     Raises
     ------
     ChannelError
-        A name is not there, fits several channels, or two names mean the same channel.
+        A name matches no channel or several, or two names match the same channel.
     """
     indices = [_match_one(name, available, where) for name in wanted]
     for position, index in enumerate(indices):
@@ -121,7 +121,7 @@ def match_channels(wanted: Sequence[str], available: Sequence[str], *, where: st
         if first < position:
             raise ChannelError(
                 f"Channels '{wanted[first]}' and '{wanted[position]}' are the same channel "
-                f"'{available[index]}' of {where}; it has {listing(available)}. Choose with --channels."
+                f"'{available[index]}' of {where}, which has {listing(available)}. Choose with --channels."
             )
     return indices
 
@@ -132,7 +132,7 @@ def find_dna_channel(available: Sequence[str], *, where: str) -> int:
     Raises
     ------
     ChannelError
-        No channel, or more than one, is a DNA stain by its name.
+        No channel name, or more than one, contains a DNA stain.
     """
     try:
         return _match_one("DNA", available, where)
@@ -140,18 +140,18 @@ def find_dna_channel(available: Sequence[str], *, where: str) -> int:
         if any(canonical_name(name) == "DNA" for name in available):
             raise
         raise ChannelError(
-            f"No channel of {where} is a DNA stain by its name (DNA, Hoechst, DAPI, DRAQ5, ...); it has "
+            f"No channel name of {where} contains a DNA stain (DNA, Hoechst, DAPI, DRAQ5, ...); it has "
             f"{listing(available)}. Choose with --channels, as in DNA={available[0] if available else 'NAME'}."
         ) from None
 
 
 def parse_channel_overrides(text: str) -> list[tuple[str | None, str]]:
-    """Read ``--channels``: ``"DNA=ch5,ER=ch4"`` or ``"DNA,ER"`` -> (model's name or None, plate's name) pairs.
+    """Parse ``--channels``: ``"DNA=ch5,ER=ch4"`` or ``"DNA,ER"`` -> (model's name or None, plate's name) pairs.
 
     Raises
     ------
     ChannelError
-        A part is empty, or a name comes twice.
+        A part is empty, or a name is repeated.
     """
     pairs: list[tuple[str | None, str]] = []
     for part in text.split(","):
@@ -162,12 +162,12 @@ def parse_channel_overrides(text: str) -> list[tuple[str | None, str]]:
     for names in ([m for m, _ in pairs if m is not None], [p for _, p in pairs]):
         twice = [n for i, n in enumerate(names) if n in names[:i]]
         if twice:
-            raise ChannelError(f"--channels '{text}' names '{twice[0]}' twice; each channel can be given once.")
+            raise ChannelError(f"--channels '{text}' repeats '{twice[0]}'; each channel can be given once.")
     return pairs
 
 
 def parse_channel_names(text: str) -> dict[str, str]:
-    """Read ``--channel-names`` of the import: ``"ch5=DNA,ch4=ER"`` -> {file's channel: name}.
+    """Parse ``--channel-names`` of the import: ``"ch5=DNA,ch4=ER"`` -> {file's channel: name}.
 
     Raises
     ------
@@ -180,13 +180,13 @@ def parse_channel_names(text: str) -> dict[str, str]:
         if not (key and equals and name):
             raise ChannelError(f"--channel-names '{text}' has the part '{part}'; expected KEY=NAME, as in ch5=DNA.")
         if key in names:
-            raise ChannelError(f"--channel-names '{text}' names '{key}' twice; each channel can be given once.")
+            raise ChannelError(f"--channel-names '{text}' repeats '{key}'; each channel can be given once.")
         names[key] = name
     return names
 
 
 def display_color(name: str, position: int) -> str:
-    """Return a hex RGB display colour for a channel: of its stain, or by its position on the plate."""
+    """Return the display colour (hex RGB) of a channel: that of its stain, or one for its position on the plate."""
     stain = canonical_name(name)
     if stain in ("Brightfield", "HighZBF", "LowZBF", "PhaseContrast"):
         return "FFFFFF"
@@ -196,7 +196,7 @@ def display_color(name: str, position: int) -> str:
 
 def _match_one(name: str, available: Sequence[str], where: str) -> int:
     if not isinstance(name, str):
-        raise InputError(f"A channel is chosen by its name, not by {name!r}; {where} has {listing(available)}.")
+        raise InputError(f"{name!r} is not a channel name; {where} has {listing(available)}.")
     stain = canonical_name(name)
     for same in (
         lambda other: other == name,
@@ -208,83 +208,8 @@ def _match_one(name: str, available: Sequence[str], where: str) -> int:
             return found[0]
         if found:
             raise ChannelError(
-                f"Channel '{name}' fits {len(found)} channels of {where}: "
+                f"Channel '{name}' matches {len(found)} channels of {where}: "
                 f"{listing(available[i] for i in found)}. Choose one with --channels, as in "
                 f"{name}={available[found[-1]]}."
             )
     raise ChannelError(f"Channel '{name}' is not in {where}; it has {listing(available)}. Choose with --channels.")
-
-
-def map_plates(
-    plates: Mapping[str, Sequence[str]], wanted: Sequence[str] | None = None, overrides: Mapping[str, str] | None = None
-) -> dict[str, dict[str, str]]:
-    """Match the same channels on several plates that name or order theirs differently.
-
-    Parameters
-    ----------
-    plates
-        Plate's name -> its channel names.
-    wanted
-        What to look for on each: channel names or stains. By default the stains that all plates have, in the order of
-        the first one.
-    overrides
-        Wanted name -> the plate's channel, for plates on which the name is not enough. One plate is meant by
-        ``PLATE:CHANNEL``; a channel alone is meant for every plate that has it.
-
-    Returns
-    -------
-    dict
-        Plate's name -> {wanted name: that plate's channel}, to be stored with the result.
-
-    Raises
-    ------
-    ChannelError
-        A plate lacks a channel, a name fits several of its channels, or the plates have no stain in common.
-
-    Examples
-    --------
-    >>> map_plates({"phenix": ["ch5", "ER"], "scope": ["ConA", "Hoechst"]}, ["DNA", "ER"], {"DNA": "phenix:ch5"})
-    {'phenix': {'DNA': 'ch5', 'ER': 'ER'}, 'scope': {'DNA': 'Hoechst', 'ER': 'ConA'}}
-    """
-    overrides = dict(overrides or {})
-    if wanted is None:
-        meanings = {name: [canonical_name(c) or c for c in channels] for name, channels in plates.items()}
-        first = next(iter(meanings.values()), [])
-        wanted = [m for m in dict.fromkeys(first) if all(m in others for others in meanings.values())]
-        if not wanted:
-            each = "; ".join(f"{name}: {listing(channels)}" for name, channels in plates.items())
-            raise ChannelError(
-                f"The plates have no channel in common by name ({each}). Say what each shows with --channels, as in "
-                "DNA=PLATE:ch5."
-            )
-    unused = [name for name in overrides if name not in wanted]
-    if unused:
-        raise ChannelError(
-            f"--channels says what '{unused[0]}' is, but it is not wanted; wanted are {listing(wanted)}."
-        )
-    return {
-        plate: dict(
-            zip(
-                wanted,
-                [
-                    channels[i]
-                    for i in match_channels(
-                        [_on(plate, name, overrides, channels) for name in wanted], channels, where=plate
-                    )
-                ],
-                strict=True,
-            )
-        )
-        for plate, channels in plates.items()
-    }
-
-
-def _on(plate: str, name: str, overrides: Mapping[str, str], channels: Sequence[str]) -> str:
-    """Return what to look for on one plate: the override where it is meant for this plate, else the name itself."""
-    given = overrides.get(name)
-    if given is None:
-        return name
-    head, colon, channel = given.partition(":")
-    if colon and given not in channels:
-        return channel if head == plate else name
-    return given if given in channels else name

@@ -1,7 +1,7 @@
-"""What can go wrong, in words for the user: what was found, what was expected, what to do.
+"""Exceptions and warnings. Their messages state what was found, what was expected and what to do.
 
-Every error that a user can cause is a `CellvimError`; the command line prints its message as one line and
-exits with its ``exit_code``. Anything else that escapes is a bug.
+Every error that a user can cause is a `CellvimError`; the command line prints its message as one line and exits with
+its ``exit_code``. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 
 class CellvimError(Exception):
-    """Base of all errors that the user can mend; the message is one clear line."""
+    """Base class of all errors that the user can fix; the message is one line."""
 
     exit_code = 2
 
@@ -21,7 +21,7 @@ class InputError(CellvimError, ValueError):
 
 
 class PlateError(InputError):
-    """A path is not a plate that CellVim can read, or part of it cannot be read."""
+    """A path is not a plate that CellVim can read, or a part of it cannot be read."""
 
 
 class ChannelError(InputError):
@@ -29,7 +29,7 @@ class ChannelError(InputError):
 
 
 class MetadataError(InputError):
-    """A plate map or another table does not fit the plate."""
+    """A plate map or another table does not match the plate."""
 
 
 class OutputError(InputError):
@@ -41,29 +41,29 @@ class ModelError(InputError):
 
 
 class TrainingError(CellvimError):
-    """A training cannot go on; what was learned up to then is kept."""
+    """A training cannot continue; its last checkpoint is kept."""
 
 
 class BackendError(InputError):
-    """A kernel back-end was named that is not there."""
+    """A back end is unknown, not available, or does not support its inputs."""
 
 
 class DeviceError(CellvimError):
-    """A device cannot do what was asked of it: the whole run stops, whatever the field."""
+    """A device failed or cannot run the model, which stops the run whatever the field."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with a line about what is kept."""
+    """Ctrl-C, with a message about the results that are kept."""
 
 
 class FieldReadError(CellvimError):
-    """One field's pixels cannot be read; the rest of the plate goes on."""
+    """The pixels of one field cannot be read; the other fields are processed."""
 
     exit_code = 3
 
 
 class CellvimWarning(UserWarning):
-    """Something the user should know about a result that was computed all the same; the message is one clear line."""
+    """A possible problem with a result that was computed nevertheless; the message is one line."""
 
 
 def listing(names: Iterable[object], limit: int = 12) -> str:
@@ -76,6 +76,6 @@ def listing(names: Iterable[object], limit: int = 12) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean X?`` when a known name is close to ``name``, else nothing."""
+    """Return `` Did you mean X?`` if a known name is similar to ``name``, otherwise an empty string."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""

@@ -13,7 +13,6 @@ from cellvim.channels import (
     canonical_name,
     display_color,
     find_dna_channel,
-    map_plates,
     match_channels,
     parse_channel_names,
     parse_channel_overrides,
@@ -76,7 +75,7 @@ def test_unknown_channel_lists_what_there_is():
 
 
 def test_ambiguous_channel_lists_candidates():
-    with pytest.raises(ChannelError, match="fits 2 channels of p: Hoechst, DAPI"):
+    with pytest.raises(ChannelError, match="matches 2 channels of p: Hoechst, DAPI"):
         match_channels(["DNA"], ["Hoechst", "DAPI", "ER"], where="p")
 
 
@@ -88,9 +87,9 @@ def test_two_names_of_one_channel_are_an_error():
 def test_dna_channel_is_found_by_meaning():
     assert find_dna_channel(["GFP", "DRAQ5"], where="p") == 1
     assert find_dna_channel(["DAPI", "DNA"], where="p") == 1
-    with pytest.raises(ChannelError, match=r"No channel of p is a DNA stain.*it has ch1, ch2"):
+    with pytest.raises(ChannelError, match=r"No channel name of p contains a DNA stain.*it has ch1, ch2"):
         find_dna_channel(["ch1", "ch2"], where="p")
-    with pytest.raises(ChannelError, match="fits 2 channels"):
+    with pytest.raises(ChannelError, match="matches 2 channels"):
         find_dna_channel(["DAPI", "Hoechst"], where="p")
 
 
@@ -121,31 +120,6 @@ def test_every_channel_has_a_colour():
 def test_module_is_light():
     code = "import sys, cellvim.channels; print(sorted({'numpy', 'pandas', 'torch', 'zarr'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
-
-
-def test_plates_that_differ_are_mapped_each_by_its_own_names():
-    jump = ["Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield"]
-    scope = ["Hoechst 33342", "ConA", "SYTO14", "Phalloidin/WGA", "MitoTracker"]
-    maps = map_plates({"jump": jump, "scope": scope})
-    assert maps["jump"] == {n: n for n in ("Mito", "AGP", "RNA", "ER", "DNA")}
-    assert maps["scope"] == dict(zip(maps["jump"], [scope[i] for i in (4, 3, 2, 1, 0)], strict=True))
-    numbered = [f"ch{i}" for i in range(1, 6)]
-    maps = map_plates({"jump": jump, "raw": numbered}, ["DNA", "ER"], {"DNA": "ch5", "ER": "raw:ch4"})
-    assert maps == {"jump": {"DNA": "DNA", "ER": "ER"}, "raw": {"DNA": "ch5", "ER": "ch4"}}
-
-
-@pytest.mark.parametrize(
-    ("plates", "wanted", "overrides", "words"),
-    [
-        ({"a": ["DNA"], "b": ["ER"]}, None, None, r"no channel in common by name \(a: DNA; b: ER\)"),
-        ({"a": ["DNA", "ER"], "b": ["DNA"]}, ["DNA", "ER"], None, "Channel 'ER' is not in b; it has DNA"),
-        ({"a": ["DAPI", "Hoechst"]}, ["DNA"], None, "fits 2 channels of a: DAPI, Hoechst"),
-        ({"a": ["DNA"]}, ["DNA"], {"ER": "ch1"}, "'ER' is, but it is not wanted"),
-    ],
-)
-def test_plates_that_cannot_be_mapped_say_which(plates, wanted, overrides, words):
-    with pytest.raises(ChannelError, match=words):
-        map_plates(plates, wanted, overrides)
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,6 @@ def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
     return kernels.refusal("cpu", DTYPES, tokens, taps, states)
 
 
-def library() -> ctypes.CDLL | None:
-    """Return the library for its functions other than the ops; None without it."""
-    return _library
-
-
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.cellvim_cpu_isa.restype = c_char_p
