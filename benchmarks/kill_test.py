@@ -1,9 +1,9 @@
-"""Kill `cellvim embed` at random moments with SIGKILL, go on with the same command, and compare the output's bytes.
+"""Kill `cellvim embed` at random moments with SIGKILL, repeat the command, and compare the bytes of the output.
 
     python benchmarks/kill_test.py --kills 100 -o benchmarks/results/kill.json
 
-Runs on the small real plate that comes with CellVim, some wells of it, with a small untrained model. Each run is forked
-from a process that has its modules loaded, so that most kills meet the work and not the start of Python.
+Embeds some wells of the small real plate that comes with CellVim, with a small untrained model. Each run is forked from
+a process that has loaded the modules, so that most kills occur during the work and not during the start of Python.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tree_sha256(path: Path) -> str:
 
 
 def run_command(arguments: list[str], errors: str) -> None:
-    """Run the command line in this process, and leave with its exit code; what it says goes to a file."""
+    """Run the command line in this process and exit with its exit code; its messages are written to a file."""
     file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -51,22 +51,22 @@ def run_command(arguments: list[str], errors: str) -> None:
 
 
 def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0) -> dict[str, Any]:
-    """Run a command that writes ``output`` to its end, then kill it ``kills`` times on the way there again.
+    """Run a command that writes ``output``, then repeat it and kill it ``kills`` times.
 
     Returns
     -------
     dict
-        ``kills``: what was there after each; ``completed``: how often a run was through before it was killed, and a
-        new one was begun; ``equal``: whether every output was the same bytes; ``sha256``.
+        ``kills``: progress at each kill; ``completed``: number of runs that finished before they were killed;
+        ``equal``: whether all outputs have the same bytes; ``sha256``.
     """
     import random
 
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    said = str(output) + ".said"
+    messages = str(output) + ".messages"
 
     def start() -> Any:
-        process = context.Process(target=run_command, args=(arguments, said))
+        process = context.Process(target=run_command, args=(arguments, messages))
         process.start()
         return process
 
@@ -74,7 +74,7 @@ def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0)
         process = start()
         process.join()
         if process.exitcode != 0:
-            raise RuntimeError(f"exit code {process.exitcode}: {Path(said).read_text()}")
+            raise RuntimeError(f"exit code {process.exitcode}: {Path(messages).read_text()}")
         return tree_sha256(output)
 
     def clear() -> None:
@@ -82,7 +82,7 @@ def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0)
         for name in (".manifest.json", ".failures.csv"):
             Path(f"{output}{name}").unlink(missing_ok=True)
 
-    finish()  # what is cached is there for all
+    finish()  # fills the caches
     clear()
     begun = time.perf_counter()
     reference = finish()
@@ -94,7 +94,7 @@ def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0)
     completed = 0
     while len(found) < kills:
         process = start()
-        # early moments more often: each meets less that is left to do
+        # early moments more often: less and less is left to do
         process.join(duration * draw.random() * draw.choice((0.3, 1.0, 1.1)))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -102,7 +102,7 @@ def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0)
         if process.exitcode == -signal.SIGKILL:
             found.append(_what_is_there(output))
         elif process.exitcode != 0:
-            raise RuntimeError(f"exit code {process.exitcode}: {Path(said).read_text()}")
+            raise RuntimeError(f"exit code {process.exitcode}: {Path(messages).read_text()}")
         partial = Path(f"{output}.partial")
         if output.exists() and not partial.exists():
             completed += 1
@@ -121,20 +121,20 @@ def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0)
 
 
 def _what_is_there(output: Path) -> str:
-    """Say how far a run was when it was killed."""
+    """Return the progress of a run when it was killed."""
     partial = Path(f"{output}.partial")
     if output.exists():
-        return "named, not cleared up" if partial.exists() else "done"
+        return "output complete, ledger left" if partial.exists() else "done"
     if not partial.exists():
-        return "nothing yet"
-    if any(partial.glob("whole-*")):
-        return "rows being put together"
+        return "nothing"
+    if any(partial.glob("output-*")):
+        return "writing the output"
     n = sum(1 for _ in partial.glob("fields-*/*/*.rows"))
     return f"{n} fields done"
 
 
 def main() -> int:
-    """Run it on the bundled plate and print what came out."""
+    """Run the test on the bundled plate and print the results."""
     import torch
 
     import cellvim
@@ -144,7 +144,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--wells", type=int, default=8, help="how many of the plate's wells")
+    parser.add_argument("--wells", type=int, default=8, help="number of wells")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -165,7 +165,7 @@ def main() -> int:
         moments[moment] = moments.get(moment, 0) + 1
     for moment, n in sorted(moments.items()):
         print(f"{n:4d} kills: {moment}")
-    print(f"{len(result['kills'])} kills, {len(wells)} wells, {result['completed']} outputs on the way; bytes equal: ")
+    print(f"{len(result['kills'])} kills, {len(wells)} wells, {result['completed']} outputs completed; bytes equal: ")
     print("yes" if result["equal"] else "NO")
     if options.output:
         about = {**machine(), "kills": len(result["kills"]), "moments": moments, "wells": wells}

@@ -11,58 +11,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellvim.errors import CellvimError, InputError, MetadataError, OutputError, listing, suggestion
+from cellvim.errors import CellvimError, InputError, MetadataError, OutputError, listing
 from cellvim.files import exists, is_url
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from anndata.experimental import AnnCollection
 
-FORMATS = ("zarr", "h5ad", "parquet")
 TABLE_SUFFIXES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 READABLE = (".zarr", ".h5ad", *TABLE_SUFFIXES)
 OBS_NAMES = "Metadata_obs_names"  # column of a table with the names of the rows
 TAKEN_AT_ONCE = 4096  # rows per read of `StoredAnnData.take`; skipping rows costs less than another read
 _FEATURE_PREFIXES = ("Cells_", "Nuclei_", "Cytoplasm_", "emb_")
 _IDENTIFIERS = {"ImageNumber", "ObjectNumber", "TableNumber"}  # numbers that are not features
-_SUFFIXES = {".zarr": "zarr", ".h5ad": "h5ad", ".h5": "h5ad", ".parquet": "parquet", ".pq": "parquet"}
-
-
-def format_of(output: str | Path, format: str | None = None) -> str:
-    """Return the format to write: the one named, else by the output's suffix, else Zarr.
-
-    Raises
-    ------
-    InputError
-        There is no such format, or it is not that of the suffix.
-    """
-    suffix = "." + str(output).rstrip("/").rpartition(".")[2].lower()
-    by_suffix = _SUFFIXES.get(suffix)
-    if format is None:
-        return by_suffix or "zarr"
-    if format not in FORMATS:
-        raise InputError(
-            f"The format '{format}' is not known; expected {listing(FORMATS)}.{suggestion(format, FORMATS)}"
-        )
-    if by_suffix not in (None, format):
-        raise InputError(f"The format is {format}, and the output is named {Path(output).name}. Leave --format out.")
-    return format
 
 
 def check_output(output: str | Path, *, overwrite: bool) -> None:
-    """Raise when ``output`` exists and may not be replaced.
+    """Check that an existing ``output`` may be replaced.
 
     Raises
     ------
     OutputError
-        It exists and ``overwrite`` is off, or it is something else than embeddings.
+        It exists and ``overwrite`` is False, or it is not an AnnData or Parquet file.
     """
     if not exists(output):
         return
     if not overwrite:
         raise OutputError(f"{output} exists already. Choose another --output, or replace it with --overwrite.")
     if not is_url(output) and found_format(output) is None:
-        raise OutputError(f"{output} exists and is no AnnData store, so it is not replaced. Choose another --output.")
+        raise OutputError(
+            f"{output} exists and is not an AnnData or Parquet file, so it is not replaced. Choose another --output."
+        )
 
 
 def found_format(path: str | Path) -> str | None:

@@ -388,10 +388,10 @@ class LocalStorage(Storage):
     def remove_all(self, last: str) -> None:
         """Remove everything, and the file ``last`` after all others: it marks the rest as ours."""
         for _ in range(3):  # another process may be adding files
-            with suppress(OSError):
-                for child in self.path.iterdir():
-                    if child.name != last:
-                        remove(child)
+            for name in os.listdir(self.path) if self.path.exists() else ():
+                if name != last:
+                    with suppress(OSError):
+                        remove(self.path / name)
             if {p.name for p in self.path.glob("*")} <= {last}:
                 shutil.rmtree(self.path, ignore_errors=True)
             if not self.path.exists():

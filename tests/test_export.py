@@ -1,4 +1,4 @@
-"""AnnDataWriter: the rows of fields, in whatever order they come, become one AnnData that others open."""
+"""The output: the rows of fields become one AnnData or Parquet file, which other packages can read."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class TestSeveralPlates:
         np.testing.assert_array_equal(adata.X[9:11], _rows(10, 2).embeddings)
         assert adata.obs_names.is_unique
 
-    def test_what_a_plate_lacks_is_missing(self, adata):
+    def test_columns_that_a_plate_does_not_have_are_missing(self, adata):
         first, second = (adata.obs["Metadata_Plate"] == p for p in ("P1", "P2"))
         assert adata.obs.loc[second, "compound"].isna().all()
         assert adata.obs.loc[first, "batch"].isna().all()
@@ -231,7 +231,7 @@ def test_overwrite_replaces_only_embeddings(tmp_path):
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     (tmp_path / "precious.h5ad").write_text("years of work")
     for name in ("precious", "precious.h5ad"):
-        with pytest.raises(OutputError, match="no AnnData store"):
+        with pytest.raises(OutputError, match="not an AnnData"):
             _write(tmp_path / name, overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists() and (tmp_path / "precious.h5ad").exists()
 

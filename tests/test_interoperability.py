@@ -1,4 +1,4 @@
-"""What CellVim writes opens in the packages that people go on with; each test runs the real package.
+"""Outputs of CellVim can be read by the packages used for further analysis; each test runs the real package.
 
 squidpy and spatialdata are not in the test environment: together they bring some fifty packages, and the squidpy of
 Python 3.11 forbids the imagecodecs that we read TIFFs with. Their tests run where they are installed.

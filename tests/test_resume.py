@@ -1,4 +1,4 @@
-"""Embedding that is stopped and goes on, or is shared out, ends in the same bytes; and what breaks is said."""
+"""Interrupted, parallel and sharded runs write the same bytes, and errors are reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plan(plate, weights):
 
 @pytest.fixture(scope="module")
 def whole(plan, tmp_path_factory):
-    """Made in one go: what all others must equal."""
+    """The output of an uninterrupted run, which all others must equal."""
     output = tmp_path_factory.mktemp("whole") / "out.zarr"
     run_embedding(plan, output)
     return output
@@ -78,7 +78,7 @@ def _only(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if not p.name.endswith(".intensities")}
 
 
-class TestGoingOn:
+class TestResuming:
     @pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 4])
     def test_after_ctrl_c_to_the_same_bytes(self, plan, whole, tmp_path, n):
         with pytest.raises(Interrupted, match=f"{n} of 6 fields are done and kept in .*out.zarr.partial. The same"):
@@ -117,7 +117,7 @@ class TestGoingOn:
 
     @pytest.mark.parametrize("left", ["marker", "an empty folder"])
     def test_when_killed_while_it_clears_up(self, plate, weights, tmp_path, monkeypatch, left):
-        """The run's own file goes before the folder does; the same command is then told that all is done."""
+        """The ledger is removed after the manifest was written; the same command then only removes the rest."""
         from cellvim.embedding.ledger import RUN
 
         output, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
@@ -143,7 +143,7 @@ class TestGoingOn:
         run_embedding(plan, tmp_path / "out.zarr")
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
 
-    def test_another_model_or_crop_is_refused_and_said(self, plan, plate, weights, tmp_path):
+    def test_another_model_or_crop_is_refused(self, plan, plate, weights, tmp_path):
         with pytest.raises(Interrupted):
             run_embedding(plan, tmp_path / "out.zarr", progress=_stop_after(2))
         other = plan_embedding(plate, model=weights, crop_size=48, channels=["DNA"])
@@ -158,7 +158,7 @@ class TestGoingOn:
         assert run_embedding(other, tmp_path / "out.zarr", overwrite=True).n_units == 21
 
     @pytest.mark.slow
-    def test_overwrite_that_was_stopped_goes_on_without_it(self, plan, whole, plate, weights, tmp_path):
+    def test_an_interrupted_overwrite_resumes_without_the_option(self, plan, whole, plate, weights, tmp_path):
         run_embedding(plan_embedding(plate, model=weights, wells=["A01"]), tmp_path / "out.zarr")
         before = tree_sha256(tmp_path / "out.zarr")
         with pytest.raises(Interrupted, match="without --overwrite"):
@@ -193,8 +193,8 @@ class TestGoingOn:
         assert run_embedding(plan, tmp_path / "out.zarr").n_resumed == 3
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
 
-    def test_too_little_room_for_an_h5ad_is_told_before_it_is_begun(self, plan, tmp_path, monkeypatch):
-        """HDF5 ends the process where a disk gets full; rows are kept, and the same command goes on."""
+    def test_too_little_space_for_an_h5ad_is_an_error_before_writing(self, plan, tmp_path, monkeypatch):
+        """HDF5 ends the process when a disk is full; rows are kept, and the same command resumes the run."""
         from collections import namedtuple
 
         usage = namedtuple("usage", "total used free")
@@ -212,8 +212,8 @@ class TestGoingOn:
         assert 0.7 < hdf5_size(layout, rows.n_vars) / size < 2
 
 
-def test_an_unfinished_jobs_batch_size_is_taken_where_it_matters(plan):
-    """On a GPU, where free memory decides on the size and the size on the last digits."""
+def test_the_batch_size_of_an_interrupted_run_is_used_if_it_matters(plan):
+    """On a GPU, where the free memory determines the batch size, and the batch size the last digits."""
     from dataclasses import replace
 
     assert plan.batch_size_is_automatic and plan.identity["batch_size"] == "any"
@@ -225,7 +225,7 @@ def test_an_unfinished_jobs_batch_size_is_taken_where_it_matters(plan):
     assert embedding.with_batch_size_of(other, named).batch_size == 3
 
 
-class TestSharedOut:
+class TestParallel:
     def test_two_processes_to_the_same_bytes(self, plan, whole, tmp_path):
         run_embedding(plan, tmp_path / "out.zarr", workers=2)
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(whole)
@@ -260,7 +260,7 @@ class TestSharedOut:
         with pytest.raises(OutputError, match="exists already"):
             run_embedding(plan, tmp_path / "out", shard="2/2")
 
-    def test_status_says_that_other_shards_are_left(self, plan, tmp_path, capsys):
+    def test_status_shows_that_other_shards_are_left(self, plan, tmp_path, capsys):
         summary = run_embedding(plan, tmp_path / "out.zarr", shard="1/6")
         assert "5 fields of other shards are left" in str(summary)
         assert main(["status", str(tmp_path / "out.zarr")]) == 0
@@ -277,7 +277,7 @@ class TestSharedOut:
             run_embedding(plan, tmp_path / "out.zarr", shard="1/2", overwrite=True)
 
     def test_batches_across_fields_give_the_same_rows(self, plan, whole):
-        """As on a GPU; here on a CPU that goes by another name, whose kernels do not mind."""
+        """As on a GPU; here on a CPU under another name, whose kernels give the same rows."""
         from dataclasses import replace
 
         packed = replace(plan, device="cpu:0", batch_size=4)
@@ -333,7 +333,7 @@ class TestKillsItsProcess:
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
-    def test_after_two_runs_that_got_nowhere_it_is_recorded_and_the_rest_goes_on(
+    def test_after_two_runs_without_progress_it_is_recorded_and_the_rest_is_embedded(
         self, plate, weights, tmp_path, deadly
     ):
         import signal
@@ -341,26 +341,26 @@ class TestKillsItsProcess:
 
         command = [sys.executable, "-m", "cellvim", "embed", str(plate), "-o", str(tmp_path / "out.zarr")]
         command += ["--model", str(weights), "--log"]
-        codes, said = [], ""
+        codes, errors = [], ""
         while len(codes) < 6 and set(codes) <= {-signal.SIGKILL}:  # a run may do a field before it meets this one
             run = subprocess.run(command, capture_output=True, text=True, timeout=300)
             codes.append(run.returncode)
-            said = run.stderr
-        assert len(codes) >= 3 and codes[-1] == 3, (codes, said)
+            errors = run.stderr
+        assert len(codes) >= 3 and codes[-1] == 3, (codes, errors)
         adata = anndata.read_zarr(tmp_path / "out.zarr")
         assert adata.uns["cellvim"]["failed_fields"]["field"].tolist() == ["A02/0"]
         assert "SIGKILL" in pd.read_csv(f"{tmp_path / 'out.zarr'}.failures.csv")["reason"][0]
         assert '"event": "isolated"' in Path(f"{tmp_path / 'out.zarr'}.log.jsonl").read_text()
 
-    def test_runs_that_were_killed_and_got_nowhere_are_counted(self, plan, tmp_path):
-        """Else kills by anyone, one soon after the other, would leave no run the time to start a process apart."""
+    def test_runs_killed_without_progress_are_counted(self, plan, tmp_path):
+        """Otherwise frequent kills from outside would not leave a run the time to start an isolated process."""
         from cellvim.embedding.ledger import Session, needs_isolation, open_ledger
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
-        story = [  # how a session ended, the fields that it did, whether in a process apart; what the next one is to do
+        story = [  # final state, finished fields, whether isolated; whether the next one must be isolated
             ("killed", 3, False, False),
             ("killed", 0, False, True),
-            ("killed", 0, True, False),  # not a field's fault, then
+            ("killed", 0, True, False),  # not caused by a field
             ("killed", 0, False, False),
             ("killed", 2, False, False),
             ("killed", 0, False, True),
@@ -374,7 +374,7 @@ class TestKillsItsProcess:
             assert needs_isolation(ledger.storage, None) == expected
         assert not needs_isolation(ledger.storage, "1/2")
 
-    def test_the_first_field_is_written_down_at_once(self, plan, tmp_path):
+    def test_the_first_field_is_recorded_at_once(self, plan, tmp_path):
         from cellvim.embedding.ledger import Session, open_ledger, read_sessions
 
         ledger = open_ledger(tmp_path / "out.zarr", plan.identity)
@@ -385,7 +385,7 @@ class TestKillsItsProcess:
 
 
 class TestFaults:
-    """One bad field never stops a plate: it is tried twice and recorded, and the exit code is 3."""
+    """A bad field never stops a plate: it is tried twice and recorded, and the exit code is 3."""
 
     def _check(self, output: Path, lost: list[str], reason: str) -> None:
         adata = anndata.read_zarr(output)
@@ -420,8 +420,8 @@ class TestFaults:
         np.testing.assert_array_equal(anndata.read_zarr(tmp_path / "out.zarr").X, anndata.read_zarr(whole).X)
         assert not (tmp_path / "out.zarr.failures.csv").exists()
 
-    def test_what_is_found_in_the_field_alone_does_not_stop_the_rest(self, plan, tmp_path, monkeypatch):
-        """Whatever one field's cells bring: another error than of reading, or no memory for it."""
+    def test_errors_of_one_field_do_not_stop_the_others(self, plan, tmp_path, monkeypatch):
+        """Errors other than of reading, and too little memory."""
         from cellvim.data.cells import NucleusSegmentation
 
         find = NucleusSegmentation.find
@@ -452,7 +452,7 @@ class TestFaults:
             locked = Path(folder) / "locked"
             locked.mkdir(mode=0o555)
             root = os.geteuid() == 0
-            os.seteuid(65534) if root else None  # who may do anything is no one to test this with
+            os.seteuid(65534) if root else None  # root ignores permissions
             try:
                 summary = run_embedding(plan, Path(folder) / "out.zarr")
                 with pytest.raises(OutputError, match="Permission denied"):
@@ -491,7 +491,7 @@ class TestRefusedAtOnce:
         [
             (["--shard", "3/2"], "--shard"),
             (["--shard", "1/2", "--overwrite"], "rows of the others"),
-            (["--format", "h5ad"], "Leave --format out"),
+            (["--format", "h5ad"], "Omit --format"),
             (["--format", "csv", "--per-plate"], "'csv' is not known"),
             (["--engine", "spark"], "'spark' is not known"),
             (["--workers", "0"], "expected at least 1"),
@@ -539,7 +539,7 @@ class TestSeveralPlates:
         assert json.loads(plates["channels"].iloc[1]) == {"Hoechst": "Hoechst", "GFP": "GFP"}
         assert both.obs.loc[both.obs["Metadata_Plate"] == "p2", "compound"].isna().all()
 
-    def test_one_a_plate_joined_lazily(self, folder, weights, tmp_path, capsys):
+    def test_one_output_per_plate_joined_lazily(self, folder, weights, tmp_path, capsys):
         from cellvim.anndata_io import open_embeddings
 
         command = ["embed", *map(str, sorted(folder.glob("*.zarr"))), "-o", str(tmp_path / "out"), "--per-plate"]
@@ -551,8 +551,8 @@ class TestSeveralPlates:
         assert tree_sha256(tmp_path / "out") == before
         capsys.readouterr()
         assert main(["status", str(tmp_path / "out")]) == 0
-        said = capsys.readouterr().out
-        assert "p1.zarr is done" in said and "p2.zarr is done" in said
+        out = capsys.readouterr().out
+        assert "p1.zarr is done" in out and "p2.zarr is done" in out
         joined = open_embeddings(tmp_path / "out")
         assert joined.shape == (18, 16) and joined.obs["Metadata_Plate"].tolist() == ["p1"] * 9 + ["p2"] * 9
 
@@ -564,7 +564,7 @@ class TestSeveralPlates:
         assert not list((tmp_path / "out").glob("*.zarr"))
 
     @pytest.mark.slow
-    def test_plates_of_one_name_are_told_apart(self, folder, weights, tmp_path):
+    def test_plates_with_the_same_name_are_distinguished(self, folder, weights, tmp_path):
         for batch in ("x", "y"):
             shutil.copytree(folder / "p1.zarr", tmp_path / batch / "p1.zarr")
         both = cellvim.embed([tmp_path / "x" / "p1.zarr", tmp_path / "y" / "p1.zarr"], model=weights)
@@ -582,7 +582,7 @@ class TestSeveralPlates:
         assert tree_sha256(tmp_path / "out.zarr") == tree_sha256(tmp_path / "whole.zarr")
 
 
-class TestWhatElseIsWritten:
+class TestOptionalOutputs:
     def test_an_embedding_of_each_channel(self, plate, weights):
         """By hand: the mean of a channel's tokens."""
         adata = cellvim.embed(plate, model=weights, per_channel=True)
@@ -613,8 +613,8 @@ class TestWhatElseIsWritten:
         assert main([str(c) for c in [*command[:-2], "cell", "--tokens"]]) == 2
 
     @pytest.mark.parametrize("options", [(), ("--overwrite",)])
-    def test_maps_of_tokens_in_the_way_are_refused_before_any_work(self, plate, weights, tmp_path, capsys, options):
-        """What is no map of tokens, be it an AnnData store, is not replaced; maps are, and only if told to."""
+    def test_existing_token_maps_are_refused_before_any_work(self, plate, weights, tmp_path, capsys, options):
+        """Only token maps are replaced, and only with --overwrite."""
         command = ["embed", plate, "-o", tmp_path / "out.zarr", "--model", weights, "--unit", "field", "--tokens"]
         command = [str(c) for c in (*command, *options)]
         anndata.AnnData(np.zeros((1, 1), np.float32)).write_zarr(tmp_path / "out.tokens.zarr")
@@ -642,7 +642,7 @@ class TestWhatElseIsWritten:
             run_embedding(plan, tmp_path / "out.zarr", progress=lambda *_: pytest.fail("it began"))
         assert not (tmp_path / "out.zarr.partial").exists()
 
-    def test_killed_when_the_maps_have_their_name_and_the_rows_do_not(self, plate, weights, tmp_path, monkeypatch):
+    def test_killed_after_the_token_maps_and_before_the_rows(self, plate, weights, tmp_path, monkeypatch):
         from cellvim.embedding import output
 
         plan = plan_embedding(plate, model=weights, unit="field", tokens=True)
@@ -699,7 +699,7 @@ class TestWhatElseIsWritten:
             np.testing.assert_array_equal(table[list(adata.var_names)].to_numpy(), adata.X)
             assert table["Metadata_Well"].tolist() == adata.obs["Metadata_Well"].tolist()
 
-    def test_nothing_in_the_output_tells_who_made_it(self, whole):
+    def test_the_output_does_not_depend_on_who_made_it(self, whole):
         """No host, process, command, time or device: these are in the manifest."""
         import socket
 
@@ -711,7 +711,7 @@ class TestWhatElseIsWritten:
             assert word.encode() not in text
         assert manifest["rows"] == 21 and manifest["failed"] == []
 
-    def test_illumination_is_divided_out(self, weights, tmp_path):
+    def test_illumination_is_corrected(self, weights, tmp_path):
         """By hand: the field by the light's shape, scaled, cut into four, through the model."""
         from cellvim.data.illumination import Illumination
         from cellvim.data.intensity import IntensityScale
@@ -755,7 +755,7 @@ class TestWhatElseIsWritten:
 
 
 def _by_hand(weights: Path, crops: list[torch.Tensor]) -> torch.Tensor:
-    """What the model says of (C, S, S) crops of DNA and GFP, resized to its own size."""
+    """Embeddings of (C, S, S) crops of DNA and GFP, resized to the input size of the model."""
     images = torch.nn.functional.interpolate(torch.stack(crops), size=(32, 32), mode="bilinear", antialias=True)
     with torch.inference_mode():
         return cellvim.load_checkpoint(weights).forward_features(images, channels=["DNA", "GFP"])
@@ -787,7 +787,7 @@ class TestStatus:
         events = [json.loads(line)["event"] for line in Path("out.zarr.log.jsonl").read_text().splitlines()]
         assert events.count("done") == 6 and events.count("start") == 2 and "assembled" in events
 
-    def test_the_command_says_how_to_go_on(self, plate, weights, tmp_path, monkeypatch, capsys):
+    def test_an_interrupted_command_explains_how_to_resume(self, plate, weights, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
 
         def interrupt(*_):

@@ -41,7 +41,7 @@ from cellvim.embedding.ledger import (
     read_run,
     read_sessions,
 )
-from cellvim.errors import InputError, OutputError
+from cellvim.errors import InputError, OutputError, listing, suggestion
 from cellvim.files import (
     check_folder_writable,
     exists,
@@ -56,6 +56,8 @@ from cellvim.files import (
 if TYPE_CHECKING:
     from cellvim.embedding.plan import EmbeddingPlan, PlatePlan
 
+FORMATS = ("zarr", "h5ad", "parquet")
+SUFFIXES = {".zarr": "zarr", ".h5ad": "h5ad", ".h5": "h5ad", ".parquet": "parquet", ".pq": "parquet"}
 OBJECT_COLUMN = "Metadata_ObjectNumber"
 KEY_COLUMNS = ["Metadata_Plate", "Metadata_Well", "Metadata_Site"]
 ROWS_PER_BLOCK = 8192  # also the number of rows of a chunk
@@ -66,6 +68,27 @@ OWN_COLUMNS = {"Metadata_ObjectNumber", "area_px", "area_um2", "touches_border",
 PACKAGES = (
     *("cellvim", "torch", "numpy", "scipy", "pandas", "scikit-image", "zarr", "anndata", "h5py", "pyarrow", "ray"),
 )
+
+
+def format_of(output: str | Path, format: str | None = None) -> str:
+    """Return the format of an output: ``format`` if given, else that of the suffix, else Zarr.
+
+    Raises
+    ------
+    InputError
+        The format is unknown, or contradicts the suffix.
+    """
+    suffix = "." + str(output).rstrip("/").rpartition(".")[2].lower()
+    by_suffix = SUFFIXES.get(suffix)
+    if format is None:
+        return by_suffix or "zarr"
+    if format not in FORMATS:
+        raise InputError(
+            f"The format '{format}' is not known; expected {listing(FORMATS)}.{suggestion(format, FORMATS)}"
+        )
+    if by_suffix not in (None, format):
+        raise InputError(f"The format is {format}, but the output is named {Path(output).name}. Omit --format.")
+    return format
 
 
 def check_free(output: str | Path, *, overwrite: bool, plates: Sequence[str] = ()) -> bool:
@@ -93,7 +116,8 @@ def check_free(output: str | Path, *, overwrite: bool, plates: Sequence[str] = (
     storage = ledger_storage(output)
     before = None if overwrite else read_run(storage)
     replaces = overwrite or bool(before and (before.get("replaces") or storage.read(RENAMING) is not None))
-    check_output(output, overwrite=replaces)
+    if exists(output):
+        check_output(output, overwrite=replaces)
     if plates:
         check_token_maps(output, plates, overwrite=replaces or storage.read(RENAMING_MAPS) is not None)
     return replaces
@@ -187,9 +211,9 @@ def assemble(
 
         folder = None
         if storage.path is not None:
-            for abandoned in storage.path.glob("whole-*"):  # by a session that was killed
+            for abandoned in storage.path.glob("output-*"):  # by a session that was killed
                 remove(abandoned)
-            folder = storage.path / f"whole-{session.id}"
+            folder = storage.path / f"output-{session.id}"
             folder.mkdir()
         try:
             n_rows = write_embeddings(
@@ -416,10 +440,11 @@ def write_embeddings(
                 before_rename=before_rename,
             )
     try:
-        written = folder / f"whole.{format}"
+        written = folder / f"output.{format}"
         layout = Layout.of(plates)
         WRITERS[format](written, plates, layout, n_features, uns)
-        check_output(output, overwrite=overwrite)  # it may have been created in the meantime
+        if exists(output):  # perhaps created in the meantime
+            check_output(output, overwrite=overwrite)
         before_rename()
         if is_url(output):
             upload(written, str(output))

@@ -16,7 +16,6 @@ from dataclasses import field as default
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellvim.anndata_io import format_of
 from cellvim.embedding.ledger import (
     MARKER,
     Failure,
@@ -37,6 +36,7 @@ from cellvim.embedding.output import (
     check_free,
     check_token_maps,
     finished_before,
+    format_of,
     hardware,
     package_versions,
     read_manifest,

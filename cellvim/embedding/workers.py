@@ -29,35 +29,18 @@ from itertools import cycle, groupby
 from multiprocessing import connection, parent_process
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from cellvim.embedding.ledger import TRIES, Failure, Key, Ledger, Rows
 from cellvim.errors import CellvimError, InputError
+
+if TYPE_CHECKING:
+    from cellvim.embedding.plan import EmbeddingPlan
 
 MAX_FAILED_STARTS = 3  # consecutive workers that die before they are ready
 TASK_SECONDS = 10.0  # duration of a task: short for progress, long enough to read ahead and to fill batches
 MAX_FIELDS_PER_TASK = 256
 RAY_OBJECT_STORE_BYTES = 200_000_000  # when Ray is started here; rows do not pass through the object store
-
-
-class Plan(Protocol):
-    """What workers need to know of a plan. See `cellvim.embedding.plan.EmbeddingPlan`."""
-
-    def embed(self, keys: Iterable[Key], *, threads: int) -> Iterator[tuple[Key, Rows | str]]:
-        """Yield the rows of each field, or the reason why it has none."""
-        ...
-
-    def on(self, device: str, *, threads: int | None = None) -> Plan:
-        """Return the plan for another device, and set the number of threads that this process computes with."""
-        ...
-
-    def all_keys(self, part: range | None = None) -> Iterator[Key]:
-        """Yield the keys of all fields, or of a range of them."""
-        ...
-
-    def field_name(self, key: Key) -> tuple[str, str]:
-        """Return the names of a field's plate and of the field."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +100,7 @@ class RemainingFields:
     """
 
     def __init__(
-        self, plan: Plan, ledger: Ledger, *, part: range | None = None, keys: Sequence[Key] | None = None
+        self, plan: EmbeddingPlan, ledger: Ledger, *, part: range | None = None, keys: Sequence[Key] | None = None
     ) -> None:
         self.plan, self.ledger, self.part, self.keys = plan, ledger, part, keys
         self.n_fields = self.n_done = self.n_rows = 0
@@ -146,7 +129,10 @@ class RemainingFields:
             yield from (key for key in keys if key not in done)
 
 
-def embed_here(plan: Plan, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2) -> Iterator[FieldResult]:
+Keys = RemainingFields | Sequence[Key]
+
+
+def embed_here(plan: EmbeddingPlan, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2) -> Iterator[FieldResult]:
     """Embed fields in this process; those that fail are tried again after all others.
 
     Parameters
@@ -172,7 +158,7 @@ def embed_here(plan: Plan, ledger: Ledger, keys: Iterable[Key], *, threads: int 
 
 
 def _embed_and_store(
-    plan: Plan, ledger: Ledger, keys: Iterable[Key], attempt: int, threads: int
+    plan: EmbeddingPlan, ledger: Ledger, keys: Iterable[Key], attempt: int, threads: int
 ) -> Iterator[FieldResult]:
     for key, result in plan.embed(keys, threads=threads):
         if isinstance(result, Rows):
@@ -186,7 +172,7 @@ def _embed_and_store(
 
 
 def embed_in_processes(
-    plan: Plan, ledger: Ledger, keys: RemainingFields | Sequence[Key], *, workers: int, devices: Sequence[str]
+    plan: EmbeddingPlan, ledger: Ledger, keys: Keys, *, workers: int, devices: Sequence[str]
 ) -> Iterator[FieldResult]:
     """Embed fields in spawned processes of this machine.
 
@@ -211,7 +197,12 @@ def embed_in_processes(
 
 
 def embed_on_ray(
-    plan: Plan, ledger: Ledger, keys: RemainingFields | Sequence[Key], *, workers: int, address: str | None = None
+    plan: EmbeddingPlan,
+    ledger: Ledger,
+    keys: Keys,
+    *,
+    workers: int,
+    address: str | None = None,
 ) -> Iterator[FieldResult]:
     """Embed fields in actors of a Ray cluster. The ledger and the plates must be accessible from every node.
 
@@ -287,26 +278,14 @@ class Embedder:
         return results, time.perf_counter() - start
 
 
-class Worker(Protocol):
-    """A process or actor that embeds one task after the other."""
-
-    ready: Future  # done when the model is loaded
-
-    def submit(self, keys: Sequence[Key], attempt: int) -> Future:
-        """Embed fields; see `Embedder.embed`."""
-        ...
-
-    def result(self, future: Future) -> Any:
-        """Return the result of a future of this worker; raises `WorkerDiedError` if the worker died."""
-        ...
-
-    def stop(self) -> None:
-        """End the worker at once."""
-        ...
-
-
 class ProcessWorker:
-    """A spawned process, as an executor with a single process."""
+    """A spawned process, as an executor with a single process.
+
+    Attributes
+    ----------
+    ready
+        Future that is done when the model is loaded.
+    """
 
     def __init__(self, job: bytes, device: str, threads: int) -> None:
         self.context = _Context()
@@ -340,7 +319,7 @@ class ProcessWorker:
 
 
 class RayWorker:
-    """An actor of a Ray cluster."""
+    """An actor of a Ray cluster, with the interface of `ProcessWorker`."""
 
     def __init__(self, actor: Any, job: Any, device: str, folder: str) -> None:
         self.actor = actor.remote(job, device, 1, folder)
@@ -368,14 +347,17 @@ class RayWorker:
         ray.kill(self.actor)
 
 
+Worker = ProcessWorker | RayWorker
+
+
 class _Team:
     """Workers, and the fields that each was given."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EmbeddingPlan,
         ledger: Ledger,
-        keys: RemainingFields | Sequence[Key],
+        keys: Keys,
         n_workers: int,
         start: Callable[[], Worker],
     ) -> None:

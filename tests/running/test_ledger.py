@@ -76,7 +76,7 @@ def test_a_damaged_file_is_noticed(tmp_path, damage):
     assert ledger.done([0]) == {}
 
 
-def test_failures_are_kept_and_forgiven(output):
+def test_failures_are_kept_and_cleared(output):
     ledger = open_ledger(output, IDENTITY)
     failure = Failure("p", "A01/1", "Ungültig: <b>…</b>", 2)
     ledger.add_failure((0, 1), failure)
@@ -85,7 +85,7 @@ def test_failures_are_kept_and_forgiven(output):
     assert ledger.failures() == {}
 
 
-def test_another_job_is_refused_and_says_what_differs(output):
+def test_another_run_is_refused_and_the_differences_are_listed(output):
     open_ledger(output, IDENTITY).store((0, 0), rows_of((0, 0)))
     other = {**IDENTITY, "weights": "34cd", "crop": {"size_px": 48, "overlap": 0.5}}
     with pytest.raises(OutputError) as error:
@@ -128,7 +128,7 @@ def test_equal_identities_do_not_differ():
     assert differences({"a": [1, 2]}, {"a": (1, 2)}) == []
 
 
-def test_what_others_put_there_is_left_alone(tmp_path):
+def test_folders_of_others_are_left_alone(tmp_path):
     theirs = tmp_path / "out.zarr.partial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("years of work")
@@ -156,7 +156,7 @@ def test_a_late_writer_does_not_bring_a_removed_ledger_back(tmp_path):
     assert not (tmp_path / "out.zarr.partial").exists()
 
 
-def test_a_late_writer_of_an_earlier_job_does_not_add_to_this_one(tmp_path):
+def test_a_late_writer_of_an_earlier_run_does_not_add_to_this_one(tmp_path):
     old = open_ledger(tmp_path / "out.zarr", IDENTITY)
     new = open_ledger(tmp_path / "out.zarr", {**IDENTITY, "weights": "other"}, overwrite=True)
     with suppress(OutputError):
@@ -186,7 +186,7 @@ class TestSessions:
     def ledger(self, tmp_path):
         return open_ledger(tmp_path / "out.zarr", IDENTITY)
 
-    def test_says_who_works_and_what_was_done(self, ledger):
+    def test_records_the_process_and_its_counts(self, ledger):
         session = Session(ledger, shard="1/2", about={"engine": "processes"})
         [found] = read_sessions(ledger.storage)
         assert found["alive"] and found["pid"] == os.getpid() and found["shard"] == "1/2"
@@ -207,7 +207,7 @@ class TestSessions:
         first.close("finished")
         Session(ledger, shard=None, about={}).close("finished")
 
-    def test_a_killed_one_is_in_nobodys_way(self, ledger):
+    def test_a_killed_session_does_not_block_others(self, ledger):
         code = (
             "import os, signal, sys\n"
             "from cellvim.embedding.ledger import Session, open_ledger\n"
