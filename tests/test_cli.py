@@ -1,12 +1,15 @@
-"""The command line: what it prints, its exit codes, and that nothing half-written bears an output's name."""
+"""The command line: derived options, printed results, exit codes, and that outputs are complete or absent."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import anndata
 import numpy as np
@@ -222,7 +225,7 @@ def test_no_field_can_be_read(run, images, weights, tmp_path):
         (["--model", "."], "."),
         (["--crop-size", "1"], "at least 8"),
         (["--unit", "tile", "--crop-size", "1000000"], "expected at most"),
-        (["--z", "7"], "z=7 was asked for"),
+        (["--z", "7"], "z=7"),
         (["--wells", "Z99"], "Z99"),
         (["--z", "two"], "--z"),
     ],
@@ -276,10 +279,69 @@ def test_help_lists_the_commands(run):
         assert command in out
 
 
-def test_help_answers_at_once():
+OPTIONS = {  # of every command; names are part of the public interface
+    "import": "metadata channel-names pixel-size pert-type plate-name format pattern compounds load-data z t overwrite",
+    "info": "",
+    "embed": "output unit model channels wells crop-size crop-um um-per-px overlap cells border mask-neighbours "
+    "scale-by illumination batch-size device devices precision workers shard engine address per-plate format "
+    "per-channel probabilities tokens spatialdata log seed z t level overwrite",
+    "status": "json",
+    "profile": "output aggregate by normalize fit-on per select-features min-cells control batch seed overwrite",
+    "evaluate": "output use tasks label control positive perturbation dose mechanism plate well batch null-size seed "
+    "overwrite",
+    "report": "output plate profiles evaluation color-by title max-cells control positive perturbation dose mechanism "
+    "seed overwrite",
+    "attribute": "well site number output model method target steps unit channels crop-size cells device seed "
+    "overwrite",
+    "models": "",
+    "backends": "",
+    "datasets": "",
+    "demo": "output overwrite",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_of_commands(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert set(re.findall(r"--([a-z-]+)", "\n".join(re.findall(r"^  +-.*", out, re.M)))) == {
+        *OPTIONS[command].split(),
+        "help",
+    }
+
+
+def test_options_are_derived_from_a_signature_and_its_docstring():
+    from cellvim import cli
+
+    def blur(
+        image: str, *, size_um: float | None = None, mode: Literal["mean", "median"] = "mean", wells: Sequence[str] = ()
+    ):
+        """Blur an image.
+
+        Parameters
+        ----------
+        image
+            A picture.
+        size_um
+            Size of the ``window``. It is square.
+        mode
+            Statistic.
+        wells
+            Wells to blur.
+        """
+
+    image, size, mode, wells = cli.parameters_of(blur)
+    assert (image.name, image.required, image.help) == ("image", True, "A picture.")
+    assert (size.opts, size.default, size.help, size.type.name) == (["--size-um"], None, "Size of the window.", "float")
+    assert (mode.metavar, mode.default) == ("[mean]", "mean")
+    assert wells.type.convert("A01, B02", wells, None) == ["A01", "B02"] and wells.type.convert("", wells, None) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["embed", "--help"]])
+def test_help_answers_at_once(arguments):
     """Under half a second of processor time: wall time would depend on what else the machine does."""
     code = (
-        "import json, sys, time; from cellvim.cli import main; main(['--help']); "
+        f"import json, sys, time; from cellvim.cli import main; main({arguments}); "
         "print(json.dumps([time.process_time(), sorted(m for m in sys.modules if '.' not in m)]), file=sys.stderr)"
     )
     runs = [

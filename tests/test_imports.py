@@ -16,7 +16,6 @@ PACKAGE = Path(cellvim.__file__).parent
 RANK = {  # a part imports parts of a lower rank, and itself
     "__main__": 9,
     "cli": 8,
-    "commands": 7.5,
     "demo": 7,
     "bench": 7,
     "report": 6,
@@ -116,7 +115,7 @@ def test_imports_go_one_way(path):
         ),
         ("lightning", ("cellvim.train",)),
         ("mamba_ssm", ("cellvim.ops.mamba_ssm",)),
-        ("typer", ("cellvim.cli", "cellvim.commands")),
+        ("click", ("cellvim.cli",)),
     ],
 )
 def test_who_may_import(package, allowed):

@@ -102,9 +102,7 @@ class PlateOptions:
     illumination: bool = option(
         False, "Estimate the uneven illumination of the plate and correct it in the embedded images."
     )
-    z: int | Literal["max"] | None = option(
-        None, "Plane of a z-stack, or max for the maximum projection.", metavar="N|max"
-    )
+    z: int | str | None = option(None, "Plane of a z-stack, or max for the maximum projection.", metavar="N|max")
     t: int | None = option(None, "Time point.", metavar="N")
     level: int = option(0, "Resolution level of the plate; 0 is the full resolution.", metavar="N")
     seed: int = option(0, "Random seed for untrained weights and for the pixels that intensities are estimated from.")
@@ -245,7 +243,8 @@ def with_options(*classes: type, only: Collection[str] | None = None) -> Callabl
     Returns
     -------
     callable
-        A decorator. The entry ``**options`` of the docstring is replaced by the descriptions of the options.
+        A decorator. It replaces the entry ``**options`` of the docstring by the descriptions of the options, and adds
+        the attribute ``metavars`` for the command line.
     """
 
     def decorate(function: Function) -> Function:
@@ -257,6 +256,7 @@ def with_options(*classes: type, only: Collection[str] | None = None) -> Callabl
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=annotation_of(c, f))
             for c, f in taken
         ]
+        function.metavars = {f.name: f.metadata["metavar"] for _, f in taken}
         function.__signature__ = signature.replace(parameters=[*own, *parameters])
         entries = "".join(
             f"    {f.name}\n{fill(f.metadata['help'], 120, initial_indent=' ' * 8, subsequent_indent=' ' * 8)}\n"
