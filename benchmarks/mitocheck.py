@@ -1,12 +1,12 @@
-"""Accuracy on MitoCheck's labelled nuclei, whole plates held out: FastVim, Vim and ViT of one size and one budget.
+"""Accuracy on MitoCheck's labelled nuclei, plates held out: FastVim, Vim and ViT of equal size and budget.
 
-Every model gets the same processor time on one core. Learning rates were chosen on plates of the training part
-(``tune``: 5e-4, 1e-3 and 2e-3 for every model at the whole budget, and 4e-3 where 2e-3 was best); the test plates are
-looked at by ``run`` alone, once a seed, after the last epoch.
+Every model has the same processor time on one core. Learning rates were chosen on plates of the training part
+(``tune``: 5e-4, 1e-3 and 2e-3 for every model with the full budget, and 4e-3 where 2e-3 was best). Only ``run``
+evaluates the test plates, once per seed, after the last epoch.
 
-    python -m benchmarks.mitocheck calibrate CROPS  # seconds of an epoch
+    python -m benchmarks.mitocheck calibrate CROPS  # seconds per epoch
     python -m benchmarks.mitocheck tune CROPS     # learning rates, on a validation part of the training plates
-    python -m benchmarks.mitocheck run CROPS      # every method and seed; what is done already is kept
+    python -m benchmarks.mitocheck run CROPS      # every method and seed; resumes
     python -m benchmarks.mitocheck table          # the table of benchmarks/results/mitocheck.json
 
 CROPS is the folder ``mitocheck_single_cell_sample_images`` of github.com/WayScience/phenotypic_profiling.
@@ -29,9 +29,9 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results" / "mitocheck.json"
 PATTERN = r"(?P<Metadata_Plate>PLLT\d+_\d+)"
 SEEDS = (0, 1, 2)
-FOLDED = "Folded"  # left out of the published figures, which have 15 classes
+FOLDED = "Folded"  # left out of the published results, which have 15 classes
 WIDTH, PATCH, CROP, BATCH = 96, 8, 48, 32
-# Epochs that take BUDGET_S of one core's time, from the seconds of an epoch on a quiet machine (EPOCH_S, by
+# Epochs that take BUDGET_S of one core, from the seconds per epoch on an idle machine (EPOCH_S, measured by
 # ``calibrate``); depth for about 0.5 M parameters.
 BUDGET_S = 200
 EPOCH_S = {"FastVim": 6.3, "Vim": 11.6, "ViT": 4.8, "masked": 6.3}
@@ -41,7 +41,7 @@ MODELS = {
     "ViT": {"encoder": "vit_tiny_patch8", "depth": 4, "epochs": 42, "lr": 1e-3, "changes": {"num_heads": 3}},
 }
 MASKED = {"epochs": 32, "mask_ratio": 0.5, "decoder_dim": 64, "decoder_depth": 1, "lr": 1e-3}
-KNOWN = [  # figures of others, with the split that they are of
+KNOWN = [  # published results and their splits
     ("CellProfiler + DeepProfiler features, logistic regression", "15", "random by cell", "0.84 to 0.85"),
     ("CellProfiler features, logistic regression", "15", "random by cell", "0.76 to 0.81"),
     ("DeepProfiler (EfficientNet) features, logistic regression", "15", "random by cell", "0.71 to 0.76"),
@@ -51,7 +51,7 @@ KNOWN = [  # figures of others, with the split that they are of
 
 
 def crops(folder: str, *, part: str, seed: int):
-    """The data: a quarter of the plates is the test; for tuning, a fifth of the rest is held out too."""
+    """Return the data: a quarter of the plates is the test part; for tuning, a fifth of the rest is validation."""
     from cellvim.train.folders import LabelledCrops
 
     data = LabelledCrops(
@@ -59,12 +59,12 @@ def crops(folder: str, *, part: str, seed: int):
         val=0.2 if part == "tune" else 0.0, test=0.25, seed=0,
     )  # fmt: skip
     data.setup()
-    data.seed = seed  # of the order; the split stays
+    data.seed = seed  # for the order; the split stays the same
     return data
 
 
 def module(name: str, seed: int, *, lr: float | None = None, weights: str | None = None):
-    """The supervised training of a method."""
+    """Return the supervised training of a method."""
     from cellvim.train.augment import Augmentation
     from cellvim.train.optimization import Optimization
     from cellvim.train.supervised import Supervised
@@ -81,7 +81,7 @@ def module(name: str, seed: int, *, lr: float | None = None, weights: str | None
 
 
 def masked_module(seed: int):
-    """The masked pre-training, which sees no label."""
+    """Return the masked pre-training, which uses no labels."""
     from cellvim.train.augment import Augmentation
     from cellvim.train.masked import Masked
     from cellvim.train.optimization import Optimization
@@ -111,7 +111,7 @@ def fit(model, data, epochs: int) -> float:
 
 
 def probabilities(model, data, part: str, *, features: bool = False) -> np.ndarray:
-    """Class probabilities (or features) of a part of the split, in the order of its rows."""
+    """Return class probabilities (or features) of a part of the split, in the order of its rows."""
     import torch
 
     from cellvim.train.augment import middle_window
@@ -126,7 +126,7 @@ def probabilities(model, data, part: str, *, features: bool = False) -> np.ndarr
 
 
 def scores(probability: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
-    """Weighted and macro F1 on all 16 classes, and on 15: Folded's cells left out, and its probability not used."""
+    """Return weighted and macro F1 on 16 classes, and on 15: without the cells and the probability of Folded."""
     from sklearn.metrics import f1_score
 
     folded = classes.index(FOLDED)
@@ -143,7 +143,7 @@ def scores(probability: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 
 
 def hog_trees(data, seed: int) -> np.ndarray:
-    """HOG and intensity statistics, then ExtraTrees: what the data set's known baseline does."""
+    """HOG and intensity statistics with ExtraTrees, the published baseline of the data set."""
     from sklearn.ensemble import ExtraTreesClassifier
 
     features = hog_features(data.groups[0].images[:, 0])
@@ -163,7 +163,7 @@ def hog_features(images: np.ndarray) -> np.ndarray:
 
 
 def random_regression(data, seed: int) -> np.ndarray:
-    """Features of an untrained FastVim, then logistic regression."""
+    """Logistic regression on the features of an untrained FastVim."""
     from lightning.pytorch import Trainer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -182,7 +182,7 @@ def random_regression(data, seed: int) -> np.ndarray:
 
 
 def measure(method: str, folder: str, seed: int, keep: Path) -> dict:
-    """Run one method with one seed and return its figures."""
+    """Run one method with one seed and return its scores."""
     data = crops(folder, part="run", seed=seed)
     labels, classes = data.labels[data.rows["test"]], data.description.class_names
     start, parameters = time.process_time(), 0
@@ -211,7 +211,7 @@ def measure(method: str, folder: str, seed: int, keep: Path) -> dict:
 
 
 def finish(model, data, path: Path) -> None:
-    """Keep the weights with what must travel with them."""
+    """Save the weights with their card."""
     from cellvim.train.training import export_model
 
     export_model(model, data, path, metrics={}, recipe="benchmarks/mitocheck.py")
@@ -230,12 +230,12 @@ METHODS = (
 
 
 def slug(method: str) -> str:
-    """A method's name as part of a file's name."""
+    """Return the name of a method for a file name."""
     return "".join(c if c.isalnum() else "_" for c in method)
 
 
 def run(folder: str, keep: Path, methods: list[str], seeds: list[int]) -> None:
-    """Measure what is not measured yet, seed by seed; each figure is kept as it comes, then all are collected."""
+    """Run the methods that have no result yet, seed by seed, and collect all results."""
     keep.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for method in methods:
@@ -249,7 +249,7 @@ def run(folder: str, keep: Path, methods: list[str], seeds: list[int]) -> None:
 
 
 def about(folder: str) -> dict:
-    """What the figures are of: data, machine and versions."""
+    """Return the data, machine and versions of the results."""
     from cellvim.embedding.output import processor_name
 
     data = crops(folder, part="run", seed=0)
@@ -270,7 +270,7 @@ def about(folder: str) -> dict:
 
 
 def tune(folder: str, names: list[str], rates: list[float]) -> None:
-    """Weighted F1 on validation plates by learning rate; the test plates are left alone."""
+    """Print the weighted F1 on validation plates by learning rate."""
     from sklearn.metrics import f1_score
 
     for name in names:
@@ -289,14 +289,14 @@ def tune(folder: str, names: list[str], rates: list[float]) -> None:
 
 
 def calibrate(folder: str) -> None:
-    """Seconds of an epoch of each training on one core, for EPOCH_S."""
+    """Print the seconds per epoch of each training on one core, for EPOCH_S."""
     for name in (*MODELS, "masked"):
         model = masked_module(0) if name == "masked" else module(name, 0)
-        print(f"{name:<8} {fit(model, crops(folder, part='run', seed=0), 2) / 2:.1f} s an epoch", flush=True)
+        print(f"{name:<8} {fit(model, crops(folder, part='run', seed=0), 2) / 2:.1f} s per epoch", flush=True)
 
 
 def table() -> str:
-    """The table in Markdown, mean ± standard deviation over seeds."""
+    """Return the table in Markdown, mean ± standard deviation over seeds."""
     results = json.loads(RESULTS.read_text())
     lines = ["| method | parameters | CPU s | weighted F1, 15 | macro F1, 15 | weighted F1, 16 | macro F1, 16 |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -312,7 +312,12 @@ def table() -> str:
         size = f"{runs[0]['parameters'] / 1e6:.2f} M" if runs[0]["parameters"] else "–"
         name = method if len(runs) == len(SEEDS) else f"{method} ({len(runs)} seeds)"
         lines.append(f"| {name} | {size} | {seconds:.0f} | {' | '.join(cells)} |")
-    lines += ["", "Known figures, of other splits (weighted F1):", "", "| method | classes | split | weighted F1 |"]
+    lines += [
+        "",
+        "Published results with other splits (weighted F1):",
+        "",
+        "| method | classes | split | weighted F1 |",
+    ]
     lines += ["|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in KNOWN)]
     return "\n".join(lines)
 
@@ -326,7 +331,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--keep", type=Path, default=Path("runs/mitocheck"), help="where trained weights go")
+    parser.add_argument("--keep", type=Path, default=Path("runs/mitocheck"), help="folder for the trained weights")
     options = parser.parse_args()
     if options.what == "table":
         print(table())

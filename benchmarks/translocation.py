@@ -1,11 +1,11 @@
-"""Accuracy on the translocation plate, whole wells held out: joint training, its ablation, and plainer methods.
+"""Accuracy on the translocation plate, wells held out: joint training, its ablation, and simpler methods.
 
-Every trained model gets the same processor time on one core. What was chosen was chosen on validation wells of the
-training part (``tune``); the test wells are looked at by ``run`` alone, once a seed, after the last step.
+Every trained model has the same processor time on one core. Settings were chosen on validation wells of the training
+part (``tune``). Only ``run`` evaluates the test wells, once per seed, after the last step.
 
-    python -m benchmarks.translocation calibrate PLATE  # milliseconds a crop in training
+    python -m benchmarks.translocation calibrate PLATE  # milliseconds per crop in training
     python -m benchmarks.translocation tune PLATE       # on validation wells
-    python -m benchmarks.translocation run PLATE        # every method and seed; what is done already is kept
+    python -m benchmarks.translocation run PLATE        # every method and seed; resumes
     python -m benchmarks.translocation table            # the tables of benchmarks/results/translocation.json
 
 PLATE is the folder ``tests/core/data/ExampleSBSImages`` of github.com/CellProfiler/CellProfiler.
@@ -32,9 +32,9 @@ from benchmarks import translocation_cells as cells_of
 RESULTS = Path(__file__).parent / "results" / "translocation.json"
 SEEDS = (0, 1, 2)
 WIDTH, PATCH, BATCH = 96, 8, 32
-BUDGET_S = {"dose": 45, "controls": 12}  # of one core's time for each training, masked pre-training included
+BUDGET_S = {"dose": 45, "controls": 12}  # of one core per training, including masked pre-training
 SHOTS = (1, 2, None)  # labelled wells of each control; None for all of the training wells
-CROP_MS = {  # milliseconds of a training step by crop, from ``calibrate`` on the machine of the results
+CROP_MS = {  # milliseconds per crop of a training step, measured by ``calibrate`` on the machine of the results
     "fastchannelvim": 5.1, "joint": 5.2, "masked": 4.7, "channelvim": 11.4, "channelvit": 4.3,
 }  # fmt: skip
 # Chosen by ``tune`` for the Spearman correlation of cells; that of masked pre-training and of ChannelVim was not tried.
@@ -44,7 +44,7 @@ MASKED_POOL = "mean"  # or "sum"; chosen by ``tune``, as the weight of the maske
 MASKED_WEIGHT = 1.0
 CHANNEL_MASK = 0.25
 
-# name -> kind of training, and what differs from that kind's usual options
+# name -> kind of training, and its differences from the usual options
 TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "FastChannelVim": ("fastchannelvim", {}),
     "FastChannelVim, channels sampled": ("fastchannelvim", {"channel_sampling": "sorted"}),
@@ -228,7 +228,7 @@ def hog_features(images: np.ndarray) -> np.ndarray:
 
 
 def channel_subsets(encoder, data) -> dict[str, dict[str, float]]:
-    """Scores of each subset of the channels."""
+    """Return the scores of each subset of the channels."""
     import torch
 
     from cellvim.train.training import evaluate_channel_subsets
@@ -246,7 +246,7 @@ def channel_subsets(encoder, data) -> dict[str, dict[str, float]]:
 
 
 def measure(method: str, cells, task: str, seed: int, keep: Path, *, judge="test", shots=None, **choices: Any) -> dict:
-    """Run one method with one seed and return its figures."""
+    """Run one method with one seed and return its scores."""
     start = time.process_time()
     found: dict[str, Any] = {"method": method, "task": task, "seed": seed, "shots": shots, "parameters": 0}
     if method in SIMPLE:

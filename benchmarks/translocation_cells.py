@@ -1,4 +1,4 @@
-"""Cells of the translocation plate for `benchmarks.translocation`: cut, split by well, described and scored."""
+"""Cells of the translocation plate for `benchmarks.translocation`: crops, split by well, features and scores."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cellvim.train.splits import split_rows
 CHANNELS = ("GFP", "DNA")
 CROP, MARGIN = 48, 4  # pixels; the margin is for random windows
 CELLS_PER_WELL = 48
-TEST, VAL = 3 / 8, 0.2  # of the wells of each kind; validation is a part of the training wells
+TEST, VAL = 3 / 8, 0.2  # fractions of the wells of each kind; validation wells are training wells
 TASKS = ("dose", "controls")
 
 
 def cut_cells(source: str | Path, keep: Path) -> Path:
-    """Import the plate, cut its nuclei, and keep the same `CELLS_PER_WELL` of each well in one file.
+    """Import the plate, cut its nuclei, and save the same `CELLS_PER_WELL` of each well in one file.
 
     Parameters
     ----------
     source
         Folder of the 192 TIFFs and ``1049_Metadata.csv``.
     keep
-        Where ``cells.npz`` goes; nothing is done when it is there.
+        Folder for ``cells.npz``; an existing file is kept.
     """
     path = keep / "cells.npz"
     if path.exists():
@@ -94,19 +94,19 @@ class WellCells(TrainingData):
     Parameters
     ----------
     cells
-        What `read_cells` returns.
+        Result of `read_cells`.
     task
         "dose": the 9 doses; "controls": positive and negative.
     judge
         "test": train on all training wells and predict the test wells. "val": leave validation wells out of training,
-        and predict those; the test wells are then in no part.
+        and predict those; the test wells are then unused.
     shots
-        Labelled training wells of each class, drawn by ``seed``; None for all of them.
+        Number of labelled training wells per class, drawn with ``seed``; None for all.
     unlabelled
         "none"; "all": the other cells of the training wells take part too, without labels; "half": and those with
         labels are repeated so that they are half of an epoch.
     seed
-        Of the order and the shots; the split is always the same.
+        Random seed for the order and the shots; the split is always the same.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class WellCells(TrainingData):
         self.shots, self.unlabelled = shots, unlabelled
 
     def setup(self, stage: str | None = None) -> None:
-        """Choose the rows and number the classes; once."""
+        """Select the rows and number the classes."""
         if self.description is not None:
             return
         images, table = self.cells

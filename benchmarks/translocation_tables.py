@@ -20,7 +20,7 @@ REFERENCE = "FastChannelVim"
 
 
 def tables(results: dict[str, Any]) -> str:
-    """All tables of a results file."""
+    """Return all tables of a results file."""
     runs = results["runs"]
     dose = [r for r in runs if r["task"] == "dose"]
     parts = [
@@ -34,11 +34,11 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def dose_table(runs: Sequence[dict[str, Any]]) -> str:
-    """One row a method."""
+    """Return one row per method."""
     rows = []
     for method, own in _by(runs, "method").items():
         figures = [spread([r[key] for r in own]) for key in DOSE]
-        if method == "cell count":  # it is of wells
+        if method == "cell count":  # defined for wells only
             figures[:2] = ["–", "–"]
         size = f"{own[0]['parameters'] / 1e6:.2f} M" if own[0]["parameters"] else "–"
         crops = f"{own[0]['crops_seen'] / 1000:.1f} k" if "crops_seen" in own[0] else "–"
@@ -71,7 +71,7 @@ def interval(differences: np.ndarray, draws: int = 10_000) -> str:
 
 
 def channel_table(runs: Sequence[dict[str, Any]], score: str = "weighted_f1") -> str:
-    """One row a trained method, one column a subset of the channels."""
+    """Return one row per trained method, one column per subset of the channels."""
     rows = [
         [_name(method, own), *(spread([r["channels"][s][score] for r in own]) for s in SUBSETS)]
         for method, own in _by([r for r in runs if "channels" in r], "method").items()
@@ -80,7 +80,7 @@ def channel_table(runs: Sequence[dict[str, Any]], score: str = "weighted_f1") ->
 
 
 def control_table(runs: Sequence[dict[str, Any]]) -> str:
-    """One row a method and number of labelled wells."""
+    """Return one row per method and number of labelled wells."""
     rows = []
     for shots, some in _by(runs, "shots").items():
         for method, own in _by(some, "method").items():
@@ -89,7 +89,7 @@ def control_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
-    """One row a choice that was tried."""
+    """Return one row per setting that was tried."""
     keys = ("cell_weighted_f1", "cell_spearman", "well_spearman")
     rows = [
         [r["method"], ", ".join(f"{k} {v}" for k, v in r["choices"].items()), *(f"{r[k]:.3f}" for k in keys)]

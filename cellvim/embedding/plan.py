@@ -607,7 +607,7 @@ def _inspect_plate(source: str | Path | Plate, options: PlateOptions) -> PlateSu
         if crop_px > max(height, width):
             raise InputError(
                 f"The crop is {crop_px} pixels, but the fields are {height} x {width}; expected at most "
-                f"{max(height, width)}. Choose with --crop-size."
+                f"{max(height, width)}. Choose a smaller crop size."
             )
     needs_dna = options.unit == "cell" and options.cells in SEGMENTED
     return PlateSummary(

@@ -1,4 +1,4 @@
-"""A crop of a plate is the same values in `cellvim train` and in `cellvim embed` with the trained model."""
+"""Crops of plates: the same values as in `cellvim embed`, stored in memory or files; trained models in `embed`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import torch
 
 import cellvim
 from cellvim.data.crops import stream_crops
-from cellvim.data.importers import import_plate
 from cellvim.embedding import plan_embedding
 from cellvim.errors import InputError
 from cellvim.models.checkpoints import save_checkpoint
 from cellvim.models.registry import create_model
-from cellvim.train import crop_store
+from cellvim.train import plates
 from cellvim.train.augment import middle_window
 from cellvim.train.plates import PlateCrops
 
-SBS = Path(cellvim.__file__).parents[1] / "datasets" / "sbs_translocation"
-
 
 def trained(data: PlateCrops, path: Path) -> Path:
-    """A model with the card that a training on these data would give it."""
+    """Save a model with the card that a training on these data would write."""
     description = data.description
     model = create_model(
         "fastchannelvim_tiny_patch8", channel_names=description.channel_names, image_size=description.crop_px,
@@ -34,14 +31,14 @@ def trained(data: PlateCrops, path: Path) -> Path:
 
 
 def in_training(data: PlateCrops, group: int = 0) -> tuple[np.ndarray, tuple[int, ...]]:
-    """What the model gets in evaluation, as `TrainingModule.prepare` and `_evaluation_step` make it."""
+    """Return the model's input in evaluation, and the channel ids."""
     found = data.groups[group]
-    images = found.scaled(torch.from_numpy(found.images[np.arange(len(found.images))]))
+    images = found.scaled(torch.from_numpy(found.images[:]))
     return middle_window(images, data.description.crop_px).numpy(), found.channel_ids
 
 
 def in_embed(plate, model, **options) -> tuple[np.ndarray, list[int]]:
-    """What the model gets in an embedding."""
+    """Return the model's input in an embedding, and the channel ids."""
     plan = plan_embedding(plate, model=model, device="cpu", **options)
     one = plan.plates[0]
     streamed = stream_crops(
@@ -50,35 +47,8 @@ def in_embed(plate, model, **options) -> tuple[np.ndarray, list[int]]:
     return np.concatenate([c.crops.numpy() for c in streamed]), one.channel_ids
 
 
-@pytest.fixture(scope="module")
-def sbs(tmp_path_factory):
-    plate = tmp_path_factory.mktemp("sbs") / "sbs.zarr"
-    import_plate(
-        SBS / "images", plate, metadata=SBS / "platemap.csv", channel_names={"Channel1": "GFP", "Channel2": "DNA"},
-        pert_type="SBS_Controls:-1=negcon,0=trt,1=poscon",
-    )  # fmt: skip
-    return plate
-
-
-@pytest.mark.parametrize("scale_by", ["all", "controls"])
-def test_crops_of_a_real_plate_reach_the_model_alike(sbs, tmp_path, scale_by):
-    """Bitwise, channel by channel, padding at the rim of fields included; and the rule travels with the weights."""
-    wells = list(cellvim.open_plate(sbs).wells)[:2]
-    data = PlateCrops([str(sbs)], unlabelled=True, crop_size=48, margin=4, wells=wells, scale_by=scale_by)
-    data.read()
-    expected, ids = in_training(data)
-    found, own = in_embed(sbs, trained(data, tmp_path / "m.safetensors"), wells=wells)
-    assert tuple(own) == ids
-    assert found.shape == expected.shape and len(found) > 20
-    for channel, name in enumerate(data.description.channel_names):
-        np.testing.assert_array_equal(found[:, channel], expected[:, channel], err_msg=name)
-    if scale_by == "controls":  # the plate's own choice can still be made
-        other, _ = in_embed(sbs, tmp_path / "m.safetensors", wells=wells, scale_by="all")
-        assert not np.array_equal(other, found)
-
-
-def test_plates_with_other_orders_of_channels_reach_the_model_alike(tmp_path):
-    """The second plate stores its channels the other way round, under other names, and in floating point."""
+def test_training_and_embedding_use_the_same_crops(tmp_path):
+    """The second plate has its channels in another order, with other names, and in floating point."""
     from synthetic_plate import draw_field, write_plate
 
     images = {well: [draw_field(i)] for i, well in enumerate(("A01", "A02"))}
@@ -94,47 +64,47 @@ def test_plates_with_other_orders_of_channels_reach_the_model_alike(tmp_path):
         expected, ids = in_training(data, number)
         found, own = in_embed(plate, model)
         assert tuple(own) == ids == (0, 1)
-        tolerance = 0 if number == 0 else 2.0**-10  # crops of float images are kept as float16
+        tolerance = 0 if number == 0 else 2.0**-10  # crops of float images are stored as float16
         np.testing.assert_allclose(found, expected, rtol=0, atol=2 * tolerance)
 
 
-def test_crops_that_are_more_than_memory_lie_in_files_and_are_found_again(labelled_plate, tmp_path, monkeypatch):
-    """The same crops and table, read from the disk; another training that cuts the same does not cut again."""
+def test_crops_that_exceed_the_memory_are_stored_in_files_and_reused(labelled_plate, tmp_path, monkeypatch):
+    """The same crops and table, read from files; another training with the same crops does not cut them again."""
     import pickle
 
     options = {"label": "compound", "crop_size": 16, "margin": 2}
     data = PlateCrops([str(labelled_plate)], **options)
     data.read()
-    monkeypatch.setattr(crop_store, "MEMORY", 20_000)
-    monkeypatch.setattr(crop_store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000_000}))
+    monkeypatch.setattr(plates, "MEMORY_BYTES", 20_000)
+    monkeypatch.setattr(plates.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000_000}))
     stored = PlateCrops([str(labelled_plate)], **options, cache=str(tmp_path / "cache"))
     with pytest.warns(match=r"The crops need about 0\.0 GB, more than"):
         stored.read()
-    assert isinstance(stored.groups[0].images, crop_store.CropFile)
-    assert len(pickle.dumps(stored.groups[0].images)) < 1000  # loading processes get its name, not its pixels
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".crops", ".npz"]
-    monkeypatch.setattr(PlateCrops, "_collect", None)
+    assert isinstance(stored.groups[0].images, plates.CropFile)
+    assert len(pickle.dumps(stored.groups[0].images)) < 1000  # loading processes receive the path, not the pixels
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".npy", ".npz"]
+    monkeypatch.setattr(plates, "stream_crops", None)
     again = PlateCrops([str(labelled_plate)], **options, cache=str(tmp_path / "cache"))
     again.read()
     for other in (stored, again):
         assert other.table.equals(data.table)
         np.testing.assert_array_equal(other.groups[0].images[np.arange(40)], data.groups[0].images[np.arange(40)])
     different = PlateCrops([str(labelled_plate)], **options | {"margin": 3}, cache=str(tmp_path / "cache"))
-    with pytest.raises(TypeError):  # they are cut anew
+    with pytest.raises(TypeError):  # they are cut again
         different.read()
 
 
-def test_crops_that_no_disk_holds_are_told_beforehand(labelled_plate, tmp_path, monkeypatch):
-    monkeypatch.setattr(crop_store, "MEMORY", 20_000)
-    monkeypatch.setattr(crop_store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 30_000}))
+def test_too_little_disk_space_raises_early(labelled_plate, tmp_path, monkeypatch):
+    monkeypatch.setattr(plates, "MEMORY_BYTES", 20_000)
+    monkeypatch.setattr(plates.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 30_000}))
     data = PlateCrops([str(labelled_plate)], unlabelled=True, crop_size=16, cache=str(tmp_path / "cache"))
     with pytest.raises(InputError, match=r"need about 0\.0 GB of disk \(\d of 12 fields.*Choose a --data\.cache on"):
         data.read()
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_levels_of_a_folder_of_crops_are_those_that_embed_applies(tmp_path):
-    """Single cells that were cut elsewhere: their levels travel with the weights, unless they cannot be meant."""
+def test_embed_applies_the_intensity_levels_of_a_folder_of_crops(tmp_path):
+    """Levels of single-cell images are stored with the weights; implausible ones raise."""
     import tifffile
     from synthetic_plate import draw_field, write_plate
 
@@ -175,7 +145,7 @@ def test_levels_of_a_folder_of_crops_are_those_that_embed_applies(tmp_path):
         plan_embedding(other, scale_by="model")
 
 
-def test_what_differs_from_training_is_told(tmp_path, labelled_plate):
+def test_differences_from_training_are_noted(tmp_path, labelled_plate):
     data = PlateCrops([str(labelled_plate)], unlabelled=True, crop_size=32)
     data.read()
     assert not plan_embedding(labelled_plate, model=trained(data, tmp_path / "m.safetensors")).notes
@@ -189,7 +159,7 @@ def test_what_differs_from_training_is_told(tmp_path, labelled_plate):
 
 
 @pytest.mark.parametrize("readout", ["mean", "max"])
-def test_probabilities_of_the_learned_classes_are_the_models(labelled_plate, tmp_path, readout):
+def test_probabilities_are_those_of_the_model(labelled_plate, tmp_path, readout):
     from cellvim.errors import ModelError
 
     data = PlateCrops([str(labelled_plate)], label="compound", crop_size=16)
