@@ -1,9 +1,9 @@
-"""Time and size of `cellvim report` on made-up cells of a 384-well plate, its images among them.
+"""Time and size of `cellvim report` for simulated cells and images of a 384-well plate.
 
     python benchmarks/report_page.py -o benchmarks/results/report.json
 
-Twice: with coordinates that the AnnData brings, all cells shown; and laid out by UMAP here, a sample of them. Times are
-of the processor and of the clock; what else the machine does counts in the latter.
+One page shows all cells at coordinates stored in the AnnData, the other a sample with UMAP. Wall-clock time includes
+waiting for other processes of the machine; processor time does not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROWS, COLUMNS, FIELD_PX, CROP_PX = 16, 24, 400, 64
 
 
 def main() -> None:
-    """Run both and print, or write, the figures."""
+    """Run both and print or write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--features", type=int, default=384)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def run(folder: Path, n_cells: int, n_features: int) -> list[dict[str, Any]]:
-    """Make a plate and its embeddings, and a report of each kind, in a process of its own each."""
+    """Simulate a plate and its embeddings, and write a report of each kind in a separate process."""
     make_plate(folder / "plate.zarr")
     adata = make_embeddings(folder / "plate.zarr", n_cells, n_features)
     pages = []
@@ -77,8 +77,8 @@ def run(folder: Path, n_cells: int, n_features: int) -> list[dict[str, Any]]:
         after = os.times()
         pages.append(
             {
-                "coordinates": "given, all cells shown" if coordinates else "UMAP of a sample",
-                "says": done.stdout.strip().rsplit(" in ", 1)[0],
+                "coordinates": "stored, all cells shown" if coordinates else "UMAP of a sample",
+                "summary": done.stdout.strip().rsplit(" in ", 1)[0],
                 "megabytes": round(page.stat().st_size / 1e6, 2),
                 "seconds": round(time.perf_counter() - start, 1),
                 "processor_seconds": round(
@@ -90,10 +90,10 @@ def run(folder: Path, n_cells: int, n_features: int) -> list[dict[str, Any]]:
 
 
 def make_plate(path: Path) -> None:
-    """Write one field a well: round nuclei and cell bodies, other in every channel."""
+    """Write one field per well, with round nuclei and cell bodies that differ between channels."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:FIELD_PX, :FIELD_PX]
-    with PlateWriter(path, name="made up", channel_names=CHANNELS, pixel_size_um=0.6) as writer:
+    with PlateWriter(path, name="simulated", channel_names=CHANNELS, pixel_size_um=0.6) as writer:
         for well in range(ROWS * COLUMNS):
             image = rng.normal(300, 15, (len(CHANNELS), FIELD_PX, FIELD_PX))
             for cy, cx in rng.uniform(0, FIELD_PX, (20, 2)):
@@ -105,12 +105,12 @@ def make_plate(path: Path) -> None:
 
 
 def well_of(number: int) -> str:
-    """Return the name of a well of the plate, row by row."""
+    """Return the name of a well, numbered row by row."""
     return f"{chr(ord('A') + number // COLUMNS)}{number % COLUMNS + 1:02d}"
 
 
 def make_embeddings(plate: Path, n_cells: int, n_features: int) -> anndata.AnnData:
-    """Rows of 60 compounds in replicates and controls, with columns as `cellvim embed` writes them."""
+    """Return cells of 60 compounds in replicates and of controls, with the columns that `cellvim embed` writes."""
     rng = np.random.default_rng(0)
     well = np.sort(rng.integers(ROWS * COLUMNS, size=n_cells))
     column = well % COLUMNS
@@ -120,7 +120,7 @@ def make_embeddings(plate: Path, n_cells: int, n_features: int) -> anndata.AnnDa
     names = [f"compound {i}" for i in range(60)] + ["DMSO", "reference"]
     obs = pd.DataFrame(
         {
-            "Metadata_Plate": pd.Categorical(["made up"] * n_cells),
+            "Metadata_Plate": pd.Categorical(["simulated"] * n_cells),
             "Metadata_Well": pd.Categorical.from_codes(well, [well_of(i) for i in range(ROWS * COLUMNS)]),
             "Metadata_Site": np.ones(n_cells, np.int64),
             "Metadata_ObjectNumber": np.arange(n_cells),
@@ -135,16 +135,16 @@ def make_embeddings(plate: Path, n_cells: int, n_features: int) -> anndata.AnnDa
             "qc_border": rng.random(n_cells) < 0.08,
             "qc_debris": rng.random(n_cells) < 0.05,
         },
-        index=[f"made up__{well_of(w)}__1__{i}" for i, w in enumerate(well)],
+        index=[f"simulated__{well_of(w)}__1__{i}" for i, w in enumerate(well)],
     )
     x = (rng.normal(size=(n_cells, n_features)) + effects[compound]).astype(np.float32)
     spatial = rng.uniform(0, FIELD_PX * 0.6, (n_cells, 2))
     umap = x[:, :2] + rng.normal(size=(62, 2))[compound] * 3
     adata = anndata.AnnData(x, obs, obsm={"spatial": spatial, "X_umap": umap})
     adata.uns["cellvim"] = {
-        "model": {"name": "none: made-up numbers"},
+        "model": {"name": "none: simulated"},
         "weights": {"trained": False, "seed": 0, "sha256": "0" * 64},
-        "plate": {"name": "made up", "path": str(plate), "pixel_size_um": 0.6},
+        "plate": {"name": "simulated", "path": str(plate), "pixel_size_um": 0.6},
         "unit": "cell",
         "channels": {"plate": np.array(CHANNELS, object), "model": np.array(CHANNELS, object)},
         "preprocessing": {
