@@ -1,4 +1,4 @@
-"""Reading a page back: its elements, its text and the data in it, by Python's own parser."""
+"""Parse a page: its elements, text and data, with Python's HTML parser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Elements as (tag, attributes), the text of each section, and what stands in scripts."""
+    """Elements as (tag, attributes), the text of each section, and the content of scripts."""
 
     def __init__(self, html: str):
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,4 @@
-"""Embeddings of a small plate, with controls, a compound in doses, and names that try to break out of a page."""
+"""Embeddings of a small plate, with controls, a compound with several doses, and names that attempt an injection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CELLS_EACH = 3
 
 
 def make_embeddings(plate: Path | None = None, *, channels: list[str] | None = None, seed: int = 0) -> anndata.AnnData:
-    """Rows of `CELLS_EACH` cells a well; the embedding moves with the dose."""
+    """Return `CELLS_EACH` cells per well, whose embedding depends on the dose."""
     rng = np.random.default_rng(seed)
     rows = [(well, *about, n) for well, about in WELLS.items() for n in range(1, CELLS_EACH + 1)]
     wells, kinds, compounds, doses, numbers = (list(column) for column in zip(*rows, strict=True))

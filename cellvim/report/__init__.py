@@ -1,4 +1,4 @@
-"""Reports: everything about a plate's embeddings on one HTML page; `write_report` makes it (docs/report.md)."""
+"""Reports: the embeddings of a plate summarised on one HTML page; see `write_report` and docs/report.md."""
 
 from __future__ import annotations
 

@@ -68,8 +68,7 @@ class Findings:
             left_out = self.evaluation.left_out
             reasons = left_out.loc[left_out["task"].isin((task, task.replace("_", " "))), "reason"]
             reason = reasons.iloc[0] if len(reasons) else reason
-        # Without the list of the columns of obs, which the page shows where the map is coloured.
-        return re.sub(r"; (obs|it) has [^;]*?\. (?=[A-Z])", ". ", str(reason))
+        return without_columns(str(reason))
 
     @property
     def distance_label(self) -> str:
@@ -101,6 +100,11 @@ class Findings:
         names = [n for n in (self.columns.perturbation, self.columns.dose) if n is not None and n in table]
         known = pd.Series(table["mean_average_precision"].to_numpy(float), index=keys(table, names).to_numpy())
         return keys(self.profiles.obs, names).map(known[~known.index.duplicated()]).to_numpy(float)
+
+
+def without_columns(reason: str) -> str:
+    """Return a message without the list of the columns of obs, which the page shows where the map is coloured."""
+    return re.sub(r"(; (obs|it)|, which) has [^;]*?\. (?=[A-Z])", ". ", reason)
 
 
 def find(

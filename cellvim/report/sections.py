@@ -14,7 +14,7 @@ from cellvim.evaluate.controls import separate_stored_controls
 from cellvim.profiles.columns import text
 from cellvim.profiles.representations import matrix
 from cellvim.report import figures, record
-from cellvim.report.findings import Findings, find, nearest_perturbations, typical_cells
+from cellvim.report.findings import Findings, find, nearest_perturbations, typical_cells, without_columns
 from cellvim.report.projection import Projection, project_cells
 from cellvim.report.source import Source
 from cellvim.report.thumbnails import Thumbnails, make_thumbnails
@@ -366,7 +366,7 @@ def _controls(source: Source, seed: int, plots: dict[str, Any]) -> dict[str, Any
     try:
         results, notes = separate_stored_controls(source.store, source.obs, source.columns, seed=seed)
     except CellvimError as error:
-        return {"missing": str(error)}
+        return {"missing": without_columns(str(error))}
     first = results[0]
     plots["controls-figure"] = figures.separation_chart(
         [(r.features, r.balanced_accuracy, r.balanced_accuracy_std) for r in results]

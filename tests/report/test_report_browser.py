@@ -214,7 +214,7 @@ def test_hovering_a_cell_shows_its_crop(opened):
     assert not tip.is_displayed()
 
 
-def test_the_crop_is_that_cell_in_the_plate(browser, page_path):
+def test_the_crop_matches_the_plate(browser, page_path):
     """Green is GFP and blue DNA; a nucleus is where the drawn field has one."""
     adata = make_embeddings()
     load(browser, page_path)
@@ -240,7 +240,7 @@ def test_a_channel_can_be_switched_off(opened):
     assert len(boxes) == 2 and not any(box.is_selected() for box in boxes)
 
 
-def test_clicked_cells_are_kept_and_can_be_removed(opened):
+def test_clicked_crops_are_kept_and_can_be_removed(opened):
     names = [point_at_a_cell(opened, click=True, which=i) for i in (0, 7, 0)]
     kept = opened.find_elements("css selector", "#kept figure")
     assert len(kept) == 2 and names[0] == names[2] != names[1]
@@ -414,7 +414,7 @@ def test_nearest_perturbations_have_crops(opened):
     assert crop[..., :3].std() > 3
 
 
-def test_no_name_has_run(opened):
+def test_names_are_never_executed(opened):
     from selenium.webdriver.support.ui import Select
 
     choice = Select(opened.find_element("id", "color-by"))

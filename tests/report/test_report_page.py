@@ -1,4 +1,4 @@
-"""The page: what it says, what it says instead of what is missing, and that no name breaks out of it."""
+"""Content of the page, reasons for missing sections, and escaping of names."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def make(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The page of a plate that has everything: (page, summary, HTML)."""
-    folder = tmp_path_factory.mktemp("whole")
+def complete(tmp_path_factory):
+    """The page of a plate with all sections: (page, summary, HTML)."""
+    folder = tmp_path_factory.mktemp("complete")
     plate = write_plate(
         folder / "plate.zarr", {well: [draw_field(i, 6)] for i, well in enumerate(WELLS)}, ["DNA", "GFP"]
     )
@@ -48,8 +48,8 @@ def whole(tmp_path_factory):
     return Page(html), summary, html
 
 
-def test_every_part_has_its_content(whole):
-    page, summary, _ = whole
+def test_every_section_has_content(complete):
+    page, summary, _ = complete
     assert page.sections["header"].count("UNTRAINED") == 1
     assert summary.n_rows == summary.n_shown == summary.n_crops == N_CELLS
     assert "too few for UMAP" in page.sections["map"]
@@ -64,8 +64,8 @@ def test_every_part_has_its_content(whole):
     assert not [a for a in page.tags("p") if a.get("class") == "absent"]
 
 
-def test_the_numbers_are_those_of_the_rows(whole):
-    page, _, _ = whole
+def test_values_match_the_rows(complete):
+    page, _, _ = complete
     adata = make_embeddings()
     (plate,) = page.data["plates"]["list"]
     measures = [measure["label"] for measure in page.data["plates"]["measures"]]
@@ -80,11 +80,11 @@ def test_the_numbers_are_those_of_the_rows(whole):
     assert {"Activity", "Distance from controls", "mAP of the treatment"} <= set(measures)
 
 
-def test_activity_and_precision_are_those_of_cellvim_evaluate(whole):
+def test_activity_and_precision_match_cellvim_evaluate(complete):
     from cellvim.evaluate.evaluation import evaluate_profiles
     from cellvim.profiles import profile
 
-    page, _, _ = whole
+    page, _, _ = complete
     profiles = profile(make_embeddings())
     found = evaluate_profiles(profiles, tasks=["retrieval", "assay"])
     measures = [measure["label"] for measure in page.data["plates"]["measures"]]
@@ -102,9 +102,9 @@ def test_activity_and_precision_are_those_of_cellvim_evaluate(whole):
     assert drawn["A01"] is None and len(precision)
 
 
-def test_names_never_break_out(whole):
+def test_names_are_escaped(complete):
     """No other scripts and no event attributes; names are text, and the JSON of the data contains them unchanged."""
-    page, _, html = whole
+    page, _, html = complete
     assert [a.get("type") for a in page.tags("script")] == ["application/json", None, None]
     assert not page.tags("img")
     assert all(not attributes for attributes in page.tags("b"))  # those of the tiles
@@ -133,8 +133,8 @@ def test_names_of_wells_plates_channels_and_columns(make, tmp_path, name):
     assert all(not attribute.startswith("on") for _, attributes in page.elements for attribute in attributes)
 
 
-def test_the_page_asks_no_network(whole):
-    page, _, html = whole
+def test_the_page_needs_no_network(complete):
+    page, _, html = complete
     (policy,) = [a["content"] for a in page.tags("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     for tag, attributes in page.elements:
@@ -146,11 +146,11 @@ def test_the_page_asks_no_network(whole):
     )
 
 
-def test_the_policy_names_the_script_and_style(whole):
+def test_the_policy_permits_only_the_scripts_and_styles_of_the_page(complete):
     import base64
     from hashlib import sha256
 
-    page, _, _ = whole
+    page, _, _ = complete
     (policy,) = [a["content"] for a in page.tags("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     for text in page.scripts[1:]:
         assert base64.b64encode(sha256(text.encode()).digest()).decode() in policy
@@ -159,17 +159,18 @@ def test_the_policy_names_the_script_and_style(whole):
     assert not [attributes for _, attributes in page.elements if "style" in attributes]  # the policy forbids them
 
 
-def test_the_same_rows_make_the_same_page(whole, make, plate):
+def test_the_page_is_reproducible(complete, make, plate):
     embeddings = make_embeddings(plate)
     embeddings.uns["cellvim"]["plate"]["path"] = "somewhere"
     parts = [
-        re.sub(r"on \d{4}-\d\d-\d\d \d\d:\d\d UTC", "", html) for html in (whole[2], make(embeddings, plate=plate)[2])
+        re.sub(r"on \d{4}-\d\d-\d\d \d\d:\d\d UTC", "", html)
+        for html in (complete[2], make(embeddings, plate=plate)[2])
     ]
     parts = [re.sub(r"path</dt><dd>.*?</dd>", "", part) for part in parts]
     assert parts[0] == parts[1]
 
 
-# --- what is missing is said in its place
+# --- missing sections state the reason
 
 
 def _absent(page: Page, section: str) -> str:
@@ -203,7 +204,7 @@ def test_one_cell(make, embeddings):
     assert "not scaled" in page.sections["plates"] or "fewer" in page.sections["plates"]
 
 
-def test_numbers_that_are_not_finite(make, embeddings):
+def test_values_that_are_not_finite(make, embeddings):
     embeddings.X[3:5] = np.nan
     embeddings.X[7, 2] = np.inf
     embeddings.obs["qc_focus"] = np.nan
@@ -249,7 +250,7 @@ def test_columns_can_be_named(make, embeddings):
 # --- plates
 
 
-def test_the_plate_was_moved(make, plate, tmp_path):
+def test_a_plate_that_was_moved(make, plate, tmp_path):
     page, summary, _ = make(make_embeddings(tmp_path / "gone.zarr"))
     assert summary.n_crops == 0 and "crops" not in page.data
     assert f"no longer at {tmp_path / 'gone.zarr'}" in page.sections["map"] and "--plate" in page.sections["map"]
@@ -265,7 +266,7 @@ def test_a_plate_with_other_wells(make, tmp_path):
     assert "The plate has no field for A02" in page.sections["map"]
 
 
-def test_a_plate_of_another_name_is_said(make, tmp_path):
+def test_a_plate_with_another_name_is_noted(make, tmp_path):
     other = write_plate(tmp_path / "stranger.zarr", {"A01": [draw_field(0, 4)]}, ["DNA", "GFP"])
     page, _, _ = make(make_embeddings(other))
     assert "the crops from a plate called stranger" in page.sections["map"]
@@ -280,8 +281,8 @@ def test_fields_that_cannot_be_read(make, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*UNTRAINED")
-def test_a_report_of_what_embed_wrote_of_several_plates(make, tmp_path):
-    """Two real runs' worth of rows: crops come from both plates, the channels from the record, failures are listed."""
+def test_embeddings_of_several_plates(make, tmp_path):
+    """Crops are from both plates, channels from the record, and failures are listed."""
     plates = [
         write_plate(tmp_path / f"p{i}.zarr", {"A01": [draw_field(i, 5)], "A02": [draw_field(9, 4)]}, ["DNA", "GFP"])
         for i in range(2)
@@ -304,7 +305,7 @@ def test_a_report_of_what_embed_wrote_of_several_plates(make, tmp_path):
     assert "A02/0" in page.sections["failures"] and "p1" in page.sections["failures"]
 
 
-def test_what_is_no_plate_is_an_error(make, embeddings, tmp_path):
+def test_an_invalid_plate_is_an_error(make, embeddings, tmp_path):
     with pytest.raises(PlateError, match="does not exist"):
         make(embeddings, plate=tmp_path / "nothing.zarr")
 
@@ -313,7 +314,7 @@ def test_a_plate_without_the_channel_is_an_error(make, tmp_path):
     plate = write_plate(tmp_path / "plate.zarr", {w: [draw_field(0, 4)] for w in WELLS}, ["DNA", "RNA"])
     with pytest.raises(CellvimError, match="'GFP' is not in plate"):
         make(make_embeddings(plate), plate=plate)
-    page, _, _ = make(make_embeddings(plate))  # nobody named it: the page says why
+    page, _, _ = make(make_embeddings(plate))  # not named by the user: the page states the reason
     assert "'GFP' is not in plate.zarr" in page.sections["map"]
 
 
@@ -329,10 +330,10 @@ def test_any_number_of_channels(make, tmp_path, n_channels):
     assert len(set(colors)) >= min(n_channels, 8)
 
 
-# --- what is given is used
+# --- given results are used
 
 
-def test_profiles_and_evaluation_that_are_given(make, embeddings, tmp_path):
+def test_given_profiles_and_evaluation_are_used(make, embeddings, tmp_path):
     from cellvim.evaluate.evaluation import evaluate_profiles
     from cellvim.profiles import profile
 
@@ -346,14 +347,14 @@ def test_profiles_and_evaluation_that_are_given(make, embeddings, tmp_path):
         make(embeddings, evaluation=tmp_path / "evaluation.json")
 
 
-def test_coordinates_that_are_there_are_taken(make, embeddings):
+def test_stored_coordinates_are_used(make, embeddings):
     embeddings.obsm["X_umap"] = np.column_stack([np.arange(N_CELLS), -np.arange(N_CELLS)]).astype(float)
     page, _, _ = make(embeddings)
     assert f"UMAP of {N_CELLS} cells" in page.sections["map"] and "obsm['X_umap']" in page.sections["map"]
 
 
-def test_a_sample_is_said_to_be_one(make, embeddings):
-    del embeddings.obsm["spatial"]  # no crops, that would have to be shown, too
+def test_a_sample_is_noted(make, embeddings):
+    del embeddings.obsm["spatial"]  # without crops, whose cells are always shown
     page, summary, _ = make(embeddings, max_cells=20)
     assert summary.n_shown == 20 and f"20 of {N_CELLS} cells are shown, sampled evenly" in page.sections["map"]
 
@@ -396,7 +397,7 @@ def test_the_command(stored, tmp_path, monkeypatch, capsys):
         (["plate.zarr"], "plate of images"),
     ],
 )
-def test_what_cannot_be_used_is_one_line(stored, tmp_path, monkeypatch, capsys, arguments, message):
+def test_invalid_input_is_reported_in_one_line(stored, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     for name in ("emb.zarr", "plate.zarr"):
         Path(name).symlink_to(stored / name)
