@@ -1,4 +1,4 @@
-"""What attention pooling weighs: the share of each token among those it is pooled with, block by block."""
+"""Weights of attention pooling: the share of each token among the tokens pooled together, for each block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellvim.attribution.baselines import check_inputs, in_evaluation
+from cellvim.attribution.tokens import check_inputs, in_evaluation
 from cellvim.errors import ModelError
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ class AttentionScores:
     Attributes
     ----------
     shares
-        (depth, 2, B, C, rows, columns) float32: of each block and direction (forward, backward). They sum to 1 over the
-        block's pooled axes. C is 1 for joint tokens, which hold all channels.
+        (depth, 2, B, C, rows, columns) float32, for each block and direction (forward, backward). They sum to 1 over
+        the pooled axes of the block. C is 1 for joint tokens, which represent all channels.
     pooled
-        Of each block: the names of the axes pooled together, of "channel", "row" and "column".
+        For each block, the axes pooled together, of "channel", "row" and "column".
     patch_px
-        Distance from patch to patch in pixels of the input.
+        Distance between patches in pixels of the input.
     """
 
     shares: np.ndarray
@@ -41,19 +41,19 @@ class AttentionScores:
 
     @property
     def patches(self) -> np.ndarray:
-        """(B, C, rows, columns): share by an equal share, mean over blocks and directions; 1 is even."""
+        """(B, C, rows, columns): share relative to an equal share, averaged over blocks and directions."""
         sizes = dict(zip(_IMAGE_AXES, self.shares.shape[3:], strict=True))
         group = np.array([np.prod([sizes[axis] for axis in axes]) for axes in self.pooled])
         return (self.shares.mean(1) * group[:, None, None, None, None]).mean(0)
 
     @property
     def compares_channels(self) -> bool:
-        """Whether any block weighs channels against each other (``pool_axes=2``)."""
+        """Whether any block compares channels (``pool_axes=2``)."""
         return any("channel" in axes for axes in self.pooled)
 
 
 def attention_scores(model: Encoder, images: Tensor | np.ndarray, *, channels: Channels = None) -> AttentionScores:
-    """Return the weights that a model with ``pool="attention"`` gives its tokens.
+    """Return the pooling weights of the tokens of a model with ``pool="attention"``.
 
     Parameters
     ----------
@@ -62,12 +62,12 @@ def attention_scores(model: Encoder, images: Tensor | np.ndarray, *, channels: C
     images
         (B, C, H, W), normalised as for the model.
     channels
-        Ids or names of the images' channels, as for `Encoder.forward`.
+        Ids or names of the channels, as for `Encoder.forward`.
 
     Raises
     ------
     ModelError
-        The model pools in another way.
+        The model has another kind of pooling.
     InputError, ChannelError
         The images or channels do not fit the model.
 
@@ -78,8 +78,8 @@ def attention_scores(model: Encoder, images: Tensor | np.ndarray, *, channels: C
     inputs = check_inputs(model, images, channels, None)
     if model.config.pool != "attention":
         raise ModelError(
-            f"The model pools by '{model.config.pool}', which has no scores; attention scores need pool='attention'. "
-            "Gradients and occlusion explain any model."
+            f"The model pools by '{model.config.pool}', which has no scores; expected pool='attention'. Gradients and "
+            "occlusion apply to any model."
         )
     with in_evaluation(model), torch.no_grad():
         hidden, grid = model.embed(inputs.images, channels=channels)
@@ -95,7 +95,7 @@ def attention_scores(model: Encoder, images: Tensor | np.ndarray, *, channels: C
 
 def _as_image(shares: Tensor, grid: TokenGrid, scan_path: str) -> Tensor:
     """(2, B, L) in stored order -> (2, B, C, rows, columns)."""
-    if grid.class_position is not None:  # its own group, its share is 1
+    if grid.class_position is not None:  # a group of its own, with a share of 1
         place = grid.class_position
         shares = torch.cat([shares[..., :place], shares[..., place + 1 :]], dim=-1)
     maps = shares.unflatten(2, [grid.sizes[axis] for axis in grid.axes])
@@ -104,7 +104,7 @@ def _as_image(shares: Tensor, grid: TokenGrid, scan_path: str) -> Tensor:
 
 
 def _pooled_axes(model: Encoder, grid: TokenGrid, block: int) -> tuple[str, ...]:
-    """Names of the axes of the image that a block pools together."""
+    """Return the axes of the image that a block pools together."""
     pooled = grid.pooled_axes(block)
     if model.config.scan_path == "colwise":
         pooled = {{"row": "column", "column": "row"}.get(axis, axis) for axis in pooled}

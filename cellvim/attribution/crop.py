@@ -1,4 +1,4 @@
-"""One crop of a plate, cut and scaled as `cellvim.embed` does, and what drove its embedding: `cellvim attribute`."""
+"""``cellvim attribute``: read one crop of a plate as `cellvim.embed` does, and explain its embedding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cellvim.attribution.attention import attention_scores
+from cellvim.attribution.picture import draw_attribution
+from cellvim.attribution.tokens import METHODS, attribute
 from cellvim.errors import FieldReadError, InputError, listing, suggestion
 
 if TYPE_CHECKING:
@@ -17,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """What the model sees of one cell, tile or field.
+    """The input of the model for one cell, tile or field.
 
     Attributes
     ----------
     image
-        (C, h, w) float32, normalised, channels in the model's order.
+        (C, H, W) float32, normalised, with channels in the order of the model.
     channel_names
-        The plate's names of the C channels.
+        Names of the channels on the plate.
     name
-        ``plate__well__site__object``, as the row's name in the AnnData.
+        ``plate__well__site__object``, the name of the row in the AnnData.
     um_per_px
-        Side of a pixel of ``image`` in µm; None if the plate does not say.
+        Pixel size of ``image`` in µm; None if unknown.
     """
 
     image: np.ndarray
@@ -43,18 +46,18 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
     Parameters
     ----------
     plan
-        From `cellvim.embedding.plan_embedding`: plate, model, channels, unit, crop size.
+        Returned by `cellvim.embedding.plan_embedding`.
     well
-        Such as ``B03``.
+        Name of the well, such as ``B03``.
     site
-        Name of the field within the well; the first one that can be read and holds a unit, if None.
+        Name of the site within the well; by default the first with a unit.
     number
-        ``Metadata_ObjectNumber`` of the cell or tile; if None, the unit nearest to the middle of the field.
+        ``Metadata_ObjectNumber`` of the cell or tile; by default the unit nearest to the centre of the field.
 
     Raises
     ------
     InputError
-        There is no such well, site or number.
+        The well, site or number does not exist.
     FieldReadError
         The field's pixels cannot be read.
     """
@@ -108,7 +111,7 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """What `explain_crop` found: the picture, a line about it, and what the user must know."""
+    """Result of `explain_crop`: the figure, a summary of one line, and remarks."""
 
     figure: Figure
     summary: str
@@ -125,7 +128,7 @@ def explain_crop(
     target: str | int = "embedding",
     steps: int = 32,
 ) -> Explained:
-    """Read a crop, attribute what the model makes of it, and draw it.
+    """Read a crop, attribute its embedding, and plot the attribution.
 
     Parameters
     ----------
@@ -134,19 +137,15 @@ def explain_crop(
     method
         One of `cellvim.attribution.METHODS`, or "attention" for the scores of attention pooling.
     target, steps
-        As in `cellvim.attribution.attribute`; a class may be given as text.
+        As in `cellvim.attribution.attribute`; a class may be text.
 
     Raises
     ------
     CellvimError
-        The crop is not there, or the model cannot be asked this.
+        The crop does not exist, or the method or target is not valid for the model.
     """
-    from cellvim.attribution.attention import attention_scores
-    from cellvim.attribution.picture import draw_attribution
-    from cellvim.attribution.tokens import METHODS, attribute
-
-    if method not in (*METHODS, "attention"):
-        known = (*METHODS, "attention")
+    known = (*METHODS, "attention")
+    if method not in known:
         raise InputError(f"The method '{method}' is not known; expected {listing(known)}.{suggestion(method, known)}")
     if isinstance(target, str) and target.lstrip("-").isdigit():
         target = int(target)
@@ -154,29 +153,27 @@ def explain_crop(
     images, channel_ids, remarks = crop.image[None], plan.plates[0].channel_ids, []
     if not plan.trained:
         remarks.append(
-            f"{plan.model_name} has UNTRAINED weights (random, seed {plan.seed}): what drives its embedding is chance."
+            f"{plan.model_name} has UNTRAINED weights (random, seed {plan.seed}): the attribution is not meaningful."
         )
     if method == "attention":
         found = attention_scores(plan.model, images, channels=channel_ids)
-        summary = f"{crop.name}: largest share of attention {found.patches[0].max():.2f} times an even one"
+        summary = f"{crop.name}: largest share of attention is {found.patches[0].max():.2f} times an equal share"
         if not found.compares_channels:
-            remarks.append("This model pools within each channel, so its scores do not compare channels.")
+            remarks.append("This model pools within channels, so its scores do not compare channels.")
     else:
-        found = attribute(
-            plan.model, images, channels=plan.plates[0].channel_ids, target=target, method=method, steps=steps
-        )
+        found = attribute(plan.model, images, channels=channel_ids, target=target, method=method, steps=steps)
         shares = ", ".join(
             f"{name} {share:.0%}" for name, share in zip(crop.channel_names, found.channel_share[0], strict=True)
         )
         gained = found.output[0] - found.baseline_output[0]
-        what = f"{found.target} logit {found.output[0]:.4g}, {gained:+.4g} against"
+        what = f"logit of {found.target} is {found.output[0]:.4g}, {gained:+.4g} relative to"
         if found.target == "embedding":
-            what = f"the embedding lies {gained:.4g} from that of"
+            what = f"distance {gained:.4g} from the embedding of"
         summary = f"{crop.name}: {what} a black crop; by channel {shares}"
         if method == "integrated_gradients" and abs(found.residual[0]) > 0.02 * abs(gained):
             remarks.append(
-                f"The contributions miss the total by {found.residual[0] / gained:+.1%}: the model bends on the "
-                f"way from black. Take more --steps than {steps}."
+                f"The contributions differ from the total by {found.residual[0] / gained:+.1%}. Use more --steps "
+                f"than {steps}."
             )
     title = f"{crop.name}\n{plan.model_name}" + ("" if plan.trained else ", UNTRAINED (random weights)")
     figure = draw_attribution(found, crop.image, crop.channel_names, title=title, um_per_px=crop.um_per_px)

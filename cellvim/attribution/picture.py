@@ -1,4 +1,4 @@
-"""A picture of an attribution: each channel of the crop, and beside it what its patches contributed."""
+"""Plot an attribution: the channels of the crop, and the contributions of their patches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from cellvim.attribution.attention import AttentionScores
 from cellvim.attribution.tokens import Attribution
 from cellvim.errors import InputError, OutputError, listing
+from cellvim.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,33 +34,33 @@ def draw_attribution(
     title: str = "",
     um_per_px: float | None = None,
 ) -> Figure:
-    """Draw the crop's channels, what each patch contributed over them, and the channels' contributions as bars.
+    """Plot the channels of a crop, the contributions of their patches, and those of the channels as bars.
 
     Parameters
     ----------
     found
-        From `attribute` or `attention_scores`.
+        Returned by `attribute` or `attention_scores`.
     image
-        (C, H, W), the crop that was explained.
+        (C, H, W), the explained crop.
     channel_names
-        C names.
+        Names of the C channels.
     index
-        Which image of the batch.
+        Index of the image in the batch.
     title
-        Above the picture.
+        Title of the figure.
     um_per_px
-        Side of a pixel, for a scale bar; none is drawn without it.
+        Pixel size in µm, for a scale bar; no scale bar if None.
 
     Returns
     -------
     matplotlib.figure.Figure
-        One colour scale for all channels, so that they can be compared: orange raises the number explained, purple
-        lowers it. Of attention scores, orange is more than an equal share and purple is less.
+        All channels have the same colour scale: orange increases the explained value, purple decreases it. For
+        attention scores, orange is more and purple less than an equal share.
 
     Raises
     ------
     InputError
-        The image or the names do not fit, or matplotlib is not installed.
+        The image does not match the names, or matplotlib is not installed.
     """
     try:
         from matplotlib import colormaps
@@ -68,7 +69,7 @@ def draw_attribution(
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("A picture needs matplotlib. Install it: pip install 'cellvim[analysis]'") from error
+        raise InputError("Plots require matplotlib: pip install 'cellvim[analysis]'.") from error
 
     image = np.asarray(image)
     if image.ndim != 3 or len(image) != len(channel_names):
@@ -91,7 +92,7 @@ def draw_attribution(
         axis.axis("off")
     for c, (name, plane) in enumerate(zip(channel_names, image, strict=True)):
         block, column = divmod(c, _COLUMNS)
-        grey = _stretched(plane)
+        grey = _scaled(plane)
         shown, explained = axes[2 * block, column], axes[2 * block + 1, column]
         shown.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         shown.set_title(_short(name), fontsize=9, parse_math=False)
@@ -114,15 +115,15 @@ def draw_attribution(
 
 
 def check_picture(path: Path, *, overwrite: bool = False) -> None:
-    """Raise when a picture cannot be written there.
+    """Raise if a picture cannot be written to a path.
 
     Raises
     ------
     OutputError
-        Its name is that of no picture, it exists and ``overwrite`` is off, or its folder does not.
+        The format is not supported, the file exists and ``overwrite`` is off, or its folder does not exist.
     """
     if path.suffix.lower() not in FORMATS:
-        raise OutputError(f"{path} names no picture that can be written; expected {listing(FORMATS)} at its end.")
+        raise OutputError(f"{path} is not a supported picture; expected a name ending in {listing(FORMATS)}.")
     if path.exists() and (path.is_dir() or not overwrite):
         raise OutputError(f"{path} exists already. Choose another --output, or replace it with --overwrite.")
     if not path.absolute().parent.is_dir():
@@ -130,25 +131,19 @@ def check_picture(path: Path, *, overwrite: bool = False) -> None:
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:
-    """Write a picture; its format is that of the file's name.
+    """Write a picture atomically, in the format of the file name.
 
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix.lower().removeprefix("."))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format=partial.suffix.lower().removeprefix("."))
 
 
 def _values(found: Attribution | AttentionScores, index: int) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Return (C or 1, rows, columns) values around 0, what they are, and the (C,) channels' contributions."""
+    """Return signed values (C or 1, rows, columns), their label, and the contributions of the channels (C,)."""
     if isinstance(found, AttentionScores):
         shares = found.patches[index]
         label = "log₂ of the share of attention / an equal share"
@@ -158,15 +153,15 @@ def _values(found: Attribution | AttentionScores, index: int) -> tuple[np.ndarra
     return found.patches[index], label, found.channels[index]
 
 
-def _stretched(plane: np.ndarray) -> np.ndarray:
-    """Return the plane from its darkest to its 99.8th percentile as 0 … 1."""
+def _scaled(plane: np.ndarray) -> np.ndarray:
+    """Scale a plane from 0 at its minimum to 1 at its 99.8th percentile."""
     plane = np.nan_to_num(plane.astype(np.float64))
     low, high = plane.min(), np.percentile(plane, 99.8)
     return ((plane - low) / (high - low)).clip(0, 1) ** 0.8 if high > low else np.zeros_like(plane)
 
 
 def _upsampled(patches: np.ndarray, patch_px: int, shape: tuple[int, int]) -> np.ndarray:
-    """Repeat (rows, columns) patches to the pixels that they were counted from."""
+    """Repeat patches (rows, columns) for their pixels."""
     y, x = (np.minimum(np.arange(n) // patch_px, m - 1) for n, m in zip(shape, patches.shape, strict=True))
     return patches[y[:, None], x]
 

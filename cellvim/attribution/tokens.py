@@ -1,43 +1,41 @@
-"""Attribute a model's output to patches and channels, by gradients along a path, a single gradient, or occlusion."""
+"""Attribute the output of a model to patches and channels, by integrated gradients, gradient × input, or occlusion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cellvim.attribution.baselines import Inputs, check_inputs, in_evaluation
-from cellvim.attribution.targets import Target, target_function
-from cellvim.errors import InputError, listing, suggestion
+from cellvim.errors import InputError, ModelError, listing, suggestion
+from cellvim.models.encoder import Encoder
+from cellvim.models.patch_embed import Channels, check_images, resolve_channels
 
-if TYPE_CHECKING:
-    from cellvim.models.encoder import Encoder
-    from cellvim.models.patch_embed import Channels
-
+Target = str | int | np.ndarray | Tensor
+Function = Callable[[Tensor, Tensor], Tensor]  # images (n, C, H, W) and their row numbers (n,) -> (n,)
 METHODS = ("integrated_gradients", "gradient_times_input", "occlusion")
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """How much each patch of each channel contributed to one number of the output.
+    """Contribution of each patch of each channel to a scalar function of the output.
 
     Attributes
     ----------
     patches
-        (B, C, rows, columns) float64, signed; a patch is that of the model's grid.
+        (B, C, rows, columns) float64, signed; the patches of the model's grid.
     channels
-        (B, C) float64, signed. With gradients the sum over the patches. With occlusion what is lost with the whole
-        channel, which is not the sum of its patches, as they stand in for each other.
+        (B, C) float64, signed. For gradients, the sum over the patches. For occlusion, the decrease without the entire
+        channel, which differs from the sum because patches are redundant.
     output, baseline_output
-        (B,) float64: the number explained, of the image and of its baseline.
+        (B,) float64: the value for the image and for its baseline.
     method, target
-        How, and of what.
+        Method and target of the attribution.
     patch_px
-        Distance from patch to patch in pixels of the input.
+        Distance between patches in pixels of the input.
     """
 
     patches: np.ndarray
@@ -50,14 +48,14 @@ class Attribution:
 
     @property
     def channel_share(self) -> np.ndarray:
-        """(B, C): the absolute contribution of each channel by that of all; zero where nothing contributed."""
+        """(B, C): absolute contribution of each channel relative to the sum of all; zero without contributions."""
         size = np.abs(self.channels)
         total = size.sum(1, keepdims=True)
         return np.divide(size, total, out=np.zeros_like(size), where=total > 0)
 
     @property
     def residual(self) -> np.ndarray:
-        """(B,): output − baseline output − the sum of the patches; near 0 for integrated gradients."""
+        """(B,): output − baseline output − sum of the patches; near 0 for integrated gradients."""
         return self.output - self.baseline_output - self.patches.sum((1, 2, 3))
 
 
@@ -72,30 +70,30 @@ def attribute(
     steps: int = 32,
     batch_size: int = 32,
 ) -> Attribution:
-    """Attribute one number of the output to the patches and channels of the input.
+    """Attribute a scalar function of the output to the patches and channels of the input.
 
     Parameters
     ----------
     model
-        Any `Encoder`; it is run in evaluation and left as it was.
+        Any `Encoder`; it is run in evaluation mode, and its mode is restored.
     images
         (B, C, H, W), normalised as for the model.
     channels
-        Ids or names of the images' channels, as for `Encoder.forward`.
+        Ids or names of the channels, as for `Encoder.forward`.
     target
-        What is explained: "embedding", the distance by which the image moved the embedding away from the baseline's;
-        the number of a class, for its logit; or a direction (D,) in the embedding, such as the mean of a treatment
-        less that of the controls, for the embedding's component along it.
+        "embedding": the distance of the embedding from that of the baseline. A class number: its logit. A direction
+        (D,) in the embedding, such as the mean of a treatment minus that of the controls: the component along it.
     method
-        "integrated_gradients": gradients along the straight path from the baseline, times the way: they sum to output −
-        baseline output. "gradient_times_input": the gradient at the image alone, times the way: fast and local.
-        "occlusion": what the output loses when a patch, or a whole channel, is replaced by the baseline.
+        "integrated_gradients": gradients averaged along the straight path from the baseline to the image, times the
+        difference of image and baseline; they sum to output − baseline output. "gradient_times_input": the gradient at
+        the image, times the difference; fast and local. "occlusion": decrease of the output when a patch, or a channel,
+        is replaced by the baseline.
     baseline
-        What "nothing there" is: anything that expands to the images' shape. None for 0, the darkest pixels.
+        Reference image, in any shape that expands to that of the images; by default 0, the darkest pixels.
     steps
-        Points of the path (Gauss–Legendre), for integrated gradients.
+        Number of points on the path (Gauss–Legendre), for integrated gradients.
     batch_size
-        Images that the model sees at once.
+        Number of images per forward pass.
 
     Returns
     -------
@@ -104,7 +102,7 @@ def attribute(
     Raises
     ------
     CellvimError
-        Something given does not fit the model.
+        An argument does not fit the model.
 
     References
     ----------
@@ -136,6 +134,166 @@ def attribute(
     return Attribution(*arrays, method=method, target=what, patch_px=model.config.stride)
 
 
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A model, images and their baselines. Returned by `check_inputs`.
+
+    Attributes
+    ----------
+    model
+        The model.
+    images, baseline
+        (B, C, H, W), with the type and on the device of the model.
+    channels
+        As for `Encoder.forward`.
+    """
+
+    model: Encoder
+    images: Tensor
+    baseline: Tensor
+    channels: Channels
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features of images (n, C, H, W), (n, D)."""
+        return self.model.forward_features(images, channels=self.channels)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of rows and columns of patches."""
+        return self.model.config.grid_size(*self.images.shape[-2:])
+
+    def patch_sums(self, pixels: Tensor) -> Tensor:
+        """Sum pixels (…, H, W) by patch, (…, rows, columns); with overlapping patches, each pixel is counted once."""
+        rows, columns = self.grid
+        y, x = self._patch_of_pixels()
+        summed = pixels.new_zeros(*pixels.shape[:-2], rows, pixels.shape[-1]).index_add(-2, y, pixels)
+        return summed.new_zeros(*summed.shape[:-1], columns).index_add(-1, x, summed)
+
+    def patch_masks(self) -> Tensor:
+        """Return the pixels of each patch as masks, (rows · columns, H, W)."""
+        y, x = self._patch_of_pixels()
+        number = y[:, None] * self.grid[1] + x  # (H, W)
+        return number == torch.arange(self.grid[0] * self.grid[1], device=number.device)[:, None, None]
+
+    def _patch_of_pixels(self) -> tuple[Tensor, Tensor]:
+        """Return the row of patches of each row of pixels (H,), and the column of each column (W,)."""
+        stride, device = self.model.config.stride, self.images.device
+        y, x = (
+            (torch.arange(length, device=device) // stride).clamp_max(count - 1)
+            for length, count in zip(self.images.shape[-2:], self.grid, strict=True)
+        )
+        return y, x
+
+
+def check_inputs(model: Encoder, images: Tensor | np.ndarray, channels: Channels, baseline: object) -> Inputs:
+    """Return the images and their baselines in the type and on the device of the model.
+
+    Parameters
+    ----------
+    model, images, channels, baseline
+        As in `cellvim.attribution.attribute`.
+
+    Raises
+    ------
+    InputError, ChannelError
+        The images, their channels or the baseline do not fit the model.
+    """
+    if not isinstance(model, Encoder):
+        raise InputError(f"An attribution requires an Encoder; found a {type(model).__name__}.")
+    weight = model.patch_embed.proj.weight
+    images = torch.as_tensor(images)
+    if images.is_floating_point():
+        images = images.to(weight.device, weight.dtype)
+    check_images(images, weight.dtype)
+    resolve_channels(channels, images, model.config)
+    if not bool(images.isfinite().all()):
+        raise InputError("The images have NaN or infinite pixels; expected finite, normalised pixels.")
+    if baseline is None:
+        return Inputs(model, images, torch.zeros_like(images), channels)
+    baseline = torch.as_tensor(baseline).to(images)
+    try:
+        baseline = baseline.expand(images.shape)
+    except RuntimeError:
+        raise InputError(
+            f"The baseline has the shape {tuple(baseline.shape)}; expected that of the images, {tuple(images.shape)}, "
+            "or one that expands to it, such as a number or (C, 1, 1)."
+        ) from None
+    return Inputs(model, images, baseline, channels)
+
+
+@contextmanager
+def in_evaluation(model: Encoder) -> Iterator[None]:
+    """Run a model without dropout and channel sampling, and restore the mode of all modules."""
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+
+
+def target_function(inputs: Inputs, target: Target) -> Function:
+    """Return the function to explain.
+
+    Parameters
+    ----------
+    inputs
+        The model, its images and their baselines.
+    target
+        As in `attribute`.
+
+    Returns
+    -------
+    Callable
+        A function of images (n, C, H, W) and (n,), the numbers of the rows of ``inputs`` that they are variants of.
+
+    Raises
+    ------
+    InputError, ModelError
+        The target is not valid for the model.
+    """
+    model = inputs.model
+    if model.config.readout == "tokens":
+        raise ModelError("The model returns tokens (readout='tokens'); attribution requires one row per image.")
+    if isinstance(target, str):
+        if target != "embedding":
+            raise InputError(f"The target '{target}' is not known; expected embedding, a class number or a direction.")
+        return _along(inputs, _direction_from_baseline(inputs))
+    if isinstance(target, int | np.integer) and not isinstance(target, bool):
+        return _class(inputs, int(target))
+    direction = torch.as_tensor(target).to(inputs.images)
+    if direction.shape != (model.config.embed_dim,) or not bool(direction.isfinite().all()):
+        raise InputError(
+            f"The direction has the shape {tuple(direction.shape)}; expected {model.config.embed_dim} finite numbers, "
+            "one per feature of the embedding."
+        )
+    return _along(inputs, direction.expand(len(inputs.images), -1))
+
+
+def _direction_from_baseline(inputs: Inputs) -> Tensor:
+    """(B, D): unit vector from the embedding of the baseline to that of the image; zero if they are equal."""
+    with torch.no_grad():
+        difference = inputs.features(inputs.images) - inputs.features(inputs.baseline)
+        length = difference.norm(dim=1, keepdim=True)
+        return torch.where(
+            length > 0, difference / length.clamp_min(torch.finfo(difference.dtype).tiny), torch.zeros_like(difference)
+        )
+
+
+def _along(inputs: Inputs, direction: Tensor) -> Function:
+    return lambda images, rows: (inputs.features(images) * direction[rows]).sum(1)
+
+
+def _class(inputs: Inputs, number: int) -> Function:
+    count = inputs.model.config.num_classes
+    if not count:
+        raise ModelError("The model has no classes (num_classes=0); attribute its embedding, or a direction in it.")
+    if not 0 <= number < count:
+        raise InputError(f"The model has no class {number}; expected 0 to {count - 1}.")
+    return lambda images, rows: inputs.model(images, channels=inputs.channels)[:, number]
+
+
 def _path(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Points and weights of the Gauss–Legendre quadrature on [0, 1]."""
     points, weights = np.polynomial.legendre.leggauss(steps)
@@ -144,34 +302,32 @@ def _path(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _path_gradients(
     inputs: Inputs,
-    function: Callable[[Tensor, Tensor], Tensor],
+    function: Function,
     points: np.ndarray,
     weights: np.ndarray,
     batch_size: int,
 ) -> Tensor:
-    """(B, C, H, W) float64: the way from the baseline times the mean gradient along it."""
-    way = inputs.images - inputs.baseline
-    total = torch.zeros_like(way, dtype=torch.float64)
-    row, point = (n.ravel() for n in np.indices((len(way), len(points))))
+    """(B, C, H, W) float64: the difference from the baseline times the mean gradient along the path."""
+    difference = inputs.images - inputs.baseline
+    total = torch.zeros_like(difference, dtype=torch.float64)
+    row, point = (n.ravel() for n in np.indices((len(difference), len(points))))
     for first in range(0, len(row), batch_size):
-        rows = torch.from_numpy(row[first : first + batch_size]).to(way.device)
+        rows = torch.from_numpy(row[first : first + batch_size]).to(difference.device)
         where = point[first : first + batch_size]
-        at = torch.as_tensor(points[where], dtype=way.dtype, device=way.device)[:, None, None, None]
-        weight = torch.as_tensor(weights[where], dtype=torch.float64, device=way.device)[:, None, None, None]
+        at = torch.as_tensor(points[where], dtype=difference.dtype, device=difference.device)[:, None, None, None]
+        weight = torch.as_tensor(weights[where], dtype=torch.float64, device=difference.device)[:, None, None, None]
         with torch.enable_grad():
-            images = (inputs.baseline[rows] + at * way[rows]).requires_grad_()
+            images = (inputs.baseline[rows] + at * difference[rows]).requires_grad_()
             (gradient,) = torch.autograd.grad(function(images, rows).sum(), images)
         total.index_add_(0, rows, gradient.double() * weight)
-    return total * way.double()
+    return total * difference.double()
 
 
-def _occlusion(
-    inputs: Inputs, function: Callable[[Tensor, Tensor], Tensor], output: Tensor, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """(B, C, rows, columns) and (B, C) float64: what the output loses without a patch, and without a channel."""
+def _occlusion(inputs: Inputs, function: Function, output: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """(B, C, rows, columns) and (B, C) float64: decrease of the output without a patch, and without a channel."""
     n_images, n_channels = inputs.images.shape[:2]
     masks = inputs.patch_masks()
-    masks = torch.cat([masks, torch.ones_like(masks[:1])])  # the last one: the whole channel
+    masks = torch.cat([masks, torch.ones_like(masks[:1])])  # the last mask: the entire channel
     lost = output.new_empty(n_images * n_channels * len(masks))
     numbers = torch.arange(len(lost), device=lost.device)
     with torch.no_grad():

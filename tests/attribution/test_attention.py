@@ -1,4 +1,4 @@
-"""Attention scores: they sum to 1 over what is pooled, are what the kernels use, and lie at the right patch."""
+"""Attention scores sum to 1 over the pooled axes, equal those of the kernels, and are assigned to the right patch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_shares_sum_to_one_over_the_pooled_axes(changes):
     assert found.compares_channels == (changes.get("pool_axes") == 2)
 
 
-def test_even_scores_are_even_shares():
+def test_equal_scores_give_equal_shares():
     model = make_model()
     for layer in model.layers:
         for head in (layer.mixer.pool_score, layer.mixer.pool_score_b):
@@ -65,8 +65,8 @@ def test_even_scores_are_even_shares():
 
 
 @pytest.mark.parametrize("changes", CASES[:4], ids=str)
-def test_the_share_lies_at_the_patch_and_channel_that_is_scored_up(changes):
-    """Without convolution, position and channel embedding, one bright patch is the only token unlike the others."""
+def test_the_highest_share_is_at_the_highest_score(changes):
+    """Without convolution, position and channel embedding, only the bright patch is a different token."""
     model = make_model(**changes | {"depth": 1, "position_embedding": False, "d_conv": 0}).eval()
     torch.nn.init.zeros_(model.patch_embed.channel_embed.weight)
     images = torch.zeros(1, 3, 16, 24)
@@ -86,7 +86,7 @@ def test_the_share_lies_at_the_patch_and_channel_that_is_scored_up(changes):
 
 @pytest.mark.skipif(not native.available(), reason=f"the CPU kernels are not there: {native.reason()}")
 @pytest.mark.parametrize("changes", [{}, {"pool_axes": 2}, {"tokens": "joint", "class_token": "middle"}], ids=str)
-def test_shares_are_those_of_the_kernels(changes):
+def test_shares_equal_those_of_the_kernels(changes):
     model = make_model(**changes).eval()
     with torch.no_grad():
         hidden, grid = model.embed(make_images())
@@ -105,7 +105,7 @@ def test_shares_are_those_of_the_kernels(changes):
             torch.testing.assert_close(summed, pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_ragged_samples_have_shares_of_zero_where_there_is_no_token():
+def test_missing_tokens_of_ragged_samples_have_a_share_of_zero():
     model = make_model().eval()
     keep = torch.ones(2, 18, dtype=torch.bool)
     keep[0, 5:12] = False
@@ -124,6 +124,6 @@ def test_ragged_samples_have_shares_of_zero_where_there_is_no_token():
                 np.testing.assert_allclose(total[group.any(1)], 1, rtol=1e-5)
 
 
-def test_only_models_that_pool_by_attention_have_scores():
+def test_other_pooling_raises_an_error():
     with pytest.raises(ModelError, match="'mean'"):
         attention_scores(make_model(pool="mean"), make_images())

@@ -1,4 +1,4 @@
-"""`cellvim attribute`: the crop is the one that was embedded, the picture shows it, and errors are one line."""
+"""`cellvim attribute`: the crop equals the embedded one, the figure shows it, and errors are one line."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def run(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 @pytest.mark.parametrize("options", [{"crop_size": 48}, {"unit": "tile", "crop_size": 64}, {"mask_neighbours": True}])
-def test_the_crop_is_what_was_embedded(plate, model, options):
-    """The model gives the crop the row that `cellvim.embed` wrote for it."""
+def test_the_crop_equals_the_embedded_one(plate, model, options):
+    """The features of the crop equal its row from `cellvim.embed`."""
     adata = cellvim.embed(plate, model=model, **options)
     plan = plan_embedding(plate, model=model, **options)
     row = adata.obs.iloc[-1 if "unit" in options else 3]
@@ -64,13 +64,13 @@ def test_the_crop_is_what_was_embedded(plate, model, options):
     np.testing.assert_allclose(feature[0], adata[row.name].X[0], atol=1e-5)
 
 
-def test_without_a_number_it_is_the_cell_in_the_middle(plate, model):
+def test_the_default_is_the_cell_at_the_centre(plate, model):
     crop = read_crop(plan_embedding(plate, model=model), "a1")
     assert crop.name.startswith("plate__A01__0__")
     assert crop.image.shape == (2, 32, 32) and crop.um_per_px == 0.5
 
 
-def test_the_picture_shows_every_channel_and_any_name():
+def test_the_figure_shows_all_channels_and_special_characters():
     torch.manual_seed(0)
     config = {"image_size": 20, "patch_size": 8, "in_channels": 8, "embed_dim": 8, "depth": 1, "num_classes": 0}
     encoder = cellvim.Encoder(cellvim.EncoderConfig(**config, pool="attention"))
@@ -89,8 +89,8 @@ def test_the_picture_shows_every_channel_and_any_name():
         draw_attribution(found, image, names[:7])
 
 
-def test_a_patch_is_drawn_over_its_own_pixels():
-    """The only patch that counts is the only place that is coloured; its side does not divide the image's."""
+def test_patches_are_plotted_over_their_pixels():
+    """Only the relevant patch is coloured; the patch size does not divide the image size."""
 
     class TopLeft(cellvim.Encoder):
         def forward_features(self, images, channels=None, keep=None):
@@ -129,10 +129,10 @@ def test_the_command_writes_a_picture(run, plate, model, method):
     assert code == 2 and "--overwrite" in err
 
 
-def test_scores_of_attention(run, plate, tmp_path, model):
+def test_the_command_with_attention_scores(run, plate, tmp_path, model):
     pooled = save_model(tmp_path / "attention.safetensors", pool="attention")
     code, out, err = run("attribute", plate, "--well", "A02", "--model", pooled, "--method", "attention", "-o", "a.svg")
-    assert code == 0 and "times an even one" in out and "do not compare channels" in err
+    assert code == 0 and "times an equal share" in out and "do not compare channels" in err
     assert Path("a.svg").read_text().lstrip().startswith("<?xml")
     code, _, err = run("attribute", plate, "--well", "A02", "--model", model, "--method", "attention")
     assert code == 2 and "pools by 'mean'" in err
@@ -149,11 +149,11 @@ def test_scores_of_attention(run, plate, tmp_path, model):
         (["--well", "A01", "--method", "magic"], "magic"),
         (["--well", "A01", "--target", "3"], "no classes"),
         (["--well", "A01", "--target", "logit"], "'logit'"),
-        (["--well", "A01", "-o", "picture.doc"], "names no picture"),
+        (["--well", "A01", "-o", "picture.doc"], "not a supported picture"),
         (["--well", "A01", "-o", "nowhere/picture.png"], "does not exist"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(run, plate, model, arguments, message):
+def test_errors_are_one_line(run, plate, model, arguments, message):
     code, out, err = run("attribute", plate, "--model", model, *arguments)
     assert code == 2 and out == ""
     lines = [line for line in err.splitlines() if line]

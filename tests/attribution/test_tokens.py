@@ -1,4 +1,4 @@
-"""Gradients and occlusion: completeness, the channel and the patch that count, and every back-end."""
+"""Gradients and occlusion: completeness, the relevant channel and patch, and all back ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_images(seed: int = 0, n: int = 2, c: int = 3, height: int = 24, width: 
 
 
 class OneChannel(Encoder):
-    """A model whose embedding depends on one channel, and in it on the top left patch, alone."""
+    """A model whose embedding depends only on the top left patch of one channel."""
 
     def forward_features(self, images, channels=None, keep=None):
         seen = torch.zeros_like(images)
@@ -41,7 +41,7 @@ class OneChannel(Encoder):
 @pytest.mark.parametrize(
     "changes", [{}, {"tokens": "joint"}, {"mixer": "attention", "class_token": "first", "pool": "none", "num_heads": 2}]
 )
-def test_integrated_gradients_sum_to_what_the_output_gained(target, changes):
+def test_integrated_gradients_are_complete(target, changes):
     model, images = make_model(**changes).double(), make_images().double()
     target = np.linspace(-1, 1, 16) if target == "direction" else target
     found = attribute(model, images, target=target, steps=64, batch_size=128)
@@ -62,14 +62,14 @@ def test_the_target_embedding_is_the_distance_from_the_baseline():
     np.testing.assert_allclose(found.output - found.baseline_output, distance, rtol=1e-4)
 
 
-def test_a_class_is_its_logit():
+def test_the_output_for_a_class_is_its_logit():
     model, images = make_model(), make_images()
     found = attribute(model, images, target=3, method="occlusion")
     with torch.no_grad():
         np.testing.assert_allclose(found.output, model.eval()(images)[:, 3], rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_times_input_is_the_derivative_along_the_way():
+def test_gradient_times_input_is_the_directional_derivative():
     model, images = make_model().double(), make_images().double()
     found = attribute(model, images, target=1, method="gradient_times_input", baseline=0.25)
     model.eval()
@@ -80,7 +80,7 @@ def test_gradient_times_input_is_the_derivative_along_the_way():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_goes_to_the_only_channel_and_patch_that_count(method):
+def test_only_the_relevant_channel_and_patch_contribute(method):
     torch.manual_seed(0)
     model = OneChannel(make_model().config)
     found = attribute(model, make_images(), method=method, steps=8)
@@ -92,7 +92,7 @@ def test_all_goes_to_the_only_channel_and_patch_that_count(method):
     assert (np.abs(found.patches[:, 1, 0, 0]) > 0).all()
 
 
-def test_occlusion_is_what_the_output_loses():
+def test_occlusion_equals_the_decrease_of_the_output():
     model, images = make_model(), make_images()
     found = attribute(model, images, target=0, method="occlusion", batch_size=5, baseline=0.1)
     model.eval()
@@ -128,7 +128,7 @@ def test_gradients_flow_on_every_backend(backend):
         (12, 20, {"pool": "attention"}),
     ],
 )
-def test_patches_of_any_size_hold_every_pixel_once(height, width, changes):
+def test_patches_of_any_size_contain_every_pixel_once(height, width, changes):
     model, images = make_model(**changes).double(), make_images(height=height, width=width).double()
     found = attribute(model, images, target=0, batch_size=64)
     assert found.patches.shape[2:] == model.config.grid_size(height, width)
@@ -144,14 +144,14 @@ def test_a_subset_of_the_channels_by_name():
     assert found.patches.shape[1] == 2
 
 
-def test_the_batch_size_changes_nothing():
+def test_the_batch_size_does_not_affect_the_result():
     model, images = make_model(), make_images(n=3)
     for method in METHODS:
         one, many = (attribute(model, images, method=method, steps=4, batch_size=b) for b in (1, 100))
         np.testing.assert_allclose(one.patches, many.patches, atol=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_mode_of_the_model_is_restored():
     model = make_model()
     model.train()
     model.layers[0].eval()
@@ -162,7 +162,7 @@ def test_the_model_is_left_as_it_was():
         assert p.grad is None and torch.equal(p, before[name])
 
 
-def test_an_image_like_its_baseline_has_no_attribution():
+def test_an_image_equal_to_its_baseline_has_no_attribution():
     found = attribute(make_model(), np.zeros((1, 3, 24, 24), np.float32))
     np.testing.assert_array_equal(found.patches, 0)
     np.testing.assert_array_equal(found.channel_share, 0)
@@ -185,13 +185,13 @@ def test_an_image_like_its_baseline_has_no_attribution():
         ({"images": np.zeros((3, 24, 24), np.float32)}, InputError, "batch"),
     ],
 )
-def test_what_does_not_fit_is_said(options, kind, message):
+def test_invalid_arguments_raise_errors(options, kind, message):
     options = {"images": make_images()} | options
     with pytest.raises(kind, match=message):
         attribute(make_model(), **options)
 
 
-def test_models_without_classes_or_without_one_row_an_image():
+def test_models_without_classes_or_with_token_readout_raise_errors():
     with pytest.raises(ModelError, match="no classes"):
         attribute(make_model(num_classes=0), make_images(), target=0)
     with pytest.raises(ModelError, match="readout"):
