@@ -94,13 +94,14 @@ def _score_plates(
 
 
 def _distances(values: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    from scipy.stats import median_abs_deviation
+
     n, own = int(negative.sum()), values[negative]
     mean = own.mean(axis=0)
     distance = np.linalg.norm(values - mean, axis=1)
     distance[negative] = np.linalg.norm(own - (n * mean - own) / (n - 1), axis=1)
-    center = np.median(distance[negative])
-    spread = MAD_TO_STD * np.median(np.abs(distance[negative] - center))
-    return (distance - center) / spread if spread > 0 else np.full(len(values), np.nan)
+    spread = MAD_TO_STD * median_abs_deviation(distance[negative])
+    return (distance - np.median(distance[negative])) / spread if spread > 0 else np.full(len(values), np.nan)
 
 
 def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -142,13 +143,15 @@ def assay_quality(scores: pd.DataFrame) -> pd.DataFrame:
     .. [1] Zhang, Chung and Oldenburg, "A simple statistical parameter for use in evaluation and validation of high
        throughput screening assays", Journal of Biomolecular Screening, 1999.
     """
+    from scipy.stats import median_abs_deviation
+
     results = []
     for plate, table in scores.groupby("plate", sort=True):
         low, high = (table.loc[table["kind"] == kind, ACTIVITY].to_numpy() for kind in ("negative", "positive"))
         result = {"plate": plate, "n_negative": len(low), "n_positive": len(high)}
         if min(len(low), len(high)) >= 2 and np.isfinite([*low, *high]).all():
             spread = low.std(ddof=1), high.std(ddof=1)
-            robust = tuple(MAD_TO_STD * np.median(np.abs(group - np.median(group))) for group in (low, high))
+            robust = tuple(MAD_TO_STD * median_abs_deviation(group) for group in (low, high))
             result |= {
                 "z_prime": _z_prime(sum(spread), high.mean() - low.mean()),
                 "robust_z_prime": _z_prime(sum(robust), float(np.median(high) - np.median(low))),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellvim.channels import COLORS, canonical_name
+from cellvim.data.wells import well_name, well_position
 from cellvim.errors import InputError, MetadataError, listing
 from cellvim.pl.canvas import OTHER, category_colors, is_category, new_axes, plain, values_of
 from cellvim.profiles.columns import column_of, find_columns, text
@@ -74,10 +74,7 @@ def plate_map(
             raise MetadataError(f"There is no plate '{plate}'; expected one of {listing(names)}.")
         plate = plate if plate is not None else names[0] if names else ""
         table = table[(plates == plate).to_numpy()]
-    positions = [_position(well) for well in table["well"]]
-    if bad := [str(w) for w, p in zip(table["well"], positions, strict=True) if p is None]:
-        raise MetadataError(f"Not names of wells: {listing(dict.fromkeys(bad))}; expected names such as A01.")
-    table["row"], table["column"] = np.array(positions, dtype=int).reshape(-1, 2).T
+    table["row"], table["column"] = np.array([well_position(well) for well in table["well"]], int).reshape(-1, 2).T
     height, width = next(
         (f for f in PLATE_FORMATS if table["row"].max() < f[0] and table["column"].max() < f[1]),
         (table["row"].max() + 1, table["column"].max() + 1),
@@ -124,27 +121,12 @@ def _grid(values: pd.Series, height: int, width: int) -> np.ndarray:
 def _decorate(axes: Axes, height: int, width: int) -> None:
     step = 1 if width <= 24 else 2
     axes.set_xticks(range(0, width, step), [str(c + 1) for c in range(0, width, step)], fontsize=7)
-    axes.set_yticks(range(0, height, step), [_row_name(r) for r in range(0, height, step)], fontsize=7)
+    axes.set_yticks(range(0, height, step), [well_name(r, 0)[:-2] for r in range(0, height, step)], fontsize=7)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xticks(np.arange(-0.5, width), minor=True)
     axes.set_yticks(np.arange(-0.5, height), minor=True)
     axes.grid(which="minor", color="0.85", lw=0.5)
     axes.tick_params(which="minor", length=0)
-
-
-def _position(well: object) -> tuple[int, int] | None:
-    """Return (row, column) from 0 of a well such as A01 or AF48."""
-    found = re.fullmatch(r"([A-Za-z]{1,2})0*(\d{1,2})", str(well).strip())
-    if found is None or int(found[2]) == 0:
-        return None
-    row = 0
-    for letter in found[1].upper():
-        row = 26 * row + ord(letter) - ord("A") + 1
-    return row - 1, int(found[2]) - 1
-
-
-def _row_name(row: int) -> str:
-    return chr(ord("A") + row) if row < 26 else "A" + chr(ord("A") + row - 26)
 
 
 def _legend(colors: dict[str, Any]) -> dict[str, Any]:

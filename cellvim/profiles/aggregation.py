@@ -90,11 +90,52 @@ def aggregate(
         raise InputError(f"There is no statistic '{statistic}'; expected {listing(STATISTICS)}.")
     if min_cells < 1:
         raise InputError(f"--min-cells is {min_cells}; expected at least 1.")
+    import anndata
+
     with open_anndata(source) as store:
         groups = _groups(store, list(by))
         results = _summarise(store, groups, statistic, progress)
         obs, dropped_columns = _obs(store, groups)
-        return _profiles(store, groups, results, obs, dropped_columns, list(by), statistic, min_cells)
+        cellvim = store.uns()
+    enough = groups.counts >= min_cells
+    obs.index = pd.Index(keys(obs, list(by)).to_numpy(dtype=str).astype(object))
+    if not enough.any():
+        raise InputError(
+            f"No well of {store.name} has {min_cells} cells; the maximum is {groups.counts.max()}. Lower --min-cells."
+        )
+    if (left_out := obs.index[~enough]).size:
+        warnings.warn(
+            f"{len(left_out)} wells have fewer than {min_cells} cells and are omitted: {listing(left_out)}.",
+            CellvimWarning,
+            stacklevel=2,
+        )
+    n_missing = sum(bad for _, bad in results.values())
+    if n_missing:
+        warnings.warn(
+            f"{n_missing:,} values of {store.name} are not finite and are ignored.", CellvimWarning, stacklevel=2
+        )
+    cellvim["profile"] = {
+        "aggregate": {
+            "statistic": statistic,
+            "trim": TRIM if statistic == "robust" else 0.0,
+            "by": np.array(list(by), dtype=object),
+            "rows": store.n_rows,
+            "values_not_finite": n_missing,
+            "min_cells": min_cells,
+            "wells_left_out": np.array(left_out, dtype=object),
+            "columns_left_out": np.array(dropped_columns, dtype=object),
+        }
+    }
+    for name, column in obs.items():  # text is repeated across plates
+        if pd.api.types.is_object_dtype(column):
+            obs[name] = pd.Categorical(column)
+    return anndata.AnnData(
+        X=results["X"][0][enough].astype(np.float32),
+        obs=obs[enough],
+        var=pd.DataFrame(index=pd.Index(store.var_names, dtype=object)),
+        obsm={k: values[enough].astype(np.float32) for k, (values, _) in results.items() if k != "X"},
+        uns={"cellvim": cellvim},
+    )
 
 
 @dataclass(frozen=True)
@@ -250,13 +291,11 @@ def _location(values: np.ndarray, statistic: Statistic) -> tuple[np.ndarray, int
 
 def _trimmed_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean of each column without its ``int(TRIM n)`` lowest and highest values."""
-    if len(values) == 0:
-        return np.full(values.shape[1], np.nan)
-    cut = int(TRIM * len(values))
-    if cut == 0:
-        return values.mean(axis=0)
-    values = np.partition(values, (cut, len(values) - cut - 1), axis=0)
-    return values[cut : len(values) - cut].mean(axis=0)
+    if int(TRIM * len(values)) == 0:
+        return values.mean(axis=0) if len(values) else np.full(values.shape[1], np.nan)
+    from scipy.stats import trim_mean
+
+    return trim_mean(values, TRIM, axis=0)
 
 
 def _obs(store: StoredAnnData, groups: _Groups) -> tuple[pd.DataFrame, list[str]]:
@@ -307,57 +346,3 @@ def _constant(column: pd.Series, groups: _Groups) -> pd.Series | None:
             pd.Categorical.from_codes(low, categories=pd.Index(values).astype(column.cat.categories.dtype))
         )
     return pd.Series(values).reindex(np.where(low < 0, len(values), low)).reset_index(drop=True)
-
-
-def _profiles(
-    store: StoredAnnData,
-    groups: _Groups,
-    results: dict[str, tuple[np.ndarray, int]],
-    obs: pd.DataFrame,
-    dropped_columns: list[str],
-    by: list[str],
-    statistic: Statistic,
-    min_cells: int,
-) -> AnnData:
-    import anndata
-
-    enough = groups.counts >= min_cells
-    obs.index = pd.Index(keys(obs, by).to_numpy(dtype=str).astype(object))
-    if not enough.any():
-        raise InputError(
-            f"No well of {store.name} has {min_cells} cells; the maximum is {groups.counts.max()}. Lower --min-cells."
-        )
-    if (left_out := obs.index[~enough]).size:
-        warnings.warn(
-            f"{len(left_out)} wells have fewer than {min_cells} cells and are omitted: {listing(left_out)}.",
-            CellvimWarning,
-            stacklevel=4,
-        )
-    n_missing = sum(bad for _, bad in results.values())
-    if n_missing:
-        warnings.warn(
-            f"{n_missing:,} values of {store.name} are not finite and are ignored.", CellvimWarning, stacklevel=4
-        )
-    cellvim = store.uns()
-    cellvim["profile"] = {
-        "aggregate": {
-            "statistic": statistic,
-            "trim": TRIM if statistic == "robust" else 0.0,
-            "by": np.array(by, dtype=object),
-            "rows": store.n_rows,
-            "values_not_finite": n_missing,
-            "min_cells": min_cells,
-            "wells_left_out": np.array(left_out, dtype=object),
-            "columns_left_out": np.array(dropped_columns, dtype=object),
-        }
-    }
-    for name, column in obs.items():  # text is repeated across plates
-        if pd.api.types.is_object_dtype(column):
-            obs[name] = pd.Categorical(column)
-    return anndata.AnnData(
-        X=results["X"][0][enough].astype(np.float32),
-        obs=obs[enough],
-        var=pd.DataFrame(index=pd.Index(store.var_names, dtype=object)),
-        obsm={k: values[enough].astype(np.float32) for k, (values, _) in results.items() if k != "X"},
-        uns={"cellvim": cellvim},
-    )

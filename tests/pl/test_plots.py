@@ -76,7 +76,7 @@ def test_plate_maps_say_what_is_missing(profiles, options, message):
 def test_wells_that_are_no_wells_are_named(profiles):
     adata = profiles[:2].copy()
     adata.obs["Metadata_Well"] = ["A01", "well 7"]
-    with pytest.raises(MetadataError, match="names of wells: well 7"):
+    with pytest.raises(MetadataError, match="'well 7' is not a well"):
         cellvim.pl.plate_map(adata, "Metadata_Dose")
 
 
