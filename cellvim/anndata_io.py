@@ -45,44 +45,24 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
 
 
 def found_format(path: str | Path) -> str | None:
-    """Return ``"zarr"``, ``"h5ad"`` or ``"parquet"`` by content; None if the path is none of them."""
-    return next((name for name, check in _CHECKS.items() if check(Path(path))), None)
+    """Return "zarr" or "h5ad" for an AnnData, "parquet" for a Parquet file, by content; None for anything else."""
+    import h5py
 
-
-def is_zarr(path: Path) -> bool:
-    """Return whether a path is an AnnData in Zarr."""
+    path = Path(path)
     for name, attributes in ((".zattrs", lambda j: j), ("zarr.json", lambda j: j.get("attributes", {}))):
         try:
             if attributes(json.loads((path / name).read_text())).get("encoding-type") == "anndata":
-                return True
+                return "zarr"
         except (OSError, ValueError, AttributeError):
             continue
-    return False
-
-
-def is_h5ad(path: Path) -> bool:
-    """Return whether a path is an AnnData in HDF5."""
-    import h5py
-
-    if not path.is_file():
-        return False
-    try:
-        with h5py.File(path, "r") as file:
-            return file.attrs.get("encoding-type") == "anndata"
-    except OSError:
-        return False
-
-
-def is_parquet(path: Path) -> bool:
-    """Return whether a path is a Parquet file."""
     try:
         with open(path, "rb") as file:
-            return file.read(4) == b"PAR1"
+            if file.read(4) == b"PAR1":
+                return "parquet"
+        with h5py.File(path, "r") as file:
+            return "h5ad" if file.attrs.get("encoding-type") == "anndata" else None
     except OSError:
-        return False
-
-
-_CHECKS = {"zarr": is_zarr, "h5ad": is_h5ad, "parquet": is_parquet}
+        return None
 
 
 class StoredAnnData:
@@ -304,7 +284,7 @@ def suffix_of(path: Path) -> str:
 
 
 def readable_suffix(path: Path) -> str:
-    """Return the suffix that describes the content of a file: that of its name, or else found in its first bytes.
+    """Return the suffix for the format of a file: that of its name, or else found by content.
 
     Raises
     ------
