@@ -280,7 +280,7 @@ def path_of(keep: Path, task: str, method: str, shots: int | None, seed: int) ->
 
 
 def run(cells, keep: Path, tasks: list[str], methods: list[str], seeds: list[int]) -> None:
-    """Measure what is not measured yet; each figure is kept as it comes, then all are collected."""
+    """Run the methods that have no result yet, and collect all results."""
     for wanted in tasks:
         for seed, (task, method, shots) in product(seeds, plan()):
             path = path_of(keep, task, method, shots, seed)

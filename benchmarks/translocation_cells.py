@@ -167,7 +167,7 @@ class WellCells(TrainingData):
         return rows[self.labels[rows] >= 0]
 
 
-# ---- what is measured without a network ------------------------------------------------------------------------------
+# ---- features and scores without a network ---------------------------------------------------------------------------
 
 
 def middle(images: np.ndarray) -> np.ndarray:

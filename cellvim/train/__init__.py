@@ -1,1 +1,1 @@
-"""Training: recipes, data modules, and what a training run leaves behind. The only part that needs Lightning."""
+"""Training of models on plates and labelled crops (`cellvim train`). The only part that requires Lightning."""

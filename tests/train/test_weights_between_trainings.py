@@ -10,7 +10,17 @@ from cellvim.models.checkpoints import save_checkpoint
 from cellvim.models.encoder import Encoder
 from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.registry import create_model, model_config
-from cellvim.train.augment import Augment, Augmentation, middle_window, mix, random_window
+from cellvim.train.augment import (
+    OPERATIONS,
+    Augment,
+    Augmentation,
+    middle_window,
+    mix,
+    rand_augment,
+    random_erasing,
+    random_resized_crop,
+    random_window,
+)
 from cellvim.train.joint import encoder_of_joint
 from cellvim.train.probe import Probe
 from cellvim.train.resuming import start_from
@@ -117,3 +127,26 @@ def test_mixed_targets_stay_distributions(kind):
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
     expected = (targets * torch.arange(4.0)).sum(1)  # an image's mean is its target's mean
     torch.testing.assert_close(mixed.mean((1, 2, 3)), expected)
+
+
+def test_rand_augment_operations_keep_the_range_and_move_the_values():
+    torch.manual_seed(2)
+    images, level = torch.rand(2, 3, 24, 24), torch.full((2, 1, 1, 1), 0.3)
+    changed = [operation(images, level) for operation in OPERATIONS]
+    assert torch.equal(changed[0], images)
+    torch.testing.assert_close(changed[1], 1 - images)
+    assert all(not torch.equal(one, images) for one in changed[1:])
+    augmented = rand_augment(images.repeat(16, 1, 1, 1), 2)
+    assert augmented.shape == (32, 3, 24, 24) and augmented.min() >= 0 and augmented.max() <= 1
+
+
+def test_random_erasing_and_resized_crops_cover_the_given_area():
+    torch.manual_seed(3)
+    erased = (random_erasing(torch.ones(200, 3, 32, 32), 1.0) == 0).float().mean((1, 2, 3))
+    assert erased.min() > 0.01 and erased.max() < 0.36
+    assert (random_erasing(torch.ones(200, 3, 32, 32), 0.0) == 1).all()
+    ramp = torch.arange(32.0).expand(200, 1, 32, 32)
+    cropped = random_resized_crop(ramp, 16, (0.25, 0.25))  # half of the width, but for the aspect ratio
+    width = (cropped.amax(3) - cropped.amin(3))[:, 0, 0] * 16 / 15
+    assert width.min() > 12.5 and width.max() < 19.5
+    torch.testing.assert_close(random_resized_crop(ramp, 32, (1.0, 1.0))[0, 0].mean(), ramp.mean(), rtol=0.2, atol=0)
