@@ -256,10 +256,10 @@ def test_interrupt_is_one_line_and_130(run, plate, weights, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedding, "_engine", interrupt)
+    monkeypatch.setattr(embedding, "embed_here", interrupt)
     code, _, err = run("embed", plate, "--model", weights)
     assert code == 130 and len(err.splitlines()) == 1
-    assert err.startswith("Interrupted: 0 of 2 fields are done") and "The same command goes on" in err
+    assert err.startswith("Interrupted: 0 of 2 fields are done") and "resumes" in err
     assert not Path("embeddings.zarr").exists()
 
 
@@ -267,7 +267,7 @@ def test_bugs_keep_their_traceback(run, plate, weights, monkeypatch):
     def bug(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(embedding, "_engine", bug)
+    monkeypatch.setattr(embedding, "embed_here", bug)
     with pytest.raises(ZeroDivisionError):
         run("embed", plate, "--model", weights)
     assert not Path("embeddings.zarr").exists()
@@ -333,7 +333,7 @@ def test_options_are_derived_from_a_signature_and_its_docstring():
     image, size, mode, wells = cli.parameters_of(blur)
     assert (image.name, image.required, image.help) == ("image", True, "A picture.")
     assert (size.opts, size.default, size.help, size.type.name) == (["--size-um"], None, "Size of the window.", "float")
-    assert (mode.metavar, mode.default) == ("[mean]", "mean")
+    assert (mode.metavar, mode.default) == ("[mean|median]", "mean")
     assert wells.type.convert("A01, B02", wells, None) == ["A01", "B02"] and wells.type.convert("", wells, None) == []
 
 
