@@ -271,8 +271,10 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, level: Tensor) -> Tensor:
-    bins = (images.flatten(2) * 255).long()
-    counts = F.one_hot(bins, 256).sum(2)  # (B, 3, 256)
+    bins = (images.flatten(2) * 255).long()  # (B, 3, H W)
+    rows = bins.shape[0] * bins.shape[1]
+    offset = 256 * torch.arange(rows, device=images.device).view(*bins.shape[:2], 1)
+    counts = torch.bincount((bins + offset).flatten(), minlength=256 * rows).view(*bins.shape[:2], 256)
     below = (counts.cumsum(2) - counts / 2) / counts.sum(2, keepdim=True)
     return below.gather(2, bins).view_as(images).to(images.dtype)
 
