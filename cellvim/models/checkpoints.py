@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cellvim.errors import InputError, ModelError, listing, suggestion
+from cellvim.files import atomic_path
 from cellvim.models.config import EncoderConfig
 
 try:
@@ -48,6 +49,7 @@ _HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "
 _MIXIN_OPTIONS = ("config", "proxies", "resume_download", "map_location", "strict")  # added by the hub's mixin; unused
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")  # keys that hold the weights, best first
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.", "network.")
+_AVERAGE = re.compile(r"^(model_ema|ema_model|ema)\.(module\.)?")
 _BESIDE_A_MODEL = re.compile(r"(criterion|loss|train_|val_|test_|metric|mixup|teacher)")
 
 
@@ -74,29 +76,13 @@ def model_card(name: str) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint.
+    """The content of a checkpoint."""
 
-    Parameters
-    ----------
-    model
-        Name of the model's class, "Encoder" or "MaskedAutoencoder".
-    config
-        The model's configuration.
-    options
-        Further arguments of the class.
-    is_trained
-        Whether the weights are trained.
-    card
-        JSON-able metadata: data, licence, results, class names, preprocessing.
-    weights
-        The state dict.
-    """
-
-    model: str
+    model: str  # name of the class, "Encoder" or "MaskedAutoencoder"
     config: EncoderConfig
-    options: dict[str, Any]
+    options: dict[str, Any]  # further arguments of the class
     is_trained: bool
-    card: dict[str, Any]
+    card: dict[str, Any]  # JSON-able metadata: data, licence, results, class names, preprocessing
     weights: dict[str, Tensor]
 
     def build(self, model_class: type[Model]) -> Model:
@@ -168,6 +154,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, An
     ------
     InputError
         The path does not end in ``.safetensors``.
+    OutputError
+        The file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -182,12 +170,11 @@ def save_checkpoint(model: nn.Module, path: str | Path, *, card: Mapping[str, An
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors would make the file readable by the owner only
-    save_file(tensors, partial, header)
-    partial.chmod(mode)
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors makes the file readable by the owner only
+        save_file(tensors, partial, header)
+        partial.chmod(mode)
     return path
 
 
@@ -323,16 +310,9 @@ def _unwrap(content: Mapping[str, Any], use_ema: bool) -> dict[str, Tensor]:
     weights = {k: torch.as_tensor(v) for k, v in content.items() if isinstance(v, (Tensor, np.ndarray))}
     if not weights:
         raise ModelError(f"The checkpoint contains no weights, only {listing(map(str, content))}.")
-    return _choose_ema(weights, use_ema)
-
-
-def _choose_ema(weights: dict[str, Tensor], use_ema: bool) -> dict[str, Tensor]:
-    """Select the model or its average from a Lightning state dict with both (``model.…`` and ``model_ema.…``)."""
-    pattern = re.compile(r"^(model_ema|ema_model|ema)\.(module\.)?")
-    average = {pattern.sub("", k): v for k, v in weights.items() if pattern.match(k)}
-    if not average:
-        return weights
-    return average if use_ema else {k: v for k, v in weights.items() if not pattern.match(k)}
+    # A Lightning state dict may contain both the model and its average (``model.…`` and ``model_ema.…``).
+    average = {_AVERAGE.sub("", k): v for k, v in weights.items() if _AVERAGE.match(k)}
+    return average if average and use_ema else {k: v for k, v in weights.items() if not _AVERAGE.match(k)}
 
 
 def _strip_prefixes(weights: dict[str, Tensor], own: set[str]) -> dict[str, Tensor]:

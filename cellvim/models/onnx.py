@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cellvim.errors import InputError
+from cellvim.files import atomic_path
 from cellvim.models.encoder import Encoder
 
 
@@ -34,6 +35,8 @@ def export_onnx(model: Encoder, path: str | Path) -> Path:
     InputError
         The path does not end in ``.onnx``, the model is in training mode, or the extra ``cellvim[onnx]`` is not
         installed.
+    OutputError
+        The file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -48,25 +51,15 @@ def export_onnx(model: Encoder, path: str | Path) -> Path:
     images = torch.zeros(2, config.in_channels, config.image_height, config.image_width)
     if config.tokens == "per_channel" and config.in_channels > 2:
         count = torch.export.Dim("channels", min=1, max=config.in_channels)
-        inputs = (
-            images[:, 1:].contiguous(),
-            torch.arange(1, config.in_channels),
-        )  # ids other than 0 … C − 1 remain an input
+        ids = torch.arange(1, config.in_channels)  # ids other than 0 … C − 1 remain an input
+        inputs = (images[:, 1:].contiguous(), ids)
         shapes = {"images": {0: batch, 1: count}, "channels": {0: count}}
     elif config.tokens == "per_channel":
         inputs, shapes = (images, torch.arange(config.in_channels)), {"images": {0: batch}, "channels": None}
     else:
         inputs, shapes = (images,), {"images": {0: batch}}
-    program = torch.onnx.export(
-        model,
-        inputs,
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=list(shapes),
-        output_names=["features"],
-        verbose=False,
-    )
-    partial = path.with_name(path.name + ".partial")
-    program.save(str(partial))
-    partial.replace(path)
+    names = {"input_names": list(shapes), "output_names": ["features"]}
+    program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    with atomic_path(path) as partial:
+        program.save(str(partial))
     return path

@@ -1,4 +1,4 @@
-"""Published checkpoints load strictly, in every layout they come in, and never run code."""
+"""Published checkpoints load strictly, in every published layout, and never run code; saving is atomic."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from cellvim import Encoder, EncoderConfig, MaskedAutoencoder, load_reference, save_checkpoint
-from cellvim.errors import ModelError
+from cellvim.errors import ModelError, OutputError
 
 CONFIG = EncoderConfig(image_size=16, patch_size=8, in_channels=3, embed_dim=16, depth=1, num_classes=2, d_state=4)
 
 
 @pytest.fixture
 def published() -> dict[str, torch.Tensor]:
-    """A published state dict: the names of our parameters, without our generator's state."""
+    """Return a published state dict: our parameter names, without the state of the generator."""
     torch.manual_seed(1)
     return {k: torch.randn_like(p) for k, p in Encoder(CONFIG).named_parameters()}
 
@@ -113,7 +113,7 @@ def test_missing_file_and_a_file_without_weights_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "umask"), reason="needs POSIX permissions")
-def test_a_saved_model_may_be_read_by_whoever_may_read_other_files(tmp_path) -> None:
+def test_a_saved_model_has_the_permissions_of_other_new_files(tmp_path) -> None:
     (tmp_path / "other").touch()
     path = save_checkpoint(Encoder(CONFIG), tmp_path / "model.safetensors")
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -125,3 +125,18 @@ def test_from_pretrained_refuses_the_checkpoint_of_another_class(tmp_path) -> No
     assert isinstance(MaskedAutoencoder.from_pretrained(tmp_path), MaskedAutoencoder)
     with pytest.raises(ModelError, match=r"contains a MaskedAutoencoder.*cellvim\.load_checkpoint"):
         Encoder.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_existing_file_and_no_other(tmp_path, monkeypatch) -> None:
+    path = save_checkpoint(Encoder(CONFIG), tmp_path / "model.safetensors")
+    before = path.read_bytes()
+
+    def fail_halfway(tensors, file, header) -> None:
+        file.write_bytes(b"incomplete")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cellvim.models.checkpoints.save_file", fail_halfway)
+    with pytest.raises(OutputError, match="No space left"):
+        save_checkpoint(Encoder(CONFIG), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
