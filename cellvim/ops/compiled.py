@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import cache, wraps
 
 import torch
-from torch import Tensor
 
 from cellvim.ops import reference
+from cellvim.ops.reference import refusal
+
+__all__ = ["add_norm", "available", "conv_pool", "expand_gate", "name", "pooled_scan", "reason", "refusal"]
 
 name = "compiled"
 MAX_STEPS = 64  # of a scan to compile: its loop is unrolled, and the time to compile increases with its length
@@ -24,11 +26,6 @@ def available() -> bool:
 def reason() -> str:
     """Return what it runs on, or why it is not available."""
     return "plain PyTorch under torch.compile" if available() else "torch.compile needs a GPU and Triton"
-
-
-def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
-    """Return None: all inputs are supported."""
-    return None
 
 
 @cache

@@ -144,7 +144,8 @@ def _choose(*tokens: Tensor, taps: int = 1, states: int = 1) -> Backend:
             raise BackendError(f"Back end {_chosen!r} does not support {why}. Choose 'reference'.")
         return backend
     device_type = tokens[0].device.type
-    if device_type not in ("cpu", "cuda") or _is_exporting():
+    is_exporting = getattr(torch.compiler, "is_exporting", bool)  # unknown in torch 2.6
+    if device_type not in ("cpu", "cuda") or is_exporting():
         return reference
     backend = _fastest(device_type)
     if not torch.compiler.is_compiling():
@@ -155,24 +156,18 @@ def _choose(*tokens: Tensor, taps: int = 1, states: int = 1) -> Backend:
     return reference if backend is None or backend.refusal(*tokens, taps=taps, states=states) else backend
 
 
-def _is_exporting() -> bool:
-    """Whether `torch.export` is tracing; unknown in torch 2.6."""
-    is_exporting = getattr(torch.compiler, "is_exporting", None)
-    return is_exporting is not None and is_exporting()
-
-
 def _warn_of_slow_ops(device_type: str, backend: Backend | None) -> None:
     """Log once why the compiled kernels do not run, and what runs instead."""
     if device_type in _warned:
         return
     _warned.add(device_type)
     why = _backend("native" if device_type == "cpu" else "cuda").reason()
-    if backend is None:
-        _log.warning(f"Plain PyTorch runs, which is several times slower: {why}.")
-    elif backend.name == "compiled":
-        _log.warning(f"Plain PyTorch runs under torch.compile, slower than the CUDA kernels: {why}.")
-    else:
-        _log.warning(f"The scan of mamba-ssm runs, slower than the CUDA kernels: {why}.")
+    runs = {
+        None: "Plain PyTorch runs, which is several times slower",
+        "compiled": "Plain PyTorch runs under torch.compile, slower than the CUDA kernels",
+        "mamba_ssm": "The scan of mamba-ssm runs, slower than the CUDA kernels",
+    }
+    _log.warning(f"{runs[backend and backend.name]}: {why}.")
 
 
 @wraps(reference.add_norm)

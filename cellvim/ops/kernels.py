@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,16 @@ MAX_STATES = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the codes of enum cellvim_dtype
 _POOLS = {"none": 0, "mean": 1, "max": 2, "attention": 3}
 _NORMS = {"none": 0, "layer": 1, "rms": 2}
-_STATUS = {
-    1: "an index of the plan is out of range, or missing tokens are not at the end",
-    3: "sizes do not match",
-}
+_STATUS = {1: "an index of the plan is out of range, or missing tokens are not at the end", 3: "sizes do not match"}
 
 
 def refusal(
-    device_type: str, dtypes: tuple[torch.dtype, ...], tokens: tuple[Tensor, ...], taps: int, states: int
+    device_type: str,
+    dtypes: tuple[torch.dtype, ...],
+    tokens: tuple[Tensor, ...],
+    taps: int,
+    states: int,
+    max_states: int = MAX_STATES,
 ) -> str | None:
     """Return why a library for this type of device and these dtypes does not support the inputs, None if it does."""
     for t in tokens:
@@ -44,8 +47,8 @@ def refusal(
             return f"{t.dtype} tensors, only {', '.join(str(d).removeprefix('torch.') for d in dtypes)}"
     if not 1 <= taps <= MAX_TAPS:
         return f"{taps} convolution taps, only 1 to {MAX_TAPS}"
-    if states > MAX_STATES:
-        return f"{states} states, only up to {MAX_STATES}"
+    if states > max_states:
+        return f"{states} states, only up to {max_states}"
     return None
 
 
@@ -131,69 +134,70 @@ def plan_arguments(plan: ScanPlan, slots: int) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The structs of the C interface; fields as in csrc/cpu/cellvim_cpu.h.
+# The structs of the C interface; fields as in csrc/cpu/cellvim_cpu.h. A struct does not keep its tensors alive: an op
+# holds contiguous copies in local variables until the library has been called.
+
+
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 class _Plan(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("length", "stored", "slots")),
-        *((name, c_int64 * 3) for name in ("sizes", "strides", "pooled")),
-        ("index_batch", c_int64),
-        *((name, c_void_p) for name in ("order", "slot", "slot_weight")),
-        ("mean_weight", c_float),
-    ]
+    _fields_ = _fields(
+        (c_int64, "length stored slots"),
+        (c_int64 * 3, "sizes strides pooled"),
+        (c_int64, "index_batch"),
+        (c_void_p, "order slot slot_weight"),
+        (c_float, "mean_weight"),
+    )
 
 
 class _AddNorm(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("rows", "width")),
-        *((name, c_int32) for name in ("dtype", "kind", "threads")),
-        ("eps", c_float),
-        *((name, c_void_p) for name in ("hidden", "residual", "weight", "bias", "normed", "total")),
-        *((name, c_void_p) for name in ("grad_normed", "grad_total", "grad_residual", "grad_hidden")),
-        *((name, c_void_p) for name in ("grad_weight", "grad_bias")),
-    ]
+    _fields_ = _fields(
+        (c_int64, "rows width"),
+        (c_int32, "dtype kind threads"),
+        (c_float, "eps"),
+        (c_void_p, "hidden residual weight bias normed total"),
+        (c_void_p, "grad_normed grad_total grad_residual grad_hidden grad_weight grad_bias"),
+    )
 
 
 class _ConvPool(Structure):
-    _fields_ = [
-        ("plan", _Plan),
-        *((name, c_int64) for name in ("batch", "width", "taps")),
-        *((name, c_int32) for name in ("dtype", "pool", "threads")),
-        ("x", c_void_p),
-        *((name, c_int64) for name in ("x_batch", "x_token")),
-        *((name, c_void_p) for name in ("weight", "bias", "score_weight", "score_bias", "out", "best", "share")),
-        *((name, c_void_p) for name in ("grad_out", "grad_x", "grad_weight", "grad_bias")),
-        *((name, c_void_p) for name in ("grad_score_weight", "grad_score_bias")),
-    ]
+    _fields_ = _fields(
+        (_Plan, "plan"),
+        (c_int64, "batch width taps"),
+        (c_int32, "dtype pool threads"),
+        (c_void_p, "x"),
+        (c_int64, "x_batch x_token"),
+        (c_void_p, "weight bias score_weight score_bias out best share"),
+        (c_void_p, "grad_out grad_x grad_weight grad_bias grad_score_weight grad_score_bias"),
+    )
 
 
 class _PooledScan(Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("batch", "steps", "width", "states")),
-        *((name, c_int32) for name in ("dtype", "threads")),
-        *((name, c_void_p) for name in ("pooled", "delta")),
-        *((name, c_int64 * 3) for name in ("pooled_stride", "delta_stride")),
-        *((name, c_void_p) for name in ("delta_bias", "a", "b", "c")),
-        *((name, c_int64 * 3) for name in ("b_stride", "c_stride")),
-        *((name, c_void_p) for name in ("out", "grad_out", "grad_pooled", "grad_delta")),
-        *((name, c_void_p) for name in ("grad_delta_bias", "grad_a", "grad_b", "grad_c")),
-    ]
+    _fields_ = _fields(
+        (c_int64, "batch steps width states"),
+        (c_int32, "dtype threads"),
+        (c_void_p, "pooled delta"),
+        (c_int64 * 3, "pooled_stride delta_stride"),
+        (c_void_p, "delta_bias a b c"),
+        (c_int64 * 3, "b_stride c_stride"),
+        (c_void_p, "out grad_out grad_pooled grad_delta grad_delta_bias grad_a grad_b grad_c"),
+    )
 
 
 class _ExpandGate(Structure):
-    _fields_ = [
-        ("plan", _Plan),
-        *((name, c_int64) for name in ("batch", "width", "taps")),
-        *((name, c_int32) for name in ("dtype", "norm", "threads")),
-        ("eps", c_float),
-        *((name, c_void_p) for name in ("x", "z")),
-        *((name, c_int64) for name in ("x_batch", "x_token", "z_batch", "z_token")),
-        *((name, c_void_p) for name in ("y", "weight", "bias", "skip", "norm_weight", "norm_bias", "out")),
-        *((name, c_void_p) for name in ("grad_out", "grad_x", "grad_z", "grad_y", "grad_mixed")),
-        *((name, c_void_p) for name in ("grad_weight", "grad_bias", "grad_skip")),
-        *((name, c_void_p) for name in ("grad_norm_weight", "grad_norm_bias")),
-    ]
+    _fields_ = _fields(
+        (_Plan, "plan"),
+        (c_int64, "batch width taps"),
+        (c_int32, "dtype norm threads"),
+        (c_float, "eps"),
+        (c_void_p, "x z"),
+        (c_int64, "x_batch x_token z_batch z_token"),
+        (c_void_p, "y weight bias skip norm_weight norm_bias out"),
+        (c_void_p, "grad_out grad_x grad_z grad_y grad_mixed"),
+        (c_void_p, "grad_weight grad_bias grad_skip grad_norm_weight grad_norm_bias"),
+    )
 
 
 STRUCTS = {"add_norm": _AddNorm, "conv_pool": _ConvPool, "pooled_scan": _PooledScan, "expand_gate": _ExpandGate}
@@ -248,7 +252,10 @@ def load_library(
         return None, f"{file} cannot be loaded ({error}); {remedy}"
 
 
-def _run(op: str, arguments: Structure, on: Tensor) -> None:
+def _run(op: str, arguments: Structure, on: Tensor, **tensors: Tensor) -> None:
+    """Call a function of the library for the device of ``on``, with pointers to further tensors in its struct."""
+    for name, tensor in tensors.items():
+        setattr(arguments, name, tensor.data_ptr())
     library = LIBRARIES[on.device.type]
     status = library.run(op, arguments, on.device)
     if status == 2:
@@ -261,8 +268,12 @@ def _pointers(**tensors: Tensor | None) -> dict[str, int | None]:
     return {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
 
 
-def _common(tokens: Tensor) -> dict[str, int]:
-    return {"dtype": _DTYPES.index(tokens.dtype), "threads": torch.get_num_threads()}
+def _gradients(names: str, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"grad_{name}": grad for name, grad in zip(names.split(), grads, strict=True)}
+
+
+def _common(dtype: torch.dtype) -> dict[str, int]:
+    return {"dtype": _DTYPES.index(dtype), "threads": torch.get_num_threads()}
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -308,12 +319,18 @@ _PLAN = "Tensor? order, Tensor? slot, Tensor? slot_weight, SymInt[] grid, SymInt
 _PLAN_LENGTH = 6
 
 
-def _define(schema: str, implementation: Callable, allocate: Callable) -> None:
-    name = schema.partition("(")[0]
-    _torch.define(schema)
-    for device in ("CPU", "CUDA"):
-        _torch.impl(name, implementation, device)
-    torch.library.register_fake(f"cellvim_native::{name}", allocate, lib=_torch)
+def _op(schema: str, allocate: Callable) -> Callable[[Callable], Callable]:
+    """Register a function as the torch op of a schema; ``allocate`` returns its results from the same arguments."""
+
+    def register(implementation: Callable) -> Callable:
+        name = schema.partition("(")[0]
+        _torch.define(schema)
+        for device in ("CPU", "CUDA"):
+            _torch.impl(name, implementation, device)
+        torch.library.register_fake(f"cellvim_native::{name}", allocate, lib=_torch)
+        return implementation
+
+    return register
 
 
 def _differentiable(name: str, save: Callable, backward: Callable) -> None:
@@ -327,6 +344,10 @@ def _add_norm_results(hidden, *_):
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=torch.float32)
 
 
+@_op(
+    "add_norm(Tensor hidden, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind) -> (Tensor, Tensor)",
+    _add_norm_results,
+)
 def _add_norm(hidden, residual, weight, bias, eps, kind):
     hidden, residual, weight, bias = _dense(hidden, residual, weight, bias)
     D = hidden.shape[-1]
@@ -337,10 +358,10 @@ def _add_norm(hidden, residual, weight, bias, eps, kind):
         width=D,
         kind=_NORMS[kind],
         eps=eps,
-        **_common(hidden),
-        **_pointers(hidden=hidden, residual=residual, weight=weight, bias=bias, normed=normed, total=total),
+        **_common(hidden.dtype),
+        **_pointers(hidden=hidden, residual=residual, weight=weight, bias=bias),
     )
-    _run("add_norm", arguments, hidden)
+    _run("add_norm", arguments, hidden, normed=normed, total=total)
     return normed, total
 
 
@@ -353,16 +374,20 @@ def _add_norm_backward_results(grad_normed, grad_total, total, weight, eps, kind
     )
 
 
+@_op(
+    "add_norm_backward(Tensor? grad_normed, Tensor? grad_total, Tensor total, Tensor weight, float eps, str kind, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_norm_backward_results,
+)
 def _add_norm_backward(grad_normed, grad_total, total, weight, eps, kind, dtype):
     grad_normed, grad_total, total, weight = _dense(grad_normed, grad_total, total, weight)
     grads = _add_norm_backward_results(grad_normed, grad_total, total, weight, eps, kind, dtype)
     arguments = _AddNorm(
         rows=total.numel() // max(total.shape[-1], 1),
         width=total.shape[-1],
-        dtype=_DTYPES.index(dtype),
-        threads=torch.get_num_threads(),
         kind=_NORMS[kind],
         eps=eps,
+        **_common(dtype),
         **_pointers(weight=weight, total=total, grad_normed=grad_normed, grad_total=grad_total),
         **_pointers(grad_residual=grads[0], grad_hidden=grads[1] if dtype != torch.float32 else None),
         **_pointers(grad_weight=grads[2], grad_bias=grads[3]),
@@ -382,29 +407,19 @@ def _add_norm_grad(ctx, grad_normed, grad_total):
     dtype, has_residual, has_bias, eps, kind = ctx.rest
     if grad_normed is None and grad_total is None:
         return (None,) * 6
-    total, weight = ctx.saved_tensors
     residual, hidden, weight, bias = torch.ops.cellvim_native.add_norm_backward(
-        grad_normed, grad_total, total, weight, eps, kind, dtype
+        grad_normed, grad_total, *ctx.saved_tensors, eps, kind, dtype
     )
     hidden = residual if dtype == torch.float32 else hidden
     return hidden, residual if has_residual else None, weight, bias if has_bias else None, None, None
 
 
-_define(
-    "add_norm(Tensor hidden, Tensor? residual, Tensor weight, Tensor? bias, float eps, str kind) -> (Tensor, Tensor)",
-    _add_norm,
-    _add_norm_results,
-)
-_define(
-    "add_norm_backward(Tensor? grad_normed, Tensor? grad_total, Tensor total, Tensor weight, float eps, str kind, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    _add_norm_backward,
-    _add_norm_backward_results,
-)
 _differentiable("add_norm", _add_norm_save, _add_norm_grad)
 
 
 # --- conv_pool
+
+_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias"
 
 
 def _conv_pool_results(x, weight, bias, score_weight, score_bias, pool, order, slot, slot_weight, grid, slots, *_):
@@ -418,33 +433,41 @@ def _conv_pool_results(x, weight, bias, score_weight, score_bias, pool, order, s
 
 
 def _conv_pool_struct(x, weight, bias, score_weight, score_bias, pool, plan) -> _ConvPool:
-    B, stored, E = x.shape
-    _check(weight.shape[:2] == (2, E) and (bias is None or bias.shape == (2, E)), f"The taps do not fit width {E}.")
+    E = x.shape[-1]
     if pool == "attention":
         _check(
             score_weight is not None and score_weight.shape == (2, E) and score_bias.shape == (2,),
             f"Attention pooling needs score weights (2, {E}) and biases (2,).",
         )
     return _ConvPool(
-        plan=_plan_struct(plan, B, stored),
-        batch=B,
-        width=E,
-        taps=weight.shape[-1],
         pool=_POOLS[pool],
-        x_batch=x.stride(0),
-        x_token=x.stride(1),
-        **_common(x),
-        **_pointers(x=x, weight=weight, bias=bias, score_weight=score_weight, score_bias=score_bias),
+        **_convolution(x, weight, bias, plan),
+        **_pointers(score_weight=score_weight, score_bias=score_bias),
     )
 
 
+def _convolution(x, weight, bias, plan) -> dict[str, Any]:
+    """Return the fields of the ops that convolve x."""
+    B, stored, E = x.shape
+    _check(weight.shape[:2] == (2, E) and (bias is None or bias.shape == (2, E)), f"The taps do not fit width {E}.")
+    return {
+        "plan": _plan_struct(plan, B, stored),
+        "batch": B,
+        "width": E,
+        "taps": weight.shape[-1],
+        "x_batch": x.stride(0),
+        "x_token": x.stride(1),
+        **_common(x.dtype),
+        **_pointers(x=x, weight=weight, bias=bias),
+    }
+
+
+@_op(f"conv_pool({_CONV}, str pool, {_PLAN}) -> (Tensor, Tensor)", _conv_pool_results)
 def _conv_pool(x, weight, bias, score_weight, score_bias, pool, *plan):
     inputs = _rows(x), *_dense(weight, bias, score_weight, score_bias), pool
     plan = _dense_plan(*plan)
     out, kept = _conv_pool_results(*inputs, *plan)
-    arguments = _conv_pool_struct(*inputs, plan)
-    arguments.out, arguments.best, arguments.share = out.data_ptr(), kept.data_ptr(), kept.data_ptr()
-    _run("conv_pool", arguments, x)
+    _run("conv_pool", _conv_pool_struct(*inputs, plan), x, out=out, best=kept, share=kept)
     return out, kept
 
 
@@ -459,21 +482,19 @@ def _conv_pool_backward_results(grad, x, weight, bias, score_weight, score_bias,
     )
 
 
+@_op(
+    f"conv_pool_backward(Tensor grad, {_CONV}, Tensor kept, str pool, {_PLAN}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _conv_pool_backward_results,
+)
 def _conv_pool_backward(grad, x, weight, bias, score_weight, score_bias, kept, pool, *plan):
     inputs = _rows(x), *_dense(weight, bias, score_weight, score_bias)
     grad, plan = grad.to(x.dtype).contiguous(), _dense_plan(*plan)
     grads = _conv_pool_backward_results(grad, *inputs, kept, pool)
     arguments = _conv_pool_struct(*inputs, pool, plan)
-    arguments.best, arguments.share, arguments.grad_out = kept.data_ptr(), kept.data_ptr(), grad.data_ptr()
-    names = ("x", "weight", "bias", "score_weight", "score_bias")
-    _set_gradients(arguments, names if pool == "attention" else names[:3], grads)
-    _run("conv_pool_backward", arguments, x)
+    pointers = _gradients("x weight bias score_weight score_bias", grads)
+    _run("conv_pool_backward", arguments, x, best=kept, share=kept, grad_out=grad, **pointers)
     return grads
-
-
-def _set_gradients(arguments: Structure, names: tuple[str, ...], grads: tuple[Tensor, ...]) -> None:
-    for name, grad in zip(names, grads, strict=False):
-        setattr(arguments, f"grad_{name}", grad.data_ptr())
 
 
 def _conv_pool_save(ctx, inputs, output):
@@ -490,22 +511,12 @@ def _conv_pool_grad(ctx, grad, _):
     return *grads, *(None,) * (1 + _PLAN_LENGTH)
 
 
-_define(
-    "conv_pool(Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias, str pool, "
-    f"{_PLAN}) -> (Tensor, Tensor)",
-    _conv_pool,
-    _conv_pool_results,
-)
-_define(
-    "conv_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? score_weight, Tensor? score_bias, "
-    f"Tensor kept, str pool, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _conv_pool_backward,
-    _conv_pool_backward_results,
-)
 _differentiable("conv_pool", _conv_pool_save, _conv_pool_grad)
 
 
 # --- pooled_scan
+
+_SCAN = "Tensor pooled, Tensor delta, Tensor delta_bias, Tensor A, Tensor B, Tensor C"
 
 
 def _pooled_scan_struct(pooled, delta, delta_bias, A, B, C) -> _PooledScan:
@@ -523,7 +534,7 @@ def _pooled_scan_struct(pooled, delta, delta_bias, A, B, C) -> _PooledScan:
         delta_stride=delta.stride()[:3],
         b_stride=B.stride()[:3],
         c_stride=C.stride()[:3],
-        **_common(pooled),
+        **_common(pooled.dtype),
         **_pointers(pooled=pooled, delta=delta, delta_bias=delta_bias, a=A, b=B, c=C),
     )
 
@@ -532,16 +543,11 @@ def _pooled_scan_inputs(pooled, delta, delta_bias, A, B, C) -> tuple[Tensor, ...
     return _rows(pooled), _rows(delta), delta_bias.contiguous(), A.contiguous(), _rows(B), _rows(C)
 
 
-def _pooled_scan_results(pooled, *_):
-    return pooled.new_empty(pooled.shape)
-
-
+@_op(f"pooled_scan({_SCAN}) -> Tensor", lambda pooled, *_: pooled.new_empty(pooled.shape))
 def _pooled_scan(*inputs):
     inputs = _pooled_scan_inputs(*inputs)
-    out = _pooled_scan_results(*inputs)
-    arguments = _pooled_scan_struct(*inputs)
-    arguments.out = out.data_ptr()
-    _run("pooled_scan", arguments, out)
+    out = inputs[0].new_empty(inputs[0].shape)
+    _run("pooled_scan", _pooled_scan_struct(*inputs), out, out=out)
     return out
 
 
@@ -549,24 +555,19 @@ def _pooled_scan_backward_results(grad, *inputs):
     return tuple(t.new_empty(t.shape) for t in inputs)
 
 
+@_op(
+    f"pooled_scan_backward(Tensor grad, {_SCAN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pooled_scan_backward_results,
+)
 def _pooled_scan_backward(grad, *inputs):
     inputs = _pooled_scan_inputs(*inputs)
     grad = grad.to(inputs[0].dtype).contiguous()
     grads = _pooled_scan_backward_results(grad, *inputs)
-    arguments = _pooled_scan_struct(*inputs)
-    arguments.grad_out = grad.data_ptr()
-    _set_gradients(arguments, ("pooled", "delta", "delta_bias", "a", "b", "c"), grads)
-    _run("pooled_scan_backward", arguments, grad)
+    pointers = _gradients("pooled delta delta_bias a b c", grads)
+    _run("pooled_scan_backward", _pooled_scan_struct(*inputs), grad, grad_out=grad, **pointers)
     return grads
 
 
-_SCAN = "Tensor pooled, Tensor delta, Tensor delta_bias, Tensor A, Tensor B, Tensor C"
-_define(f"pooled_scan({_SCAN}) -> Tensor", _pooled_scan, _pooled_scan_results)
-_define(
-    f"pooled_scan_backward(Tensor grad, {_SCAN}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pooled_scan_backward,
-    _pooled_scan_backward_results,
-)
 _differentiable(
     "pooled_scan",
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -576,42 +577,38 @@ _differentiable(
 
 # --- expand_gate
 
+_GATE = (
+    "Tensor x, Tensor z, Tensor y, Tensor weight, Tensor? bias, Tensor? skip, Tensor? norm_weight, Tensor? norm_bias, "
+    f"str norm, float eps, {_PLAN}"
+)
+
+
+def _expand_gate_inputs(x, z, *weights) -> tuple[Tensor | None, ...]:
+    return _rows(x), _rows(z), *_dense(*weights)
+
 
 def _expand_gate_struct(x, z, y, weight, bias, skip, norm_weight, norm_bias, norm, eps, plan) -> _ExpandGate:
-    B, stored, E = x.shape
+    B, _, E = x.shape
     _check(z.shape == x.shape, "z does not have the shape of x.")
     _check(y.shape == (2, B, plan[4], E), f"y is {tuple(y.shape)}; expected {(2, B, plan[4], E)}.")
-    _check(weight.shape[:2] == (2, E) and (bias is None or bias.shape == (2, E)), f"The taps do not fit width {E}.")
     _check(skip is None or skip.shape == (2, E), f"The skip is not (2, {E}).")
     _check(norm == "none" or norm_weight.shape == (E,), f"The weight of the norm is not ({E},).")
     _check(norm_bias is None or norm_bias.shape == (E,), f"The bias of the norm is not ({E},).")
     return _ExpandGate(
-        plan=_plan_struct(plan, B, stored),
-        batch=B,
-        width=E,
-        taps=weight.shape[-1],
         norm=_NORMS[norm],
         eps=eps,
-        x_batch=x.stride(0),
-        x_token=x.stride(1),
         z_batch=z.stride(0),
         z_token=z.stride(1),
-        **_common(x),
-        **_pointers(x=x, z=z, y=y, weight=weight, bias=bias, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias),
+        **_convolution(x, weight, bias, plan),
+        **_pointers(z=z, y=y, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias),
     )
 
 
-def _expand_gate_results(x, *_):
-    return x.new_empty(x.shape)
-
-
+@_op(f"expand_gate({_GATE}) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 def _expand_gate(x, z, y, weight, bias, skip, norm_weight, norm_bias, norm, eps, *plan):
-    inputs = _rows(x), _rows(z), *_dense(y, weight, bias, skip, norm_weight, norm_bias)
-    plan = _dense_plan(*plan)
-    out = _expand_gate_results(x)
-    arguments = _expand_gate_struct(*inputs, norm, eps, plan)
-    arguments.out = out.data_ptr()
-    _run("expand_gate", arguments, x)
+    inputs = _expand_gate_inputs(x, z, y, weight, bias, skip, norm_weight, norm_bias)
+    plan, out = _dense_plan(*plan), x.new_empty(x.shape)
+    _run("expand_gate", _expand_gate_struct(*inputs, norm, eps, plan), x, out=out)
     return out
 
 
@@ -630,8 +627,12 @@ def _expand_gate_backward_results(grad, x, z, y, weight, bias, skip, *_):
     )
 
 
+@_op(
+    f"expand_gate_backward(Tensor grad, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _expand_gate_backward_results,
+)
 def _expand_gate_backward(grad, x, z, y, weight, bias, skip, norm_weight, norm_bias, norm, eps, *plan):
-    inputs = _rows(x), _rows(z), *_dense(y, weight, bias, skip, norm_weight, norm_bias)
+    inputs = _expand_gate_inputs(x, z, y, weight, bias, skip, norm_weight, norm_bias)
     grad, plan = grad.to(x.dtype).contiguous(), _dense_plan(*plan)
     grads = _expand_gate_backward_results(grad, *inputs)
     # Scratch for the gradient before the norm. The CPU kernels may keep it in grad_x until they replace it with the
@@ -639,16 +640,14 @@ def _expand_gate_backward(grad, x, z, y, weight, bias, skip, norm_weight, norm_b
     in_place = x.dtype == torch.float32 and skip is not None and LIBRARIES[x.device.type].mixes_in_place
     mixed = grads[0] if in_place else x.new_empty(x.shape, dtype=torch.float32)
     arguments = _expand_gate_struct(*inputs, norm, eps, plan)
-    arguments.grad_out, arguments.grad_mixed = grad.data_ptr(), mixed.data_ptr()
-    _set_gradients(arguments, ("x", "z", "y", "weight", "bias", "skip", "norm_weight", "norm_bias"), grads)
-    _run("expand_gate_backward", arguments, x)
+    pointers = _gradients("x z y weight bias skip norm_weight norm_bias", grads)
+    _run("expand_gate_backward", arguments, x, grad_out=grad, grad_mixed=mixed, **pointers)
     return grads
 
 
 def _expand_gate_save(ctx, inputs, output):
-    tensors, norm, eps, plan = inputs[:8], *inputs[8:10], inputs[10:]
-    ctx.save_for_backward(*tensors, *plan[:3])
-    ctx.rest, ctx.plan = (norm, eps), plan[3:]
+    ctx.save_for_backward(*inputs[:8], *inputs[10:13])
+    ctx.rest, ctx.plan = inputs[8:10], inputs[13:]
 
 
 def _expand_gate_grad(ctx, grad):
@@ -660,14 +659,4 @@ def _expand_gate_grad(ctx, grad):
     return *grads, *(None,) * (2 + _PLAN_LENGTH)
 
 
-_GATE = (
-    "Tensor x, Tensor z, Tensor y, Tensor weight, Tensor? bias, Tensor? skip, Tensor? norm_weight, Tensor? norm_bias, "
-    f"str norm, float eps, {_PLAN}"
-)
-_define(f"expand_gate({_GATE}) -> Tensor", _expand_gate, _expand_gate_results)
-_define(
-    f"expand_gate_backward(Tensor grad, {_GATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _expand_gate_backward,
-    _expand_gate_backward_results,
-)
 _differentiable("expand_gate", _expand_gate_save, _expand_gate_grad)

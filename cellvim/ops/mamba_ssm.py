@@ -18,10 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cellvim.ops import compiled, cuda, reference
+from cellvim.ops import compiled, cuda, kernels, reference
 
 name = "mamba_ssm"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_STATES = 256
 
 
@@ -37,14 +36,8 @@ def reason() -> str:
 
 def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
     """Return why the inputs are not supported, None if they are."""
-    for t in tokens:
-        if t.device.type != "cuda":
-            return f"tensors on {t.device.type}, only on CUDA GPUs"
-        if t.dtype not in DTYPES:
-            return f"{t.dtype} tensors, only float32, bfloat16 and float16"
-    if states > MAX_STATES:
-        return f"{states} states, only up to {MAX_STATES}"
-    return _others().refusal(*tokens, taps=taps)
+    own = kernels.refusal("cuda", cuda.DTYPES, tokens, taps=1, states=states, max_states=MAX_STATES)
+    return own or _others().refusal(*tokens, taps=taps)
 
 
 @cache
@@ -74,30 +67,21 @@ def pooled_scan(pooled, delta, delta_bias, A, B, C):
     selective_scan_fn = load_scan()[0]
     outputs = []
     for k in range(2):
-        u, step, b, c = (_channels_first(t[k].to(pooled.dtype), reverse=k == 1) for t in (pooled, delta, B, C))
+        directed = (t[k].flip(1) if k else t[k] for t in (pooled, delta, B, C))  # (B, P, ·) in the order of the scan
+        u, step, b, c = (t.to(pooled.dtype).transpose(1, 2).contiguous() for t in directed)
         y = selective_scan_fn(u, step, A[k].float(), b, c, delta_bias=delta_bias[k].float(), delta_softplus=True)
         outputs.append((y.flip(-1) if k else y).transpose(1, 2))
     return torch.stack(outputs).to(pooled.dtype)
 
 
-def _channels_first(t: Tensor, reverse: bool) -> Tensor:
-    """(B, P, K) -> (B, K, P) in the order of the scan."""
-    return (t.flip(1) if reverse else t).transpose(1, 2).contiguous()
+def _delegated(definition: Callable) -> Callable:
+    @wraps(definition)
+    def op(*args, **kwargs):
+        return getattr(_others(), definition.__name__)(*args, **kwargs)
+
+    return op
 
 
-@wraps(reference.add_norm)
-def add_norm(*args, **kwargs):
-    """See `cellvim.ops.reference.add_norm`."""
-    return _others().add_norm(*args, **kwargs)
-
-
-@wraps(reference.conv_pool)
-def conv_pool(*args, **kwargs):
-    """See `cellvim.ops.reference.conv_pool`."""
-    return _others().conv_pool(*args, **kwargs)
-
-
-@wraps(reference.expand_gate)
-def expand_gate(*args, **kwargs):
-    """See `cellvim.ops.reference.expand_gate`."""
-    return _others().expand_gate(*args, **kwargs)
+add_norm = _delegated(reference.add_norm)
+conv_pool = _delegated(reference.conv_pool)
+expand_gate = _delegated(reference.expand_gate)

@@ -40,12 +40,7 @@ def refusal(*tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
 
 
 def add_norm(
-    hidden: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    kind: str = "rms",
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, kind: str = "rms"
 ) -> tuple[Tensor, Tensor]:
     """Add ``hidden`` to the residual stream and normalise the sum.
 
@@ -132,14 +127,7 @@ def attention_shares(
     return torch.stack([_to_stored_order(direction[..., None], plan)[..., 0] for direction in share])
 
 
-def pooled_scan(
-    pooled: Tensor,
-    delta: Tensor,
-    delta_bias: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-) -> Tensor:
+def pooled_scan(pooled: Tensor, delta: Tensor, delta_bias: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Run the selective scan over the pooled steps, direction 1 from the last step to the first.
 
     ``h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t p_t``, ``y_t = C_t · h_t`` with Δ = softplus(delta + delta_bias).
