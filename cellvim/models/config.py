@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil, inf, isfinite
 from typing import Any
 
 from cellvim.errors import ModelError, suggestion
-
-_CHOICES = {
-    "tokens": ("joint", "per_channel"),
-    "mixer": ("mamba", "attention"),
-    "scan_order": ("channel_first", "spatial_first"),
-    "scan_path": ("rowwise", "colwise"),
-    "pool": ("none", "mean", "max", "attention"),
-    "pool_axes": (1, 2),
-    "masked_pool": ("sum", "mean"),
-    "skip": ("unpooled", "pooled"),
-    "input_norm": ("rms", "layer"),
-    "ssm_norm": ("layer", "rms", "none"),
-    "class_token": ("none", "first", "middle"),
-    "readout": ("mean", "max", "last", "tokens"),
-    "channel_sampling": ("sorted", "unsorted", "none"),
-    "mask_reverse": ("mirrored", "reference"),
-    "initialization": ("cellvim", "reference"),
-}
 
 
 def _integer(value: Any, low: int, high: float = inf) -> bool:
@@ -36,40 +18,57 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
-def _is_image_size(value: Any) -> bool:
-    return _integer(value, 1) or (isinstance(value, tuple) and len(value) == 2 and all(_integer(v, 1) for v in value))
+def _tuple_of(kind: type, value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
 
 
-_AT_LEAST_ONE = (lambda v: _integer(v, 1), "an integer of at least 1")
-_NONE_OR_AT_LEAST_ONE = (lambda v: v is None or _integer(v, 1), "None or an integer of at least 1")
-_BOOLEAN = (lambda v: isinstance(v, bool), "True or False")
-_VALUES = {  # name -> (test, expected values)
-    "image_size": (_is_image_size, "a side in pixels, at least 1, or (height, width)"),
-    "patch_size": _AT_LEAST_ONE,
-    "patch_stride": _NONE_OR_AT_LEAST_ONE,
-    "in_channels": _AT_LEAST_ONE,
-    "embed_dim": _AT_LEAST_ONE,
-    "depth": _AT_LEAST_ONE,
-    "num_classes": (lambda v: _integer(v, 0), "0 (no head) or more"),
-    "channel_names": (
-        lambda v: v is None or (isinstance(v, tuple) and all(isinstance(n, str) for n in v)),
-        "None or a tuple of names",
+def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: v in choices), f"one of {', '.join(map(repr, choices))}"
+
+
+def _alike(names: str, test: Callable[[Any], bool], expected: str) -> dict[str, tuple[Callable[[Any], bool], str]]:
+    return dict.fromkeys(names.split(), (test, expected))
+
+
+_CHECKS = {  # name -> (test, expected values)
+    "tokens": _one_of("joint", "per_channel"),
+    "mixer": _one_of("mamba", "attention"),
+    "scan_order": _one_of("channel_first", "spatial_first"),
+    "scan_path": _one_of("rowwise", "colwise"),
+    "pool": _one_of("none", "mean", "max", "attention"),
+    "pool_axes": _one_of(1, 2),
+    "masked_pool": _one_of("sum", "mean"),
+    "skip": _one_of("unpooled", "pooled"),
+    "input_norm": _one_of("rms", "layer"),
+    "ssm_norm": _one_of("layer", "rms", "none"),
+    "class_token": _one_of("none", "first", "middle"),
+    "readout": _one_of("mean", "max", "last", "tokens"),
+    "channel_sampling": _one_of("sorted", "unsorted", "none"),
+    "mask_reverse": _one_of("mirrored", "reference"),
+    "initialization": _one_of("cellvim", "reference"),
+    "image_size": (
+        lambda v: _integer(v, 1) or (_tuple_of(int, v) and len(v) == 2 and min(v) >= 1),
+        "a side in pixels, at least 1, or (height, width)",
     ),
-    "alternate": _BOOLEAN,
-    "position_embedding": _BOOLEAN,
-    "sample_channels_per_image": _BOOLEAN,
-    "projection_bias": _BOOLEAN,
-    "pool_scale": (lambda v: _number(v) and v > 0, "a number greater than 0"),
-    "d_state": _AT_LEAST_ONE,
+    **_alike(
+        "patch_size in_channels embed_dim depth d_state expand", lambda v: _integer(v, 1), "an integer of at least 1"
+    ),
+    **_alike(
+        "patch_stride dt_rank num_heads", lambda v: v is None or _integer(v, 1), "None or an integer of at least 1"
+    ),
+    "num_classes": (lambda v: _integer(v, 0), "0 (no head) or more"),
+    "channel_names": (lambda v: v is None or _tuple_of(str, v), "None or a tuple of names"),
+    **_alike(
+        "alternate position_embedding sample_channels_per_image projection_bias",
+        lambda v: isinstance(v, bool),
+        "True or False",
+    ),
+    **_alike("pool_scale mlp_ratio", lambda v: _number(v) and v > 0, "a number greater than 0"),
     "d_conv": (lambda v: _integer(v, 0, 4), "0 (no convolution) to 4 taps"),
-    "expand": _AT_LEAST_ONE,
-    "dt_rank": _NONE_OR_AT_LEAST_ONE,
     "layer_scale": (lambda v: v is None or _number(v), "None or a number"),
     "drop_path_rate": (lambda v: _number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
-    "num_heads": _NONE_OR_AT_LEAST_ONE,
-    "mlp_ratio": (lambda v: _number(v) and v > 0, "a number greater than 0"),
     "out_indices": (
-        lambda v: isinstance(v, tuple) and all(_integer(i, 0) for i in v) and len(set(v)) == len(v),
+        lambda v: _tuple_of(int, v) and all(i >= 0 for i in v) and len(set(v)) == len(v),
         "a tuple of distinct block indices",
     ),
 }
@@ -192,15 +191,10 @@ class EncoderConfig:
     out_indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, list):  # lists come from JSON and YAML
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("channel_names", "out_indices"):
-            if isinstance(getattr(self, name), list):
+        for name in ("image_size", "channel_names", "out_indices"):
+            if isinstance(getattr(self, name), list):  # from JSON or YAML
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ModelError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
-        for name, (fits, expected) in _VALUES.items():
+        for name, (fits, expected) in _CHECKS.items():
             if not fits(getattr(self, name)):
                 raise ModelError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
         self._check_combinations()
@@ -256,7 +250,8 @@ class EncoderConfig:
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches of an image, which is padded to a multiple of the patch size."""
-        return _patches(height, self.patch_size, self.stride), _patches(width, self.patch_size, self.stride)
+        rows, columns = (max(0, ceil((n - self.patch_size) / self.stride)) + 1 for n in (height, width))
+        return rows, columns
 
     def replace(self, **changes: Any) -> EncoderConfig:
         """Return a copy with some values changed.
@@ -284,15 +279,8 @@ class EncoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
         """Return the configuration with these values; the inverse of `to_dict`."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise ModelError(
                 f"The configuration has unknown values {', '.join(unknown)}. It may need a newer version of CellVim."
             )
         return cls(**values)
-
-
-def _patches(length: int, patch: int, stride: int) -> int:
-    """Return the number of patches that cover ``length`` pixels."""
-    return max(0, ceil((length - patch) / stride)) + 1

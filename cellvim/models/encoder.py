@@ -191,7 +191,8 @@ class Encoder(nn.Module, Pretrained):
 
     def run_blocks(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
         """Pass embedded tokens through the blocks and the final norm, (B, L, D) -> (B, L, D)."""
-        if hidden.device.type == "cpu" and grid.kept is None and _is_plain_inference(hidden):
+        differentiated = torch.is_grad_enabled() or hidden.requires_grad
+        if hidden.device.type == "cpu" and grid.kept is None and not (differentiated or torch.compiler.is_compiling()):
             # Small parts fit the processor's cache and need little memory; samples are independent.
             parts = hidden.split(max(1, _CPU_TOKENS // hidden.shape[1]))
             if len(parts) > 1:
@@ -254,10 +255,8 @@ class Encoder(nn.Module, Pretrained):
         channels = resolve_channels(channels, images, config)
         if config.tokens == "joint":
             if channels is not None:
-                if channels.ndim != 1 or channels.shape[0] != config.in_channels:
-                    raise ModelError(
-                        "A model with joint tokens needs all its channels, and the same ones for every sample."
-                    )
+                if channels.shape != (config.in_channels,):
+                    raise ModelError("A model with joint tokens needs all its channels, the same for every sample.")
                 images = images[:, channels.argsort()]
             return images, None
         if not draw or not self.training or config.channel_sampling == "none":
@@ -267,9 +266,8 @@ class Encoder(nn.Module, Pretrained):
         if channels.ndim == 2 and bool((channels < 0).any()):
             return images, channels  # batches with missing channels are not sampled further
         samples = len(images) if config.sample_channels_per_image else None
-        drawn = self.channel_sampler.draw(
-            images.shape[1], ordered=config.channel_sampling == "sorted", samples=samples
-        ).to(images.device)
+        ordered = config.channel_sampling == "sorted"
+        drawn = self.channel_sampler.draw(images.shape[1], ordered=ordered, samples=samples).to(images.device)
         if samples is None:
             return images[:, drawn], channels[..., drawn]
         rows = torch.arange(len(images), device=images.device)[:, None]
@@ -282,9 +280,7 @@ class Encoder(nn.Module, Pretrained):
         channel_count = None
         if channels is not None and channels.ndim == 2 and bool((channels < 0).any()):
             channel_count = (channels >= 0).sum(1)
-            exist = (channels >= 0)[:, None, :].expand(-1, rows * columns, -1)  # (B, H·W, C)
-            exist = exist if self.config.scan_order == "channel_first" else exist.transpose(1, 2)
-            exist = exist.flatten(1)
+            exist = self._tokens_of_channels(channels >= 0, rows * columns)
             keep = exist if keep is None else kept_mask(keep, exist.shape) & exist
         if images.shape[0] == 0:
             keep = None  # an empty batch has no missing tokens
@@ -293,17 +289,13 @@ class Encoder(nn.Module, Pretrained):
         positions = {"none": None, "first": 0, "middle": length // 2}
         if kept is not None and bool((kept[:, -1:] < 0).any()):
             positions["middle"] = 0  # the middle differs between samples
-        return TokenGrid(
-            self.config,
-            rows,
-            columns,
-            count,
-            kept,
-            channel_count,
-            class_position=positions[self.config.class_token],
-            device=images.device,
-            dtype=torch.promote_types(images.dtype, torch.float32),
-        )
+        place, dtype = positions[self.config.class_token], torch.promote_types(images.dtype, torch.float32)
+        return TokenGrid(self.config, rows, columns, count, kept, channel_count, place, images.device, dtype)
+
+    def _tokens_of_channels(self, selected: Tensor, patches: int) -> Tensor:
+        """Repeat values of channels for their tokens, (B, C) -> (B, L) in scan order."""
+        selected = selected[:, None].expand(-1, patches, -1)  # (B, H·W, C)
+        return (selected if self.config.scan_order == "channel_first" else selected.transpose(1, 2)).flatten(1)
 
     def _patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the numbers of rows and columns of patches, swapped for ``scan_path="colwise"``."""
@@ -346,11 +338,8 @@ class Encoder(nn.Module, Pretrained):
         if block in self.config.out_indices:
             tokens = getattr(self, f"outnorm_{self.config.out_indices.index(block)}")(tokens)
         shape = [grid.sizes[a] for a in grid.axes]
-        tokens = (
-            grid.scatter(tokens)
-            .unflatten(1, shape)
-            .permute(0, 4, *(1 + grid.axes.index(a) for a in ("channel", "row", "column")))
-        )
+        axes = (1 + grid.axes.index(a) for a in ("channel", "row", "column"))
+        tokens = grid.scatter(tokens).unflatten(1, shape).permute(0, 4, *axes)
         if self.config.scan_path == "colwise":
             tokens = tokens.transpose(3, 4)
         return tokens if self.config.tokens == "per_channel" else tokens[:, :, 0]
@@ -400,11 +389,6 @@ def _ignore_missing_sampler_state(_, incompatible_keys) -> None:
     """Do not require the channel sampler's state, which state dicts of other code do not have."""
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if not key.endswith("_extra_state")]
-
-
-def _is_plain_inference(x: Tensor) -> bool:
-    """Whether neither gradients are recorded nor a graph is traced."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.requires_grad)
 
 
 def _max_over(x: Tensor, present: Tensor | None) -> Tensor:

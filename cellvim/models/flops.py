@@ -32,10 +32,7 @@ def count_parameters(config: EncoderConfig) -> int:
 
 
 def count_flops(
-    config: EncoderConfig,
-    height: int | None = None,
-    width: int | None = None,
-    channels: int | None = None,
+    config: EncoderConfig, height: int | None = None, width: int | None = None, channels: int | None = None
 ) -> dict[str, float]:
     """Return the number of operations of one image's forward pass, by part.
 

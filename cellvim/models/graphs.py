@@ -108,9 +108,8 @@ class GraphedEncoder:
                 with torch.cuda.graph(graph, pool=self._memory, stream=side, capture_error_mode="thread_local"):
                     output = self._forward(method, images, channels)
             except RuntimeError as error:
-                if isinstance(
-                    error.__context__, torch.OutOfMemoryError
-                ):  # it broke the capture, whose end failed as well
+                # Running out of memory breaks the capture, whose end then fails as well.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
                 raise
         return _Graph(graph, images, channels, output)

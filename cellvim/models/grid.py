@@ -119,10 +119,9 @@ class TokenGrid:
 
     def plan(self, block: int) -> ScanPlan:
         """Return the `ScanPlan` of block number ``block``."""
-        order, pooled = self._order_and_pooled(block)
-        key = (order, pooled)
+        key = self._order_and_pooled(block)
         if key not in self._plans:
-            self._plans[key] = self._make_plan(order, pooled)
+            self._plans[key] = self._make_plan(*key)
         return self._plans[key]
 
     def pooled_axes(self, block: int) -> frozenset[str]:
@@ -163,7 +162,9 @@ class TokenGrid:
         """Return the plan of an irregular set of tokens: their order in the block and the scan step of each."""
         ids = torch.arange(self.count, device=self.device)[None] if self.kept is None else self.kept
         present = ids >= 0
-        coordinates = self._coordinates(ids)
+        coordinates, rest = {}, ids.clamp_min(0)  # the row, column and channel of each token, (B, K) each
+        for axis in reversed(self.axes):
+            coordinates[axis], rest = rest % self.sizes[axis], rest // self.sizes[axis]
         lengths = {a: torch.tensor([[n]], device=ids.device) for a, n in self.sizes.items()}
         if self.channel_count is not None:
             lengths["channel"] = self.channel_count[:, None]
@@ -204,27 +205,13 @@ class TokenGrid:
             slot_count=slots,
         )
 
-    def _coordinates(self, ids: Tensor) -> dict[str, Tensor]:
-        """Return the row, column and channel of each token id, (B, K) each."""
-        coordinates, rest = {}, ids.clamp_min(0)
-        for axis in reversed(self.axes):
-            coordinates[axis] = rest % self.sizes[axis]
-            rest = rest // self.sizes[axis]
-        return coordinates
-
     def _slot_weight(
-        self,
-        steps: Tensor,
-        present: Tensor,
-        slots: int,
-        pooled: frozenset[str],
-        lengths: dict[str, Tensor],
+        self, steps: Tensor, present: Tensor, slots: int, pooled: frozenset[str], lengths: dict[str, Tensor]
     ) -> Tensor:
         """Return one over the number of all tokens of a slot, or of the kept ones (paper Table 12), (B, P)."""
         if self.config.masked_pool == "mean":
-            kept = torch.zeros(steps.shape[0], slots, device=steps.device, dtype=self.dtype).scatter_add(
-                1, steps, present.to(self.dtype)
-            )
+            none = torch.zeros(steps.shape[0], slots, device=steps.device, dtype=self.dtype)
+            kept = none.scatter_add(1, steps, present.to(self.dtype))
             return self.config.pool_scale / kept.clamp_min(1)
         full = torch.ones(1, 1, device=steps.device, dtype=self.dtype)
         for axis in pooled:
@@ -234,16 +221,8 @@ class TokenGrid:
     def _add_class_token(self, stored: Tensor, slot: Tensor, weight: Tensor, steps: Tensor, pooled: bool) -> tuple:
         """Insert the class token into the block's order and, as a separate step, into the scan.
 
-        "first": at the start of both. "middle": after half of a sample's tokens and half of its steps.
-
-        Parameters
-        ----------
-        stored, slot, weight
-            As in `ScanPlan`, without the class token.
-        steps
-            (B or 1, 1) int64: number of scan steps of each sample.
-        pooled
-            Whether tokens share steps; otherwise a token's step is its position.
+        "first": at the start of both. "middle": after half of a sample's tokens and half of its ``steps`` (B or 1, 1).
+        Unless tokens are ``pooled``, a token's step is its position.
         """
         first = self.config.class_token == "first"
         tokens = (stored >= 0).sum(1, keepdim=True)  # (B, 1)

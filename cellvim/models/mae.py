@@ -95,9 +95,7 @@ class MaskedAutoencoder(Encoder):
             if not isinstance(number, int) or number < 1:
                 raise ModelError(f"{name} is {number!r}; expected an integer of at least 1.")
         if norm_pixels and config.patch_size == 1 and (config.tokens == "per_channel" or config.in_channels == 1):
-            raise ModelError(
-                "norm_pixels=True needs patches of more than one value; the patches of this model have one."
-            )
+            raise ModelError("norm_pixels=True needs patches of more than one value; those of this model have one.")
         if channel_mask_ratio and config.tokens == "joint":
             raise ModelError("channel_mask_ratio needs tokens='per_channel'; a joint token contains all channels.")
         if config.out_indices:
@@ -130,11 +128,7 @@ class MaskedAutoencoder(Encoder):
         self._reset_masked_parameters()
 
     def forward(
-        self,
-        images: Tensor,
-        noise: Tensor | None = None,
-        channels: Channels = None,
-        keep: Tensor | None = None,
+        self, images: Tensor, noise: Tensor | None = None, channels: Channels = None, keep: Tensor | None = None
     ) -> MaskedOutput:
         """Mask tokens, encode the others, and return the prediction of the masked patches and its loss.
 
@@ -162,9 +156,7 @@ class MaskedAutoencoder(Encoder):
             raise InputError("The batch is empty; expected at least one image.")
         grid = self._grid(images, channels, keep)
         if grid.is_ragged and self.config.class_token != "none":
-            raise InputError(
-                "Samples with different numbers of tokens need class_token='none' in a masked autoencoder."
-            )
+            raise InputError("Samples with different numbers of tokens need a model with class_token='none'.")
         visible, hidden_mask = self._mask(noise, images, grid)
 
         tokens, visible_grid = self._embed_chosen(images, channels, visible)
@@ -185,7 +177,8 @@ class MaskedAutoencoder(Encoder):
             noise = torch.rand(shape, device=images.device)
             masked_channels = self._count_masked_channels(grid.channels)
             if masked_channels:
-                gone = self._masked_channels(shape[0], masked_channels, grid)
+                rank = torch.rand(len(gone), grid.channels, device=grid.device).argsort(dim=1).argsort(dim=1)  # (B, C)
+                gone = self._tokens_of_channels(rank < masked_channels, grid.rows * grid.columns)
                 most -= masked_channels * grid.rows * grid.columns
         elif not isinstance(noise, Tensor) or noise.shape != shape:
             found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
@@ -211,12 +204,6 @@ class MaskedAutoencoder(Encoder):
         if share > count:
             count += int(torch.rand(()) < share - count)
         return min(count, channels - 1)
-
-    def _masked_channels(self, batch: int, count: int, grid: TokenGrid) -> Tensor:
-        """Draw ``count`` channels for each sample and return a mask (B, L) bool of their tokens."""
-        rank = torch.rand(batch, grid.channels, device=grid.device).argsort(dim=1).argsort(dim=1)  # (B, C)
-        gone = (rank < count)[:, None, :].expand(-1, grid.rows * grid.columns, -1)
-        return (gone if self.config.scan_order == "channel_first" else gone.transpose(1, 2)).flatten(1)
 
     @torch.no_grad()
     def targets(self, images: Tensor, exist: Tensor | None = None) -> Tensor:

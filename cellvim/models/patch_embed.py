@@ -158,15 +158,15 @@ def resolve_channels(channels: Channels, images: Tensor, config: EncoderConfig) 
     batch, count = images.shape[:2]
     if channels is None:
         if count != config.in_channels:
+            names = f" ({', '.join(config.channel_names)})" if config.channel_names else ""
             raise ChannelError(
-                f"The images have {count} channels, the model {config.in_channels}{_names(config)}. "
+                f"The images have {count} channels, the model {config.in_channels}{names}. "
                 "Select the model's channels with channels=[...]."
             )
         return None
     if isinstance(channels, (str, set, frozenset)) or not isinstance(channels, (Tensor, Iterable)):
         raise ChannelError(f"channels is {channels!r}; expected a list of ids or names, or one such list per sample.")
-    if not isinstance(channels, Tensor):
-        channels = list(channels)
+    channels = channels if isinstance(channels, Tensor) else list(channels)
     if isinstance(channels, Tensor):
         if channels.is_floating_point() or channels.dtype == torch.bool:
             raise ChannelError(f"channels is a {channels.dtype} tensor; expected integer ids.")
@@ -205,11 +205,9 @@ def _check_ids(ids: Tensor, batch: int, count: int, config: EncoderConfig) -> No
         )
     if torch.compiler.is_compiling() or ids.device.type != "cpu":
         return  # reading the values would break a traced graph, or synchronise with the accelerator
-    if ids.numel() and int(ids.max()) >= config.in_channels:
-        raise ChannelError(f"Channel {int(ids.max())} is not one of the model's 0 to {config.in_channels - 1}.")
-    lowest = -1 if ids.ndim == 2 else 0
-    if ids.numel() and int(ids.min()) < lowest:
-        raise ChannelError(f"Channel {int(ids.min())} is not one of the model's 0 to {config.in_channels - 1}.")
+    outside = ids[(ids >= config.in_channels) | (ids < (-1 if ids.ndim == 2 else 0))]
+    if outside.numel():
+        raise ChannelError(f"Channel {int(outside[0])} is not one of the model's 0 to {config.in_channels - 1}.")
     rows = ids if ids.ndim == 2 else ids[None]
     order = rows.sort(dim=1).values
     if bool(((order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)).any()):
@@ -232,7 +230,3 @@ def check_images(images: Tensor, dtype: torch.dtype) -> None:
         raise InputError(f"Images are {images.dtype}, the model {dtype}; convert one with .to(...), or use autocast.")
     if 0 in images.shape[1:]:
         raise InputError(f"Images have shape {tuple(images.shape)}; expected at least one channel and one pixel.")
-
-
-def _names(config: EncoderConfig) -> str:
-    return f" ({', '.join(config.channel_names)})" if config.channel_names else ""
