@@ -1,4 +1,4 @@
-// add_norm: the residual addition and the norm after it, one row of D at a time.
+// add_norm: residual addition and normalisation, one row of D at a time.
 #include "conv.h"
 #include "kernels.h"
 #include "norm.h"
@@ -6,7 +6,7 @@
 namespace CELLVIM_ISA {
 namespace {
 
-constexpr int64_t ROWS = 64;  // of a work item
+constexpr int64_t ROWS = 64;  // per work item
 
 struct Parameters {
   Buffer<float> weight, bias;

@@ -1,8 +1,8 @@
-// The C interface of the CPU kernels: what cellvim/ops/native.py calls through ctypes.
+// The C interface of the CPU kernels, which cellvim/ops/native.py calls through ctypes.
 //
 // B batch, L tokens, P scan steps, E inner width, N states, W taps. Every op takes one struct; the backward functions
-// read the same struct as the forward ones, with the gradient pointers filled in. Arrays without strides are
-// contiguous. Results never depend on the number of threads, and a sample's forward never on its batch-mates.
+// take the same struct as the forward ones, with the gradient pointers set. Arrays without strides are contiguous.
+// Results do not depend on the number of threads, and a sample's forward result does not depend on the other samples.
 #pragma once
 #include <stdint.h>
 
@@ -18,17 +18,17 @@ enum cellvim_dtype { CELLVIM_FLOAT32 = 0, CELLVIM_BFLOAT16 = 1 };
 enum cellvim_pool { CELLVIM_POOL_NONE = 0, CELLVIM_POOL_MEAN = 1, CELLVIM_POOL_MAX = 2, CELLVIM_POOL_ATTENTION = 3 };
 enum cellvim_norm { CELLVIM_NORM_NONE = 0, CELLVIM_NORM_LAYER = 1, CELLVIM_NORM_RMS = 2 };
 
-// ScanPlan: a dense grid where order is null, else explicit indices.
+// ScanPlan: a dense grid if order is null, otherwise explicit indices.
 struct cellvim_plan {
-  int64_t length;           // L, steps of the block's order
-  int64_t stored;           // tokens that x holds per sample
+  int64_t length;           // L, number of steps in the block's order
+  int64_t stored;           // number of tokens per sample of x
   int64_t slots;            // P
   int64_t sizes[3], strides[3], pooled[3];
-  int64_t index_batch;      // 1 or B: samples that order, slot and slot_weight hold
-  const int64_t *order;     // (index_batch, L), -1 at the end where a sample has no token
+  int64_t index_batch;      // 1 or B: number of samples in order, slot and slot_weight
+  const int64_t *order;     // (index_batch, L), padded with -1 at the end of shorter samples
   const int64_t *slot;      // (2, index_batch, L)
   const float *slot_weight; // (index_batch, P)
-  float mean_weight;        // dense: factor on a slot's sum
+  float mean_weight;        // dense grids: factor on a slot's sum
 };
 
 struct cellvim_add_norm {
@@ -56,7 +56,7 @@ struct cellvim_conv_pool {
   const float *weight, *bias;             // (2, E, W), (2, E) or null
   const float *score_weight, *score_bias; // (2, E), (2,)
   void *out;                              // (2, B, P, E)
-  int32_t *best;                          // max: (2, B, P, E), the step of the block's order that won, -1 for none
+  int32_t *best;                          // max: (2, B, P, E), step of the maximum in the block's order, -1 if none
   float *share;                           // attention: (2, B, L), the softmax
   const void *grad_out;                   // (2, B, P, E)
   void *grad_x;                           // (B, stored, E)
@@ -90,13 +90,13 @@ struct cellvim_expand_gate {
   void *out;         // (B, stored, E)
   const void *grad_out;
   void *grad_x, *grad_z, *grad_y;
-  float *grad_mixed; // (B, stored, E) scratch: gradient before the norm; may be grad_x itself where that is float32
+  float *grad_mixed; // (B, stored, E) scratch: gradient before the norm; may be grad_x itself if that is float32
   float *grad_weight, *grad_bias, *grad_skip, *grad_norm_weight, *grad_norm_bias;
 };
 
-// The instruction set that was chosen for this machine, e.g. "x86-64-v4".
+// The instruction set selected for this machine, e.g. "x86-64-v4".
 const char *cellvim_cpu_isa(void);
-// Bumped whenever a struct changes, so that Python never drives another version's library.
+// Incremented whenever a struct changes, so that Python rejects a library of another version.
 int cellvim_cpu_abi(void);
 
 int cellvim_cpu_add_norm(const struct cellvim_add_norm *);

@@ -1,13 +1,13 @@
-// The depthwise convolution of both directions over a short tile of tokens, in registers.
+// The depthwise convolution in both directions over a short tile of tokens, in registers.
 //
-// Direction 0 looks back from a token, direction 1 ahead: a window of 2W-1 tokens serves both. Tokens before the first
-// and after the last are zeros.
+// Direction 0 reads the tokens before the current one, direction 1 those after it: a window of 2W-1 tokens contains
+// both. Tokens before the first and after the last are zero.
 #pragma once
 #include "tokens.h"
 
 namespace CELLVIM_ISA {
 
-// Taps and biases of both directions, turned to (2W + 2, padded E) so that a vector of channels is contiguous.
+// Taps and biases of both directions, transposed to (2W + 2, padded E) so that a vector of channels is contiguous.
 struct PackedTaps {
   Buffer<float> rows;
   int64_t stride = 0;
@@ -24,7 +24,7 @@ struct PackedTaps {
   }
 };
 
-// Copies (2, E) or (E,) rows to a stride that whole vectors may read. Null becomes `otherwise`.
+// Copies (2, E) or (E,) rows, padded to full vectors. Null rows are filled with `otherwise`.
 CELLVIM_INLINE bool pad_rows(Buffer<float> &out, const float *rows, int64_t count, int64_t width, float otherwise,
                              float factor = 1.0f) {
   const int64_t stride = padded(width);
@@ -48,7 +48,7 @@ template <int W> struct Taps {
   }
 };
 
-// x[W - 1] is the current token, x[0] the oldest one that direction 0 sees.
+// x[W - 1] is the current token, x[0] the oldest one that direction 0 reads.
 template <class T, int W, bool FULL> struct Window {
   vf x[2 * W - 1];
 
@@ -71,8 +71,8 @@ template <class T, int W, bool FULL> struct Window {
   }
 };
 
-// Points rows[j] at token first - (W - 1) + j for j < 2 * tile + 2W - 2, at zeros beyond the ends: the rows of this tile
-// and, to be fetched early, of the next.
+// Points rows[j] to token first - (W - 1) + j for j < 2 * tile + 2W - 2, and to zeros beyond the ends: the rows of this
+// tile and, for prefetching, of the next.
 template <class T, int W>
 CELLVIM_INLINE void point_rows(const T **rows, const Tokens &tokens, int64_t first, int64_t tile, const T *x,
                                int64_t stride, const T *zeros) {
@@ -82,8 +82,8 @@ CELLVIM_INLINE void point_rows(const T **rows, const Tokens &tokens, int64_t fir
   }
 }
 
-// Calls emit(t, c0, c1, window) for each of the tile's steps with both directions' convolutions before SiLU, and fetches
-// the rows of the next tile into the cache meanwhile.
+// Calls emit(t, c0, c1, window) for each step of the tile with the convolutions of both directions before SiLU, and
+// prefetches the rows of the next tile.
 template <int64_t TILE, class T, int W, bool FULL, class Emit>
 CELLVIM_INLINE void convolve(const T *const *rows, int64_t steps, const Taps<W> &taps, int64_t e, int n, Emit emit) {
   Window<T, W, FULL> window;
@@ -95,7 +95,7 @@ CELLVIM_INLINE void convolve(const T *const *rows, int64_t steps, const Taps<W> 
   }
 }
 
-// Runs the body for each vector of [from, to): whole vectors first, then the last, partial one.
+// Runs the body for each vector of [from, to): the full vectors, then the last partial one.
 #define CELLVIM_FOR_VECTORS(e, from, to, call_full, call_part)      \
   do {                                                              \
     int64_t e = (from);                                             \

@@ -1,36 +1,36 @@
-// The gradient of SiLU(convolution) of both directions: shared by the backward of conv_pool and of expand_gate.
+// The gradient of SiLU(convolution) in both directions, for the backward passes of conv_pool and expand_gate.
 //
-// One work item owns a chunk of channels of one sample and walks all its tokens, so that nothing is shared between
-// threads; sums over the batch are taken afterwards in the batch's order.
+// A work item processes all tokens of a chunk of channels of one sample, so that threads share no data. Sums over the
+// batch are computed afterwards in the order of the batch.
 #pragma once
 #include "conv.h"
 
 namespace CELLVIM_ISA {
 
 constexpr int64_t CHUNK = 64;         // channels of a work item
-constexpr int64_t ADJOINT_TILE = 16;  // steps that are worked on at a time: their rows stay in the first-level cache
+constexpr int64_t ADJOINT_TILE = 16;  // steps processed at a time: their rows stay in the L1 cache
 
-// Where the gradient of u comes from.
+// Source of the gradient of u.
 enum class Adjoint {
   SUM,        // factor * grad[slot]                                       (mean and no pooling)
-  MAX,        // grad[slot] where this step won
+  MAX,        // grad[slot] if this step is the maximum
   ATTENTION,  // share * grad[slot] + score gradient * score weight
-  EXPAND      // D / 2 * gradient before the norm; also gathers the gradients of D and y
+  EXPAND      // D / 2 * gradient before the norm; also accumulates the gradients of D and y
 };
 
 struct AdjointSource {
   const void *grad[2] = {};       // (P, E) of this sample, directions 0 and 1
   const float *slot_factor = {};  // SUM: (P,) or null
-  float factor = 1.0f;            // SUM, where slot_factor is null
+  float factor = 1.0f;            // SUM, if slot_factor is null
   const int32_t *best[2] = {};    // MAX: (P, E)
   const float *share[2] = {};     // ATTENTION: (L,)
   const float *score[2] = {};     // ATTENTION: (L,), gradient of the score
   const float *row[2] = {};       // ATTENTION: score weight; EXPAND: D / 2; padded (E,)
   const float *mixed = {};        // EXPAND: (stored, E)
-  float *grad_y = {};             // EXPAND: (2, P, CHUNK), of this chunk, summed into
+  float *grad_y = {};             // EXPAND: (2, P, CHUNK), accumulated for this chunk
 };
 
-// Rows of the sums that a work item leaves behind: taps, biases, and the score weight's or D's gradient.
+// Number of rows of sums per work item: gradients of taps, biases, and score weight or D.
 template <int W> constexpr int64_t adjoint_rows() { return 2 * W + 4; }
 
 template <class T, int W> struct AdjointItem {
@@ -65,7 +65,7 @@ template <class T, int W> struct AdjointItem {
 
  private:
   static constexpr int64_t HISTORY = 2 * (W - 1);
-  alignas(64) float dc[2][(ADJOINT_TILE + HISTORY) * CHUNK];  // gradients before SiLU, after those of the last tile
+  alignas(64) float dc[2][(ADJOINT_TILE + HISTORY) * CHUNK];  // gradients before SiLU, preceded by those of the last tile
 
   template <Adjoint MODE, bool FULL>
   void gather(const AdjointSource &source, const T *const *rows, int64_t first, int64_t steps, int64_t e, int n) {
@@ -120,7 +120,7 @@ template <class T, int W> struct AdjointItem {
     }
   }
 
-  // Writes grad_x of the W-1 last tokens of the previous tile and all but the W-1 last of this one.
+  // Writes grad_x of the last W-1 tokens of the previous tile and of all but the last W-1 of this one.
   void spread(int64_t first, int64_t steps) {
     const int64_t skip = first < W - 1 ? W - 1 - first : 0;
     for (int64_t e = from; e < to; e += LANES) {
@@ -144,7 +144,7 @@ template <class T, int W> struct AdjointItem {
   }
 };
 
-// Sums (B, rows, padded E) over the batch into grad_weight (2, E, W) and the (2, E) rows; null outputs are left out.
+// Sums (B, rows, padded E) over the batch into grad_weight (2, E, W) and the (2, E) rows; null outputs are skipped.
 CELLVIM_INLINE void reduce_adjoint(const float *sums, int64_t batch, int64_t width, int64_t taps,
                                    [[maybe_unused]] int threads, float *grad_weight, float *grad_bias, float *grad_extra) {
   const int64_t stride = padded(width), rows = 2 * taps + 4;

@@ -1,19 +1,19 @@
-// conv_pool: both directions' causal convolution and SiLU, reduced straight to the pooled sequences.
+// conv_pool: causal convolution in both directions and SiLU, reduced directly to the pooled sequences.
 //
-// x is read once; the unpooled convolution lives in registers only. A work item is a chunk of channels of one sample,
-// which walks the tokens in the block's order and adds each to its slot.
+// x is read once, and the unpooled convolution stays in registers. A work item processes a chunk of channels of one
+// sample: it visits the tokens in the block's order and adds each to its slot.
 #include "conv_adjoint.h"
 #include "kernels.h"
 
 namespace CELLVIM_ISA {
 namespace {
 
-constexpr int64_t TILE = 32;        // steps between two look-ups of the weights
-constexpr int64_t SCORE_TILE = 16;  // steps of a work item of the attention scores
+constexpr int64_t TILE = 32;        // steps per load of the weights
+constexpr int64_t SCORE_TILE = 16;  // steps per work item of the attention scores
 
 enum class Mode { DIRECT, SUM, MAX, WEIGHTED };
 
-// Per thread: the slots' running sums (or maxima) and winners, (2, P, CHUNK) each.
+// Per thread: running sums (or maxima) of the slots and steps of the maxima, (2, P, CHUNK) each.
 struct Scratch {
   float *acc;
   int32_t *best;
@@ -56,7 +56,7 @@ void pool_tile(const cellvim_conv_pool &a, const Tokens &tokens, const PackedTap
       if (MODE == Mode::WEIGHTED) store(acc, before + u * a.share[(k * a.batch + b) * L + l]);
       if (MODE == Mode::MAX) {
         int32_t *best = scratch.best + at;
-        const vi wins = (u > before) | (u != u);  // NaN wins and stays
+        const vi wins = (u > before) | (u != u);  // NaN counts as the maximum
         store(acc, wins ? u : before);
         store_int(best, wins ? vi{} + (int32_t)l : load_int(best, LANES), LANES);
       }
@@ -111,7 +111,7 @@ void pool_chunk(const cellvim_conv_pool &a, const Walk &walk, const PackedTaps &
     }
 }
 
-// Dot products of u with a row per direction, for the steps of a tile: the attention score, or its gradient.
+// Dot products of u with one row per direction, for the steps of a tile: the attention score or its gradient.
 template <class T, int W, bool PER_SLOT>
 void dot_tile(const cellvim_conv_pool &a, const Tokens &tokens, const PackedTaps &packed, const T *zeros, int64_t b,
               int64_t first, const float *row, float *out) {
@@ -206,7 +206,7 @@ int backward(const cellvim_conv_pool &a, const Walk &walk, const PackedTaps &pac
   Buffer<float> score, score_weight, sums(a.batch * rows);
   if (!sums.data) return CELLVIM_NO_MEMORY;
   if (MODE == Adjoint::ATTENTION) {
-    // The softmax's gradient: share * (dot - mean of dot over the slot), dot = grad . u.
+    // Gradient of the softmax: share * (dot - mean of dot over the slot), dot = grad . u.
     Buffer<float> mean(2 * a.batch * P);
     if (!mean.data || !score.allocate(2 * a.batch * L) || !pad_rows(score_weight, a.score_weight, 2, E, 0.0f))
       return CELLVIM_NO_MEMORY;

@@ -1,7 +1,7 @@
-// expand_gate: scanned steps back to every token, the skip, the mean of the directions, the norm and the gate.
+// expand_gate: expand the scanned steps to the tokens, add the skip, average the directions, normalise and gate.
 //
-// The convolution is recomputed from x (4 taps are cheaper than reading it back). A work item is a run of tokens of one
-// sample; a tile of them stays in the cache between the mixing and the norm over E.
+// The convolution is recomputed from x (4 taps are cheaper than reading it from memory). A work item processes
+// consecutive tokens of one sample; a tile of them stays in the cache between mixing and the norm over E.
 #include "conv_adjoint.h"
 #include "kernels.h"
 #include "norm.h"
@@ -9,10 +9,10 @@
 namespace CELLVIM_ISA {
 namespace {
 
-constexpr int64_t TILE = 16;   // steps that are mixed before they are normalised
-constexpr int64_t GROUP = 64;  // steps of a work item
+constexpr int64_t TILE = 16;   // steps mixed before they are normalised
+constexpr int64_t GROUP = 64;  // steps per work item
 
-// Parameters padded to whole vectors, D halved.
+// Parameters padded to full vectors; D is halved.
 struct Parameters {
   PackedTaps taps;
   Buffer<float> half_skip, norm_weight, norm_bias;
@@ -95,7 +95,7 @@ int forward(const cellvim_expand_gate &a, const Walk &walk, const Parameters &pa
   return CELLVIM_OK;
 }
 
-// From the gradient of the output: grad_z, and the gradient before the norm. `work` is a padded row of scratch.
+// Computes grad_z and the gradient before the norm from the gradient of the output. `work` is a padded row of scratch.
 template <class T>
 void norm_and_gate_backward(const cellvim_expand_gate &a, const Parameters &parameters, const float *row, int64_t b,
                             int64_t token, float *work, float *sum_weight, float *sum_bias) {
@@ -128,7 +128,7 @@ void norm_and_gate_backward(const cellvim_expand_gate &a, const Parameters &para
   CELLVIM_FOR_VECTORS(e, 0, a.width, finish(Choice<true>{}, e, LANES), finish(Choice<false>{}, e, (int)(a.width - e)));
 }
 
-// grad_y of a chunk of channels where there is no skip, so no convolution to differentiate.
+// grad_y of a chunk of channels without a skip, where no convolution is differentiated.
 void gather_grad_y(const Tokens &tokens, const float *mixed, int64_t width, int64_t slots, int64_t from, int64_t to,
                    float *grad_y) {
   for (int64_t l = 0; l < tokens.count; ++l)

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, and how many threads run them.
+// The kernels of one instruction set, and their number of threads.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,4 +1,4 @@
-// The C interface: picks the kernels of the best instruction set that this machine has, once.
+// The C interface: selects the kernels of the best instruction set of this machine, once.
 #include "cellvim_cpu.h"
 
 #include <stdlib.h>
@@ -36,7 +36,7 @@ CELLVIM_DECLARE(isa_v4)
 namespace {
 
 #ifdef CELLVIM_HAS_X86_LEVELS
-// CELLVIM_CPU_ISA=AVX2 or SSE2 leaves the wider sets out, so that one machine can test them all.
+// CELLVIM_CPU_ISA=AVX2 or SSE2 excludes the wider sets, so that all can be tested on one machine.
 bool allowed(const char *isa) {
   const char *most = getenv("CELLVIM_CPU_ISA");
   if (!most || !strcmp(most, "AVX-512")) return true;

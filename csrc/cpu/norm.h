@@ -1,4 +1,4 @@
-// Layer and RMS norm of one row that lies in the cache, and their gradient.
+// LayerNorm and RMSNorm of one row in the cache, and their gradients.
 #pragma once
 #include "cellvim_cpu.h"
 #include "vec.h"
@@ -9,7 +9,7 @@ struct Moments {
   float mean, scale;  // normalised = (row - mean) * scale
 };
 
-// `row` is padded with zeros to whole vectors. Two passes: the difference of large sums would lose digits.
+// `row` is padded with zeros to full vectors. Two passes, because the difference of large sums loses precision.
 CELLVIM_INLINE Moments moments(const float *row, int64_t width, int32_t kind, float eps) {
   if (kind == CELLVIM_NORM_NONE) return {0.0f, 1.0f};
   float mean = 0.0f;
@@ -37,12 +37,12 @@ CELLVIM_INLINE Moments moments(const float *row, int64_t width, int32_t kind, fl
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// Sums over a row that the norm's gradient needs: of g and of g * normalised, over the width.
+// Means over a row for the gradient of the norm: of g and of g * normalised.
 struct GradMoments {
   float mean, projection;
 };
 
-// grad of the row, given g = gradient of the normalised row.
+// Gradient of the row, given g = gradient of the normalised row.
 CELLVIM_INLINE vf norm_gradient(vf g, vf normalised, Moments m, GradMoments gm, int32_t kind) {
   if (kind == CELLVIM_NORM_NONE) return g;
   return (g - gm.mean - normalised * gm.projection) * m.scale;

@@ -1,7 +1,7 @@
-// pooled_scan: softplus, discretisation and the selective scan of both directions, states in registers.
+// pooled_scan: softplus, discretisation and the selective scan in both directions, with the states in registers.
 //
-// A work item is a group of channels of one sample and direction. The backward recomputes the states from checkpoints
-// one segment at a time, and sums the gradients of B and C over its channels before they leave the registers' lanes.
+// A work item processes a group of channels of one sample and direction. The backward pass recomputes the states from
+// checkpoints, one segment at a time, and sums the gradients of B and C over its vectors before summing over lanes.
 #include "conv.h"
 #include "kernels.h"
 
@@ -9,11 +9,11 @@ namespace CELLVIM_ISA {
 namespace {
 
 constexpr int MAX_STATES = 64;
-constexpr int64_t FORWARD_GROUP = 64;    // channels of a work item
-constexpr int64_t BACKWARD_GROUP = 128;  // more: the sums for B and C are then fewer
-constexpr int64_t SEGMENT = 64;          // steps whose states the backward keeps
+constexpr int64_t FORWARD_GROUP = 64;    // channels per work item
+constexpr int64_t BACKWARD_GROUP = 128;  // larger, for fewer partial sums of B and C
+constexpr int64_t SEGMENT = 64;          // steps whose states the backward pass keeps
 
-// N is the number of states where it is known at compile time, else 0.
+// N is the number of states if it is known at compile time, otherwise 0.
 template <int N> CELLVIM_INLINE int states_of(const cellvim_pooled_scan &a) { return N ? N : (int)a.states; }
 
 // A of one vector of channels: (N) vectors, times `factor`.
@@ -27,7 +27,7 @@ template <int N> CELLVIM_INLINE void load_a(const cellvim_pooled_scan &a, int k,
 
 CELLVIM_INLINE int64_t offset(const int64_t *stride, int k, int64_t b) { return k * stride[0] + b * stride[1]; }
 
-// Inputs of one direction of one sample, from channel e on.
+// Inputs of one direction of one sample, starting at channel e.
 template <class T> struct Steps {
   const T *pooled, *delta;
   const float *b, *c;
@@ -103,13 +103,13 @@ template <int N> struct Scratch {
   }
 };
 
-// What a work item leaves behind for the sums over channel groups and samples.
+// Partial results of a work item for the sums over channel groups and samples.
 struct Partial {
   float *a, *bias;  // (2, B, padded E, N), (2, B, padded E)
   float *b, *c;     // (groups, 2, B, P, N)
 };
 
-// Runs the states of one vector through `count` steps from `first`; keeps states and decays where KEEP.
+// Advances the states of one vector by `count` steps from `first`; stores states and decays if KEEP.
 template <class T, int N, bool FULL, bool KEEP>
 CELLVIM_INLINE void advance(const cellvim_pooled_scan &a, const Steps<T> &in, const vf *decay_rate, int k, int64_t first,
                             int64_t count, int n, vf *h, Scratch<N> &scratch) {

@@ -1,7 +1,7 @@
-// Tokens: the order in which a block visits the stored tokens of one sample, and the slot each of them is pooled into.
+// Tokens: the order in which a block visits the stored tokens of one sample, and the slot that pools each of them.
 //
-// Dense grids and explicit indices both become two short tables here (one int32 a token), so that the kernels know one
-// kind of plan only and never copy, flip or transpose a token array.
+// Dense grids and explicit indices are both converted to two tables (one int32 per token), so that the kernels support
+// a single kind of plan and never copy, flip or transpose an array of tokens.
 #pragma once
 #include "cellvim_cpu.h"
 #include "vec.h"
@@ -9,7 +9,7 @@
 namespace CELLVIM_ISA {
 
 struct Tokens {
-  const int32_t *token;    // (all) stored token at each step; after `count` come the stored tokens that no step visits
+  const int32_t *token;    // (all) stored token at each step; after `count`, the stored tokens that no step visits
   const int32_t *slot[2];  // (count) scan step per direction
   int64_t count, all;
 };
@@ -75,7 +75,7 @@ class Walk {
     int64_t count = 0;
     while (count < plan.length && order[count] >= 0) ++count;
     for (int64_t l = count; l < plan.length; ++l)
-      if (order[l] >= 0) status = CELLVIM_BAD_INDEX;  // absent tokens stand at the end only
+      if (order[l] >= 0) status = CELLVIM_BAD_INDEX;  // missing tokens must be at the end
     Buffer<uint8_t> visited(plan.stored);
     if (!visited.data) {
       status = CELLVIM_NO_MEMORY;

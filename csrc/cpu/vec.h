@@ -1,7 +1,7 @@
 // Vector arithmetic in GCC's and clang's portable vector types: one source for AVX-512, AVX2, SSE and NEON.
 //
-// Every kernel file is compiled once per instruction set, inside the namespace CELLVIM_ISA; nothing here or in the
-// kernels may use inline functions of the standard library, whose copies the linker would share between the sets.
+// Every kernel file is compiled once per instruction set, in the namespace CELLVIM_ISA. Neither this file nor the
+// kernels may use inline functions of the standard library, because the linker would share one copy between the sets.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -66,7 +66,7 @@ CELLVIM_INLINE void store(bf16 *p, vf v) {
   memcpy(p, &h, sizeof h);
 }
 
-// The last vector of a row whose width is no multiple of LANES: missing lanes read as zero.
+// The last vector of a row whose width is not a multiple of LANES: missing lanes are read as zero.
 template <class T> CELLVIM_INLINE vf load_some(const T *p, int n) {
   T lanes[LANES];
   memset(lanes, 0, sizeof lanes);
@@ -89,7 +89,7 @@ template <bool FULL, class T> CELLVIM_INLINE void store(T *p, vf v, int n) {
     store_some(p, v, n);
 }
 
-// Integers of the same width: which step won a maximum.
+// Integers of the same width: steps of maxima.
 CELLVIM_INLINE vi load_int(const int32_t *p, int n) {
   vi v = {};
   memcpy(&v, p, n == LANES ? sizeof v : n * sizeof *p);
@@ -98,7 +98,7 @@ CELLVIM_INLINE vi load_int(const int32_t *p, int n) {
 
 CELLVIM_INLINE void store_int(int32_t *p, vi v, int n) { memcpy(p, &v, n == LANES ? sizeof v : n * sizeof *p); }
 
-// Lets a generic lambda choose between whole and partial vectors at compile time.
+// Lets a generic lambda choose between full and partial vectors at compile time.
 template <bool VALUE> struct Choice {
   static constexpr bool value = VALUE;
 };
@@ -111,8 +111,8 @@ CELLVIM_INLINE float sum(vf v) {
   return lanes[0];
 }
 
-// The few operations that the portable types lack, or that compilers do not find: maximum and minimum whose NaN in t
-// passes through, 2^n for whole n, rounding, and the reciprocal (its estimate and Newton steps beat a division).
+// Operations that the portable types lack or that compilers do not generate: maximum and minimum that propagate a NaN in
+// t, 2^n for integer n, rounding, and the reciprocal (an estimate with Newton steps is faster than a division).
 #if defined(__AVX512F__)
 CELLVIM_INLINE vf at_least(vf t, float low) { return (vf)_mm512_max_ps(_mm512_set1_ps(low), (__m512)t); }
 CELLVIM_INLINE vf at_most(vf t, float high) { return (vf)_mm512_min_ps(_mm512_set1_ps(high), (__m512)t); }
@@ -133,8 +133,8 @@ CELLVIM_INLINE vf at_most(vf t, float high) { return t > high ? splat(high) : t;
 CELLVIM_INLINE vf reciprocal(vf d) { return 1.0f / d; }
 #endif
 
-// 2^f for |f| <= 1/2. FAST: relative error 1e-7, for the sigmoid; else 2e-9 before rounding. Both are exactly 1 at 0: safe
-// to multiply over thousands of scan steps.
+// 2^f for |f| <= 1/2. FAST: relative error 1e-7, for the sigmoid; otherwise 2e-9 before rounding. Both are exactly 1 at 0,
+// so that products over thousands of scan steps stay accurate.
 template <bool FAST> CELLVIM_INLINE vf exp2_fraction(vf f) {
   vf p;
   if (FAST) {
@@ -152,7 +152,7 @@ template <bool FAST> CELLVIM_INLINE vf exp2_fraction(vf f) {
   return p * f + 1.0f;
 }
 
-// 2^t, at most 2^126 so that sums and reciprocals of it stay finite. NaN passes through.
+// 2^t, at most 2^126 so that its sums and reciprocals stay finite. NaN is propagated.
 template <bool FAST> CELLVIM_INLINE vf exp2(vf t) {
   t = at_most(t, 126.0f);
 #if defined(__AVX512F__)
@@ -172,7 +172,7 @@ CELLVIM_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp2<true>(x * -LOG2E
 
 CELLVIM_INLINE vf silu(vf x) { return x * reciprocal(1.0f + exp2<true>(x * -LOG2E)); }
 
-// max(x, 0) + log1p(exp(-|x|)), the logarithm by its atanh series; relative error below 3e-7 everywhere.
+// max(x, 0) + log1p(exp(-|x|)), with the atanh series of the logarithm; relative error below 3e-7 everywhere.
 CELLVIM_INLINE vf softplus(vf x) {
   const vf q = exp2<false>((x < 0.0f ? x : -x) * LOG2E);
   const vf s = q / (q + 2.0f);
@@ -184,7 +184,7 @@ CELLVIM_INLINE vf softplus(vf x) {
   return (x > 0.0f ? x : vf{}) + s * p;
 }
 
-// Plain memory that knows whether it was there to be had. Zeroed; aligned to a cache line.
+// A zeroed array, aligned to a cache line. `allocate` returns whether there was enough memory.
 template <class T> struct Buffer {
   T *data = nullptr;
   Buffer() = default;

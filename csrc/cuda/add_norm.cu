@@ -1,5 +1,5 @@
-// add_norm: the residual addition and the norm after it. A warp holds a row of D in registers: everything is read and
-// written once. In the backward a warp keeps its columns' sums for the weights over all of its rows.
+// add_norm: residual addition and normalisation. A warp holds a row of D in registers, so that each value is read and
+// written once. In the backward pass a warp accumulates the gradients of the weights over all of its rows.
 #include "norm.cuh"
 #include "ops.cuh"
 
@@ -23,7 +23,7 @@ struct NormArguments {
   void *grad_hidden;
   float *partial;  // (blocks, 2, D)
 
-  // How a lane meets its c-th vector, and where it lies in the row.
+  // How a lane accesses its c-th vector, and the position of the vector in the row.
   __device__ __forceinline__ int place(int c) const { return (c * 32 + (int)threadIdx.x % 32) * VEC; }
   __device__ __forceinline__ Access access(int e) const { return {whole && e + VEC <= width, min(width - e, VEC)}; }
 };
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(WARPS * 32) add_norm_backward_kernel(const __g
     }
   }
 
-  // The block's sums, its warps in their order.
+  // Sums of the block, in the order of its warps.
   float *shared = reinterpret_cast<float *>(shared_memory);  // (2, D)
   for (int turn = 0; turn < WARPS; ++turn) {
     if (turn == warp)
@@ -152,14 +152,14 @@ __global__ void __launch_bounds__(WARPS * 32) add_norm_backward_kernel(const __g
     a.partial[(int64_t)blockIdx.x * 2 * a.width + i] = shared[i];
 }
 
-// Calls run with the number of vectors that a lane holds of a row.
+// Calls run with the number of vectors of a row per lane.
 template <class Run> int for_width(int64_t width, Run run) {
   const int64_t vectors = divide_up<int64_t>(width, 32 * VEC);
   if (vectors <= 2) return run(std::integral_constant<int, 2>{});
   if (vectors <= 3) return run(std::integral_constant<int, 3>{});
   if (vectors <= 6) return run(std::integral_constant<int, 6>{});
   if (vectors <= 10) return run(std::integral_constant<int, 10>{});
-  if (vectors <= 32) return run(std::integral_constant<int, 32>{});  // wider than any named model; spills
+  if (vectors <= 32) return run(std::integral_constant<int, 32>{});  // wider than any named model; spills registers
   return CELLVIM_BAD_ARGUMENT;
 }
 
@@ -193,7 +193,7 @@ int add_norm(const cellvim_add_norm &a, bool is_backward, const cellvim_cuda_cal
       if (!is_backward) return launch(call, add_norm_kernel<T, VECTORS>, blocks, WARPS * 32, 0, n);
       CELLVIM_TRY(launch(call, add_norm_backward_kernel<T, VECTORS>, workers, WARPS * 32,
                          2 * a.width * sizeof(float), n));
-      // Columns 0 … D − 1 are the weight's, the rest the bias's.
+      // Columns 0 … D − 1 belong to the weight, the others to the bias.
       CELLVIM_TRY(sum_rows(call, n.partial, workers, 2 * a.width, 0, a.width, a.grad_weight));
       return sum_rows(call, n.partial, workers, 2 * a.width, a.width, a.width, a.grad_bias);
     });

@@ -1,10 +1,10 @@
-// The C interface of the CUDA kernels: what cellvim/ops/cuda.py calls through ctypes.
+// The C interface of the CUDA kernels, which cellvim/ops/cuda.py calls through ctypes.
 //
-// The ops take the structs of the CPU's interface, with device pointers in them and nothing to say about threads. A
-// call enqueues its kernels on a stream and returns at once: it allocates nothing and waits for nothing, so that it can
-// be captured in a CUDA graph. Scratch memory comes from the caller, who asks for its size first.
+// The ops take the structs of the CPU interface with device pointers; the number of threads is ignored. A call enqueues
+// its kernels on a stream and returns immediately. It neither allocates nor synchronises, so that it can be captured in
+// a CUDA graph. The caller queries the size of the scratch memory and provides it.
 //
-// Indices of a plan lie on the device and are not checked against the sizes: one that is out of range counts as absent.
+// The indices of a plan are on the device and are not validated: an index out of range is treated as missing.
 #pragma once
 #include "../cpu/cellvim_cpu.h"
 
@@ -14,21 +14,21 @@ extern "C" {
 #endif
 
 #define CELLVIM_CUDA_ABI 1
-#define CELLVIM_FLOAT16 2  // beside enum cellvim_dtype; the CPU kernels do not take it
+#define CELLVIM_FLOAT16 2  // extends enum cellvim_dtype; not supported by the CPU kernels
 
-// Beside enum cellvim_status: CELLVIM_CUDA_ERROR + a cudaError_t.
+// Extends enum cellvim_status: CELLVIM_CUDA_ERROR + a cudaError_t.
 #define CELLVIM_CUDA_ERROR 1000
 
 struct cellvim_cuda_call {
-  int32_t device;   // index of the GPU on which all pointers lie
+  int32_t device;   // index of the GPU of all pointers
   void *stream;     // cudaStream_t
-  void *workspace;  // of cellvim_cuda_*_workspace bytes, 256-byte aligned; null where that is 0
+  void *workspace;  // of cellvim_cuda_*_workspace bytes, 256-byte aligned; null if that is 0
 };
 
 int cellvim_cuda_abi(void);
-// Number of usable GPUs, or minus a cudaError_t: no driver, a driver that is too old, no device.
+// Number of usable GPUs, or a negated cudaError_t: no driver, a driver that is too old, no device.
 int cellvim_cuda_devices(void);
-// Compute capability of a GPU, 90 for 9.0, and what a cudaError_t means.
+// Compute capability of a GPU (90 for 9.0), and the name of a cudaError_t.
 int cellvim_cuda_capability(int device);
 const char *cellvim_cuda_error_name(int error);
 

@@ -1,7 +1,8 @@
-// The depthwise convolution of both directions in registers, walking along the block's sequence.
+// The depthwise convolution in both directions, in registers, along the block's sequence.
 //
-// Direction 0 looks back from a token, direction 1 ahead: a window of 2 * TAPS - 1 tokens serves both. Fewer taps than
-// TAPS are padded with zeros in front. Tokens before the first step and after the last are zeros.
+// Direction 0 reads the tokens before the current one, direction 1 those after it: a window of 2 * TAPS - 1 tokens
+// contains both. Fewer than TAPS taps are padded with zeros in front. Tokens before the first step and after the last
+// are zero.
 #pragma once
 #include "plan.cuh"
 #include "reduce.cuh"
@@ -9,17 +10,17 @@
 namespace cellvim {
 
 constexpr int TAPS = 4;
-constexpr int REACH = TAPS - 1;  // tokens that a convolution sees beside the current one
+constexpr int REACH = TAPS - 1;  // tokens that a convolution reads besides the current one
 
-// The tensors that every convolution reads.
+// Inputs of every convolution.
 struct ConvSource {
   const void *x;
   int64_t x_batch;
   int x_token, width, taps;
   const float *weight, *bias;  // (2, E, taps), (2, E) or null
-  bool whole;                  // rows of x, of every other token array and of weights start on a boundary of VEC values
+  bool whole;                  // rows of x, other token arrays and weights are aligned to VEC values
 
-  // WHOLE: it is known that `whole` is true, so that no code for anything else is made.
+  // WHOLE: `whole` is known to be true, and no code for the other case is generated.
   template <bool WHOLE = false> __device__ __forceinline__ Access access(int e) const {
     if (WHOLE) return {true, VEC};
     return {whole && e + VEC <= width, min(width - e, VEC)};
@@ -30,7 +31,7 @@ struct Taps {
   Vec w[2][TAPS], bias[2];
 };
 
-// Taps and biases times a factor that leaves their digits alone.
+// Taps and biases times a power of two, which is exact.
 template <bool WHOLE = false>
 __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e, float scale = 1.0f) {
   static_assert(TAPS == VEC, "a channel's taps are one access");
@@ -60,19 +61,19 @@ __device__ __forceinline__ Taps load_taps(const ConvSource &from, int e, float s
   return taps;
 }
 
-// Tokens of STEPS consecutive steps and REACH on either side. Everything is indexed by constants once the loops over the
-// steps are unrolled, so that it stays in registers and nothing is moved but the overlap of two turns. `ahead` is a Cursor
-// or a list that reads like one.
+// Tokens of STEPS consecutive steps and REACH on either side. When the loops over the steps are unrolled, all indices are
+// constants: the window stays in registers, and only the overlap of two windows is copied. `ahead` is a Cursor or a list
+// with the same interface.
 template <class T, int STEPS, bool WHOLE = false> struct Window {
   Vec x[STEPS + 2 * REACH];
   int token[STEPS + 2 * REACH];
 
-  // The overlap before the step at which `ahead` stands; moves `ahead` REACH steps past it.
+  // Loads the overlap before the current step of `ahead`, and advances `ahead` by REACH steps.
   template <class Ahead>
   __device__ __forceinline__ void start(const T *x_of_sample, const ConvSource &from, int e, Ahead &ahead) {
     load_rows<2 * REACH>(x_of_sample, from, e, ahead, STEPS);
   }
-  // The next STEPS steps: x[REACH + t] is then the current token of the t-th.
+  // Loads the next STEPS steps: x[REACH + t] is then the current token of the t-th step.
   template <class Ahead>
   __device__ __forceinline__ void turn(const T *x_of_sample, const ConvSource &from, int e, Ahead &ahead) {
 #pragma unroll
@@ -91,7 +92,7 @@ template <class T, int STEPS, bool WHOLE = false> struct Window {
   }
 
  private:
-  // All loads are issued before the first is waited for.
+  // All loads are issued before the first result is used.
   template <int COUNT, class Ahead>
   __device__ __forceinline__ void load_rows(const T *x_of_sample, const ConvSource &from, int e, Ahead &ahead, int to) {
     Raw<T> raw[COUNT];
@@ -114,7 +115,7 @@ template <class T, int STEPS, bool WHOLE = false> struct Window {
   }
 };
 
-// u of a convolution whose taps were loaded with SILU_SCALE<T>.
+// u of a convolution whose taps were scaled by SILU_SCALE<T>.
 template <class T> __device__ __forceinline__ Vec silu_of_scaled(const Vec &c) {
   Vec u;
 #pragma unroll
@@ -122,7 +123,7 @@ template <class T> __device__ __forceinline__ Vec silu_of_scaled(const Vec &c) {
   return u;
 }
 
-// Steps that a turn of the window takes: more of them hide more latency, as far as registers go.
+// Steps per window: more of them hide more latency, as long as there are enough registers.
 template <class T> constexpr int STEPS_PER_TURN = 8;
 template <> constexpr int STEPS_PER_TURN<float> = 4;
 

@@ -1,20 +1,20 @@
-// The gradient of SiLU(convolution) of both directions: shared by the backward of conv_pool and of expand_gate.
+// The gradient of SiLU(convolution) in both directions, for the backward passes of conv_pool and expand_gate.
 //
-// A block owns a chunk of channels and walks run after run of the batch's steps, so that the gradients of taps and biases
-// stay in registers to the end; what each block found is summed afterwards in the blocks' order. A run starts and ends
-// REACH steps early and late: their gradients flow into the run's tokens too.
+// A block processes several runs of the batch's steps for a chunk of channels, so that the gradients of taps and biases
+// stay in registers until the end; the results of the blocks are then summed in the order of the blocks. A run is
+// extended by REACH steps on either side, whose gradients contribute to the tokens of the run.
 #pragma once
 #include "conv.cuh"
 #include "reduce.cuh"
 
 namespace cellvim {
 
-// Where the gradient of u comes from.
+// Source of the gradient of u.
 enum class Adjoint {
   SUM,        // factor * grad[slot]                                       (mean and no pooling)
-  MAX,        // grad[slot] where this step won
+  MAX,        // grad[slot] if this step is the maximum
   ATTENTION,  // share * grad[slot] + score gradient * score weight
-  EXPAND      // D / 2 * gradient before the norm; also gathers the gradient of D
+  EXPAND      // D / 2 * gradient before the norm; also accumulates the gradient of D
 };
 
 struct AdjointArguments {
@@ -22,7 +22,7 @@ struct AdjointArguments {
   Plan plan;
   int batch, runs, run_steps, chunks, workers;
   const void *grad;                // (2, B, P, E)
-  float factor;                    // SUM: of every slot, times slot_weight where that is not null
+  float factor;                    // SUM: factor on every slot, times slot_weight unless that is null
   const float *slot_weight;        // (samples, P) or null
   const int32_t *best;             // MAX: (2, B, P, E)
   const float *share, *score;      // ATTENTION: (2, B, L)
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ Adj
     Cursor here(a.plan, b, first - REACH), ahead(a.plan, b, first - 2 * REACH);
     Window<T, STEPS, WHOLE> window;
     window.start(x, a.conv, e, ahead);
-    Vec grad_x[STEPS + 2 * REACH];  // of the window's tokens
+    Vec grad_x[STEPS + 2 * REACH];  // of the tokens in the window
 #pragma unroll
     for (int j = 0; j < STEPS + 2 * REACH; ++j) grad_x[j] = splat(0.0f);
 
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(64) adjoint_kernel(const __grid_constant__ Adj
   }
 }
 
-// Sizes the grid; takes the partial sums from the workspace.
+// Chooses the size of the grid, and allocates the partial sums in the workspace.
 inline int plan_adjoint(AdjointArguments &a, int device, Workspace &workspace) {
   const Chunks chunks = chunks_of(a.conv.width, 64);
   a.chunks = chunks.count;
@@ -145,7 +145,7 @@ inline int plan_adjoint(AdjointArguments &a, int device, Workspace &workspace) {
   a.run_steps = divide_up(a.plan.length, parts) > 0 ? divide_up(a.plan.length, parts) : 1;
   a.runs = divide_up(a.plan.length, a.run_steps);
   const int64_t items = (int64_t)a.batch * a.runs;
-  const int most = divide_up(4 * multiprocessors(device), a.chunks);  // four blocks of 64 threads at a time each
+  const int most = divide_up(4 * multiprocessors(device), a.chunks);  // four blocks of 64 threads per multiprocessor
   a.workers = (int)clamp<int64_t>(items, 1, most);
   a.partial = workspace.take<float>((int64_t)a.workers * ADJOINT_ROWS * a.conv.width);
   return chunks.threads;

@@ -1,9 +1,9 @@
-// conv_pool: both directions' causal convolution and SiLU, reduced straight to the pooled sequences.
+// conv_pool: causal convolution in both directions and SiLU, reduced directly to the pooled sequences.
 //
-// The unpooled convolution lives in registers only. Where the slots of a dense grid lie (kept, pooled, kept), as in every
-// FastVim and FastChannelVim, x is read once: a block walks a cell of the grid, and each of its threads adds four channels
-// to slots of its own. Irregular plans are gathered slot by slot, a direction at a time; neighbouring steps share a
-// window, so that x is then read twice, the second time mostly from the cache.
+// The unpooled convolution stays in registers. If the axes of a dense grid are (kept, pooled, kept), as in every FastVim
+// and FastChannelVim, x is read once: a block processes a cell of the grid ("walk"), and each thread adds four channels
+// to its own slots. Other plans are processed slot by slot and direction by direction ("gather"); neighbouring steps
+// share a window, so that x is read twice, the second time mostly from the cache.
 #include "conv_adjoint.cuh"
 #include "ops.cuh"
 
@@ -16,11 +16,11 @@ struct PoolArguments {
   ConvSource conv;
   Plan plan;
   int batch, chunks;
-  int cells, members, inner;     // walk: the slots of a dense plan as (kept, pooled, kept) axes
-  int runs, run_members;         // walk: parts into which a cell's members are divided
-  int block_cells;               // walk: cells that a block takes one after the other; 1 if they are divided, have several
-                                 // slots, or less steps than a turn
-  float factor;                  // of every slot, times slot_weight where that is not null
+  int cells, members, inner;     // walk: sizes of the (kept, pooled, kept) axes of a dense plan
+  int runs, run_members;         // walk: parts of a cell, and members per part
+  int block_cells;               // walk: cells per block, processed in turn; 1 if cells are divided, have several slots,
+                                 // or fewer steps than a window
+  float factor;                  // factor on every slot, times slot_weight unless that is null
   const float *slot_weight;      // (samples, P) or null
   const float *share;            // WEIGHTED: (2, B, L)
   void *out;                     // (2, B, P, E)
@@ -29,19 +29,19 @@ struct PoolArguments {
   int32_t *partial_best;
 };
 
-// A slot's running sum or maximum of four channels, and the steps of the maxima.
+// Running sum or maximum of a slot for four channels, and the steps of the maxima.
 template <Mode MODE> struct Slot {
   Vec value = splat(MODE == Mode::MAX ? -INFINITY : 0.0f);
   int best[VEC] = {-1, -1, -1, -1};
 
-  // `is_late` lets an equal value win: steps come last to first, and the first of equals shall have it.
+  // With `is_late` an equal value replaces the maximum: steps arrive last to first, and the first of equals counts.
   __device__ __forceinline__ void add(const Vec &u, float weight, int step, bool is_late) {
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       if (MODE == Mode::SUM) value[i] += u[i];
       if (MODE == Mode::WEIGHTED) value[i] = fmaf(weight, u[i], value[i]);
       if (MODE == Mode::MAX) {
-        const bool wins = u[i] > value[i] || u[i] != u[i] || (is_late && u[i] == value[i]);  // NaN wins and stays
+        const bool wins = u[i] > value[i] || u[i] != u[i] || (is_late && u[i] == value[i]);  // NaN counts as the maximum
         if (wins) value[i] = u[i], best[i] = step;
       }
     }
@@ -66,11 +66,11 @@ __device__ __forceinline__ void write_slot(const PoolArguments &a, const Slot<MO
   store((T *)a.out + at, value, access);
 }
 
-constexpr int LISTED = 256;  // steps whose tokens are listed in shared memory at a time; a multiple of all turns
+constexpr int LISTED = 256;  // steps per list of tokens in shared memory; a multiple of all window sizes
 
-// Reads x once. Block: (sample, cells, run, chunk of channels). MANY: slots of the cell's inner axis take turns from step
-// to step, so their sums lie in shared memory, each thread's apart, and the block has one cell; else there is one slot, in
-// registers.
+// Reads x once. Block: (sample, cells, run, chunk of channels). MANY: consecutive steps belong to different slots of the
+// cell's inner axis, whose sums are in shared memory, separately for each thread, and the block has one cell. Otherwise
+// there is one slot, in registers.
 template <class T, Mode MODE, bool MANY, bool WHOLE>
 __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolArguments a) {
   constexpr int STEPS = STEPS_PER_TURN<T>;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
   const int first = (cell * a.members + run * a.run_members) * inner;
   const int last = ((to_cell - 1) * a.members + min((run + 1) * a.run_members, a.members)) * inner;
 
-  // Shared memory: the list of tokens, then slot (k, c) of each thread.
+  // Shared memory: the list of tokens, then slot (k, c) per thread.
   int *list = reinterpret_cast<int *>(shared_memory);
   constexpr int PARTS = MODE == Mode::MAX ? 2 : 1;
   float4 *shared = reinterpret_cast<float4 *>(list + LISTED) + threadIdx.x;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
       for (int i = 0; i < VEC; ++i)
         if (i < access.count) a.partial_best[at + i] = slot.best[i];
   };
-  // Of this cell, and of the next one if it begins within the same turn.
+  // Slots of this cell, and of the next one if it begins within the same window.
   Slot<MODE> single[2], next[2];
   if (MANY)
     for (int k = 0; k < 2; ++k)
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(128) walk_kernel(const __grid_constant__ PoolA
       for (int i = 0; i < inner; ++i) finish(k, i, read(k, i));
 }
 
-// Puts the runs of a cell together, in their order. Block: (direction, sample, slot, chunk of channels).
+// Combines the runs of a cell, in order. Block: (direction, sample, slot, chunk of channels).
 template <class T, Mode MODE>
 __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ PoolArguments a) {
   int item = (int)blockIdx.x;
@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ Po
   write_slot<T, MODE>(a, slot, k, b, p, e, access);
 }
 
-// Any plan. Block: (direction, sample, slot, chunk of channels); direction 1 takes the steps from the last to the first,
-// so that in both a neighbouring step needs one more token.
+// Any plan. Block: (direction, sample, slot, chunk of channels). Direction 1 visits the steps from last to first, so that
+// in both directions a neighbouring step needs one more token.
 template <class T, Mode MODE>
 __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ PoolArguments a) {
   int item = (int)blockIdx.x;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ Poo
   write_slot<T, MODE>(a, slot, k, b, p, e, access);
 }
 
-// No pooling: every step's u is written. Block: (sample, run of steps, chunk of channels).
+// No pooling: u of every step is written. Block: (sample, run of steps, chunk of channels).
 template <class T, bool WHOLE>
 __global__ void __launch_bounds__(128) direct_kernel(const __grid_constant__ PoolArguments a) {
   constexpr int STEPS = STEPS_PER_TURN<T>;
@@ -281,20 +281,20 @@ __global__ void __launch_bounds__(128) direct_kernel(const __grid_constant__ Poo
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Attention: scores, their softmax over a slot, and its gradient. An ablation of the paper: plain rather than fast.
+// Attention: scores, their softmax over a slot, and its gradient. An ablation of the paper: simple rather than fast.
 
 struct ScoreArguments {
   ConvSource conv;
   Plan plan;
   int batch, tiles;
-  const float *row;  // (2, E), or null to take
+  const float *row;  // (2, E), or null to use grad
   const void *grad;  // (2, B, P, E)
   float *out;        // (2, B, L)
 };
 
 constexpr int SCORE_STEPS = 4;
 
-// Dot product of u with a row per direction, or with the gradient of the step's slot. Block: (sample, four steps).
+// Dot product of u with one row per direction, or with the gradient of the step's slot. Block: (sample, four steps).
 template <class T> __global__ void __launch_bounds__(128) score_kernel(const __grid_constant__ ScoreArguments a) {
   float *scratch = reinterpret_cast<float *>(shared_memory);  // (warps, 2 * SCORE_STEPS)
   const int b = (int)blockIdx.x / a.tiles, first = (int)blockIdx.x % a.tiles * SCORE_STEPS;
@@ -338,7 +338,7 @@ template <class T> __global__ void __launch_bounds__(128) score_kernel(const __g
   if (s < count) a.out[((int64_t)k * a.batch + b) * L + s] = total;
 }
 
-// A thread a slot: softmax of its scores, in place. The score's bias cancels.
+// One thread per slot: softmax of its scores, in place. The bias of the score cancels.
 __global__ void __launch_bounds__(128) softmax_kernel(const __grid_constant__ Plan plan, int batch, float *share) {
   const int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= 2 * (int64_t)batch * plan.slots) return;
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(128) softmax_kernel(const __grid_constant__ Pl
   for (int i = 0; i < members.count(); ++i) row[members.step(i)] /= total;
 }
 
-// A thread a slot: from the gradients of the shares to those of the scores, in place; and the slot's sum of them.
+// One thread per slot: gradients of the scores from those of the shares, in place, and their sum over the slot.
 __global__ void __launch_bounds__(128)
     softmax_grad_kernel(const __grid_constant__ Plan plan, int batch, const float *share, float *score, float *sums) {
   const int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -389,9 +389,9 @@ int run_scores(const cellvim_conv_pool &a, const ConvSource &conv, const Plan &p
 
 // --------------------------------------------------------------------------------------------------------------------
 
-constexpr size_t MOST_SHARED = 64 * 1024;  // of a walk's block; slots that need more are gathered
+constexpr size_t MOST_SHARED = 64 * 1024;  // limit for a block of the walk; plans that need more use the gather
 
-// The slots of a dense plan as (kept, pooled, kept) axes; false if they do not lie so.
+// Sets the (kept, pooled, kept) axes of a dense plan; returns false if it has other axes.
 bool find_cells(const cellvim_plan &plan, PoolArguments &a) {
   a.cells = a.members = a.inner = 1;
   for (int axis = 0; axis < 3; ++axis) {
@@ -427,12 +427,12 @@ int forward(PoolArguments a, const cellvim_plan &plan, bool is_direct, const cel
     if (is_counting) return CELLVIM_OK;
     return launch(call, gather_kernel<T, MODE>, 2 * (int64_t)a.batch * a.plan.slots * a.chunks, chunks.threads, 0, a);
   }
-  // Few long cells are divided, the same way whatever the batch: an image's sums must not depend on its neighbours.
+  // Few long cells are divided, independently of the batch size: an image's sums must not depend on other images.
   const int most = clamp(a.members * a.inner / 64, 1, a.members > 0 ? a.members : 1);
   a.runs = clamp(8 / (a.cells > 0 ? a.cells : 1), 1, most);
   a.run_members = divide_up(a.members, a.runs);
   a.runs = divide_up(a.members, a.run_members > 0 ? a.run_members : 1);
-  // Many short ones are walked by the same block, which then starts a window less often.
+  // Many short cells are processed by the same block, which then starts fewer windows.
   const bool is_one_a_block = a.runs > 1 || a.inner > 1 || a.members < STEPS_PER_TURN<T>;
   a.block_cells = is_one_a_block ? 1 : clamp(112 / clamp(a.members, 1, 112), 1, a.cells > 0 ? a.cells : 1);
   if (a.runs > 1) {

@@ -1,8 +1,8 @@
-// expand_gate: scanned steps back to every token, the skip, the mean of the directions, the norm and the gate.
+// expand_gate: expand the scanned steps to the tokens, add the skip, average the directions, normalise and gate.
 //
-// A block walks a run of steps with all E channels. By turns, its threads own four channels each and mix a few steps into
-// shared memory (the convolution is recomputed from x), then its warps own a step each, normalise over E and gate. x, z
-// and the scanned sequences are read once, the result is written once, nothing else meets device memory.
+// A block processes a run of steps with all E channels. It alternates between two phases: each thread mixes a few steps
+// of four channels into shared memory (the convolution is recomputed from x), then each warp normalises a step over E and
+// gates it. x, z and the scanned sequences are read once and the result is written once; there is no other traffic.
 #include "conv_adjoint.cuh"
 #include "norm.cuh"
 #include "ops.cuh"
@@ -10,7 +10,7 @@
 namespace cellvim {
 namespace {
 
-constexpr int STEPS = 4;  // of a turn of the window
+constexpr int STEPS = 4;  // per window
 
 struct GateArguments {
   ConvSource conv;
@@ -25,10 +25,10 @@ struct GateArguments {
   const void *grad_out;
   void *grad_z;
   float *mixed;                            // (B, stored, E): gradient before the norm
-  float *partial;                          // (blocks, 2, E): of the norm's weight and bias, null without a norm
+  float *partial;                          // (blocks, 2, E): gradients of the norm's weight and bias, null without a norm
 };
 
-// Mixes `tile` steps from `step` on into `rows` (tile, E): the mean over the directions of expand(y) + D * u.
+// Mixes `tile` steps starting at `step` into `rows` (tile, E): the mean over the directions of expand(y) + D * u.
 template <class T, bool SKIP, bool WHOLE, class Here, class Ahead>
 __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &taps, const Vec (&skip)[2], int e, int b,
                                          Here &here, Ahead &ahead, Window<T, STEPS, WHOLE> &window, int steps,
@@ -40,7 +40,7 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
   for (int k = 0; k < 2; ++k) y_of_sample[k] = (const T *)a.y + ((int64_t)k * a.batch + b) * a.plan.slots * E + e;
   for (int first = 0; first < steps; first += STEPS) {
     Raw<T> y[STEPS][2];
-    bool exists[STEPS];  // tokens that no step visits follow as zeros
+    bool exists[STEPS];  // tokens that no step visits are zero
 #pragma unroll
     for (int t = 0; t < STEPS; ++t, here.next())
       if ((exists[t] = here.exists()))
@@ -65,7 +65,7 @@ __device__ __forceinline__ void mix_tile(const GateArguments &a, const Taps &tap
   }
 }
 
-// A step's row in shared memory, as a lane of a warp sees it: its i-th value of `count`.
+// Access of a lane to a step's row in shared memory: its i-th value of `count`.
 template <bool WHOLE> struct RowOfLane {
   const float *row;
   int width;
@@ -101,11 +101,11 @@ __device__ __forceinline__ Moments row_moments(const RowOfLane<WHOLE> &lane, int
   return {mean, 1.0f / sqrtf(sum_of_warp(square) / (float)lane.width + eps)};
 }
 
-// Bytes of shared memory that a tile's rows of z take, rounded so that what follows lies on a boundary.
+// Bytes of shared memory for the rows of z of a tile, rounded up for alignment.
 template <class T> __host__ __device__ int64_t bytes_of_gates(int tile, int width) {
   return ((int64_t)tile * ((width + VEC - 1) / VEC) * (int64_t)sizeof(Raw<T>) + 15) / 16 * 16;
 }
-// The same of a run's lists: slots, tokens to write, and tokens of the convolution's window.
+// The same for the lists of a run: slots, tokens to write, and tokens of the convolution's window.
 inline int64_t bytes_of_lists(int run_steps) {
   return run_steps * (int64_t)sizeof(int2) + (2 * run_steps + 2 * REACH) * (int64_t)sizeof(int);
 }
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
   const int last = min(first + a.run_steps, a.plan.stored), E = a.conv.width;
   const int e = (int)threadIdx.x * VEC, warp = (int)threadIdx.x / 32, warps = (int)blockDim.x / 32;
   const int groups = (E + VEC - 1) / VEC;
-  ListedSlots::fill(a.plan, b, first, a.run_steps, slots);  // mix_tile reads whole groups of STEPS
+  ListedSlots::fill(a.plan, b, first, a.run_steps, slots);  // mix_tile reads complete groups of STEPS
   ListedTokens::fill(a.plan, b, first - REACH, a.run_steps + 2 * REACH, list);
   for (int i = (int)threadIdx.x; i < last - first; i += (int)blockDim.x) tokens[i] = token_at(a.plan, b, first + i);
   __syncthreads();
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
 
   for (int step = first; step < last; step += a.tile) {
     const int steps = min(a.tile, last - step);
-    // The gates come in while the tile is mixed; each lane copies what it will read.
+    // The gates are copied while the tile is mixed; each lane copies the values that it will read.
     for (int t = warp; t < steps; t += warps) {
       const RowOfLane<WHOLE> lane = {rows + t * E, E};
       const int vectors = lane.vectors();
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(const __grid_constant__ G
   }
 }
 
-// The gradients of z and of what stands before the norm, and the block's part of the norm's.
+// The gradients of z and of the norm's input, and the block's contribution to those of the norm's parameters.
 template <class T, bool SKIP, int THREADS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) gate_backward_kernel(const __grid_constant__ GateArguments a) {
   float *rows = reinterpret_cast<float *>(shared_memory);  // (tile, E): mixed, later gradient * normalised
@@ -278,7 +278,7 @@ struct SlotSumArguments {
   void *out;              // (2, B, P, E)
 };
 
-// Gradient of y: half the sum of a slot's tokens. Block: (direction unless shared, sample, slot, chunk of channels).
+// Gradient of y: half the sum over a slot's tokens. Block: (direction unless shared, sample, slot, chunk of channels).
 template <class T> __global__ void __launch_bounds__(128) slot_sum_kernel(const __grid_constant__ SlotSumArguments a) {
   int item = (int)blockIdx.x;
   const int chunk = item % a.chunks;
@@ -308,7 +308,7 @@ template <class T, bool SKIP, int THREADS>
 int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const cellvim_cuda_call &call,
         Workspace &workspace, bool is_counting) {
   const int threads = divide_up(g.conv.width, VEC * 32) * 32, warps = threads / 32, tiles = is_backward ? 2 : 1;
-  // Every warp gets the same number of steps of a tile if that takes no more than three steps each.
+  // Every warp gets the same number of steps of a tile, unless that is more than three steps each.
   const int fits = TILE_BYTES / (g.conv.width * tiles * (int)sizeof(float)) / STEPS * STEPS;
   int tile = clamp(fits, STEPS, 16);
   for (int even = tile; even >= STEPS; even -= STEPS)
@@ -363,7 +363,7 @@ int run(const cellvim_expand_gate &a, GateArguments g, bool is_backward, const c
 template <class T, bool SKIP>
 int run(const cellvim_expand_gate &a, const GateArguments &g, bool is_backward, const cellvim_cuda_call &call,
         Workspace &workspace, bool is_counting) {
-  // Fewer threads a block leave more registers to each.
+  // Fewer threads per block leave more registers for each.
   if (a.width <= 256 * VEC) return run<T, SKIP, 256>(a, g, is_backward, call, workspace, is_counting);
   if (a.width <= 512 * VEC) return run<T, SKIP, 512>(a, g, is_backward, call, workspace, is_counting);
   if (a.width <= 640 * VEC) return run<T, SKIP, 640>(a, g, is_backward, call, workspace, is_counting);  // Huge

@@ -1,4 +1,4 @@
-// Launching kernels and dividing workspaces: the host side that all ops share.
+// Launching of kernels and allocation in workspaces: the host code that all ops share.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -45,7 +45,7 @@ inline int zero(const cellvim_cuda_call &call, void *from, int64_t bytes) {
     if (status_ != CELLVIM_OK) return status_;       \
   } while (0)
 
-// Hands out parts of the workspace; with a null base it only counts. Sizes and use thus cannot disagree.
+// Allocates parts of the workspace. With a null base it only adds up sizes, which therefore always match their use.
 class Workspace {
  public:
   explicit Workspace(void *base) : base_((char *)base) {}
@@ -67,7 +67,7 @@ int multiprocessors(int device);
 inline bool is_aligned(const void *p, size_t bytes) { return (uintptr_t)p % bytes == 0; }
 inline size_t size_of(int32_t dtype) { return dtype == CELLVIM_FLOAT32 ? 4 : 2; }
 
-// Threads of a block whose threads own VEC channels each, so that few stand idle in the last chunk.
+// Number of threads per block, with VEC channels each, that leaves few idle in the last chunk.
 struct Chunks {
   int threads, count;
 };

@@ -1,4 +1,4 @@
-// The C interface: what is there, and the ops.
+// The C interface: version, devices and ops.
 #include "launch.cuh"
 #include "ops.cuh"
 

@@ -1,4 +1,4 @@
-// Layer and RMS norm of a row: what its gradient needs.
+// LayerNorm and RMSNorm of a row: the statistics and the gradient.
 #pragma once
 #include "reduce.cuh"
 

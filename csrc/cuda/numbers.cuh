@@ -1,4 +1,4 @@
-// Four neighbouring channels of a token as one memory access, and the arithmetic on them, always in float32.
+// Four neighbouring channels of a token in one memory access, and their arithmetic, always in float32.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,10 +11,10 @@ namespace cellvim {
 using bf16 = __nv_bfloat16;
 using half = __half;
 
-constexpr int VEC = 4;  // channels of a thread: 16 bytes of float32, 8 bytes of the 16-bit types
+constexpr int VEC = 4;  // channels per thread: 16 bytes of float32, 8 bytes of the 16-bit types
 constexpr float LOG2E = 1.4426950408889634f;
 
-// Values as they lie in memory.
+// Values in memory.
 template <class T> struct Raw {
   uint2 bits = {0u, 0u};
 };
@@ -64,10 +64,10 @@ template <class T> __device__ __forceinline__ Raw<T> pack(const Vec &v, T tag) {
   return raw;
 }
 
-// How a thread meets memory: `whole` if its four channels exist and lie on a boundary of their size, else one by one.
+// How a thread accesses memory: `whole` if its four channels exist and are aligned, otherwise one by one.
 struct Access {
   bool whole;
-  int count;  // channels of this thread that exist
+  int count;  // number of this thread's channels that exist
 };
 
 __device__ __forceinline__ Raw<float> assemble(const float *from, int count) {
@@ -100,14 +100,14 @@ template <class T> __device__ __forceinline__ Vec load(const T *from, Access acc
   return unpack(load_raw(from, access));
 }
 
-// The row of an array whose rows are `bytes` apart: one instruction, where products of 64-bit numbers take several.
+// The row of an array whose rows are `bytes` apart: one instruction, whereas a 64-bit product takes several.
 template <class T> __device__ __forceinline__ T *row_at(T *first, int row, int bytes) {
   using Byte = typename std::conditional<std::is_const<T>::value, const char, char>::type;
   return reinterpret_cast<T *>(reinterpret_cast<Byte *>(first) + (int64_t)row * bytes);
 }
 
-// Copies four channels to shared memory while the thread does something else, by way of no register. The thread that
-// copied them, and no other, may read them after wait_for_copies().
+// Copies four channels to shared memory asynchronously, without registers. Only the thread that copied them may read them
+// after wait_for_copies().
 template <class T> __device__ __forceinline__ void copy_ahead(Raw<T> *to, const T *from, Access access) {
 #ifdef __CUDA_ARCH__
   if (access.whole) {
@@ -136,9 +136,9 @@ template <class T> __device__ __forceinline__ void store(T *to, const Vec &v, Ac
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// Special functions. The hardware's approximations cost one instruction of the special-function unit, which gives 16
-// results a clock: two a SiLU are what bounds these kernels for 16-bit tokens. There we take tanh (relative error 2^-11,
-// below the rounding of a bfloat16); float32 and float16 tokens get an exponential and a reciprocal (2^-22).
+// Special functions. The hardware's approximations cost one instruction of the special-function unit, which produces 16
+// results per clock; two per SiLU limit these kernels for 16-bit tokens. bfloat16 tokens therefore use tanh (relative
+// error 2^-11, below the rounding of a bfloat16); float32 and float16 tokens use an exponential and a reciprocal (2^-22).
 
 __device__ __forceinline__ float exp2_approximate(float x) {
 #ifdef __CUDA_ARCH__
@@ -160,7 +160,7 @@ __device__ __forceinline__ float tanh_approximate(float x) {
 #endif
 }
 
-// One instruction, where a division also takes care of divisors beyond 2^126: their reciprocal is 0 here.
+// One instruction. Unlike a division, it returns 0 for divisors beyond 2^126.
 __device__ __forceinline__ float reciprocal_approximate(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -178,8 +178,8 @@ template <> __device__ __forceinline__ float sigmoid<bf16>(float x) {
   return fmaf(0.5f, tanh_approximate(0.5f * x), 0.5f);
 }
 
-// SiLU of x, given SILU_SCALE * x. A convolution of which only the SiLU is wanted takes taps of half the size for
-// bfloat16, which is exact and saves a multiplication an element and direction.
+// SiLU of x, given SILU_SCALE * x. If only the SiLU of a convolution is needed, its taps are halved for bfloat16, which is
+// exact and saves a multiplication per element and direction.
 template <class T> constexpr float SILU_SCALE = 1.0f;
 template <> constexpr float SILU_SCALE<bf16> = 0.5f;
 template <class T> __device__ __forceinline__ float silu_of_scaled(float x) {
@@ -191,13 +191,13 @@ template <> __device__ __forceinline__ float silu_of_scaled<bf16>(float half_x) 
 template <class T> __device__ __forceinline__ float silu(float x) { return silu_of_scaled<T>(SILU_SCALE<T> * x); }
 
 // exp(x) as scale * (1 + rest), so that h * exp(x) = scale * h + scale * rest * h stays exact near x = 0: an error of
-// 1e-7 in a decay near 1 would grow to 1e-3 over a long scan. On the fused multiply-add unit alone.
+// 1e-7 in a decay near 1 would grow to 1e-3 over a long scan. Uses only fused multiply-adds.
 struct SplitExp {
   float scale, rest;
 };
 __device__ __forceinline__ SplitExp split_exp(float x) {
   x = fmaxf(x, -87.0f);
-  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = fmaf(x, LOG2E, rounder);
   const float whole = shifted - rounder;
   float f = fmaf(whole, -0.693145751953125f, x);
@@ -211,7 +211,7 @@ __device__ __forceinline__ SplitExp split_exp(float x) {
   return {scale, fmaf(p * f, f, f)};
 }
 
-// Small steps keep their digits: log1p, not log(1 + e).
+// log1p rather than log(1 + e), which would lose the digits of small steps.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 }  // namespace cellvim

@@ -1,4 +1,4 @@
-// The ops. With `bytes` they only say how large a workspace they need; without, they enqueue their kernels.
+// The ops. With `bytes` they only compute the size of their workspace; without, they enqueue their kernels.
 #pragma once
 #include "cellvim_cuda.h"
 #include "numbers.cuh"

@@ -6,8 +6,8 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// One block a (direction, sample). Slots look for their steps one after the other: O(P * L / THREADS), no atomics, and
-// the lists come out ordered.
+// One block per (direction, sample). Slots search their steps one after the other: O(P * L / THREADS), without atomics,
+// and the lists are ordered.
 __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_t *order, const int64_t *slot,
                                                          int32_t *visited, int32_t *token_out, int32_t *slot_out,
                                                          int32_t *count_out, int32_t *start_out, int32_t *steps_out) {
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_
   order += (int64_t)b * L, slot += (int64_t)row * L;
   token_out += (int64_t)b * plan.tokens, slot_out += (int64_t)row * L, visited += (int64_t)b * plan.stored;
 
-  int count = L;  // steps before the first absent token
+  int count = L;  // steps before the first missing token
   for (int l = t; l < L; l += THREADS)
     if (order[l] < 0 || order[l] >= plan.stored) {
       count = l;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_
       visited[order[l]] = 1;
     }
     __syncthreads();
-    // Each thread takes a stretch of the stored tokens and leaves room for those before it.
+    // Each thread processes a range of the stored tokens, and writes after those of the threads before it.
     const int stretch = (plan.stored + THREADS - 1) / THREADS, from = t * stretch;
     const int to = min(from + stretch, plan.stored);
     int mine = 0;
@@ -54,13 +54,13 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_
     int at = count;
     for (int i = 0; i < t; ++i) at += scratch[i];
     for (int i = from; i < to; ++i)
-      if (!visited[i] && at < plan.tokens) token_out[at++] = i;  // no more than that unless a token is visited twice
+      if (!visited[i] && at < plan.tokens) token_out[at++] = i;  // the limit only matters if a token is visited twice
     __syncthreads();
   }
   if (!start_out) return;
   start_out += (int64_t)row * (P + 1), steps_out += (int64_t)row * L;
   scratch[t] = identity;
-  __syncthreads();  // also orders slot_out for the block
+  __syncthreads();  // also makes slot_out visible to the block
   for (int i = 0; i < THREADS; ++i) identity &= scratch[i];
   __syncthreads();
   if (identity && count <= P) {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(THREADS) tables_kernel(Plan plan, const int64_
     return;
   }
 
-  int before = 0;  // steps of the slots before this round's
+  int before = 0;  // steps of the slots of earlier rounds
   for (int first = 0; first < P; first += THREADS) {
     const int p = first + t;
     int mine = 0;
@@ -112,7 +112,7 @@ int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace,
     plan.samples = (int)from.index_batch;
     plan.slot_weight = from.slot_weight;
     plan.tokens = plan.length > plan.stored ? plan.length : plan.stored;
-    plan.token = workspace.take<int32_t>(from.index_batch * (plan.tokens + plan.stored));  // and a mark for each
+    plan.token = workspace.take<int32_t>(from.index_batch * (plan.tokens + plan.stored));  // and a flag for each
     plan.slot = workspace.take<int32_t>(2 * from.index_batch * from.length);
     plan.count = workspace.take<int32_t>(from.index_batch);
     if (needs_groups) {
@@ -130,7 +130,7 @@ int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace,
   }
   if (from.length > 0 && last >= from.stored) return CELLVIM_BAD_INDEX;
 
-  // Innermost axis first: axes of length 1 fall away, neighbours that can be walked as one become one.
+  // Innermost axis first: axes of length 1 are dropped, and neighbours with compatible strides are merged.
   int axes = 0, sizes[3], strides[3];
   bool away[3];
   for (int a = 2; a >= 0; --a) {

@@ -1,23 +1,23 @@
 // ScanPlan on the device: the order in which a block visits the stored tokens of a sample, the scan step (slot) that
 // pools each of them, and the tokens of a slot.
 //
-// Dense grids are walked by counting, three axes at most. Irregular sets of tokens come as 64-bit indices, which a small
-// kernel turns into 32-bit tables and, where an op needs them, into lists of steps by slot.
+// Dense grids of at most three axes are traversed by counting. Irregular sets of tokens are given as 64-bit indices, which
+// a small kernel converts to 32-bit tables and, if an op needs them, to lists of steps per slot.
 #pragma once
 #include "launch.cuh"
 
 namespace cellvim {
 
 struct Plan {
-  int length, stored, slots, samples;  // samples: of the tables, 1 for all samples alike
+  int length, stored, slots, samples;  // samples: of the tables, 1 if all samples are alike
   // Dense
   int sizes[3], token_stride[3], slot_stride[3];
   int kept_size[3], kept_step[3], group_size[3], group_step[3];  // slot -> its first step, member -> further steps
-  int group;                                                     // tokens of a slot
+  int group;                                                     // tokens per slot
   float mean_weight;
   // Indexed
   bool indexed;
-  int tokens;                // of a row of `token`
+  int tokens;                // length of a row of `token`
   const int32_t *token;      // (samples, tokens): stored token of each step; then the stored tokens that no step visits
   const int32_t *slot;       // (2, samples, L)
   const int32_t *count;      // (samples): steps that have a token
@@ -29,7 +29,7 @@ struct Plan {
   __device__ __forceinline__ int steps_of(int b) const { return indexed ? count[sample(b)] : length; }
 };
 
-// Walks the steps one by one. Where there is no such step, `token` is -1 (and `slot` not to be used).
+// Visits the steps one by one. Outside the sequence, `token` is -1 and `slot` is undefined.
 class Cursor {
  public:
   __device__ __forceinline__ Cursor(const Plan &plan, int b, int step) : plan_(plan), step_(step) {
@@ -107,8 +107,8 @@ class Members {
   const int32_t *list_ = nullptr;
 };
 
-// The stored token of any step that exists. In an indexed plan, the steps from the last to `stored` stand for the tokens
-// that none visits.
+// The stored token of an existing step. In an indexed plan, the steps from the last to `stored` represent the tokens that
+// no step visits.
 __device__ __forceinline__ int token_at(const Plan &plan, int b, int step) {
   if (plan.indexed) return plan.token[(int64_t)plan.sample(b) * plan.tokens + step];
   const int i2 = step % plan.sizes[2], rest = step / plan.sizes[2];
@@ -116,7 +116,7 @@ __device__ __forceinline__ int token_at(const Plan &plan, int b, int step) {
          i2 * plan.token_stride[2];
 }
 
-// The slot of a step that exists, in direction k.
+// The slot of an existing step in direction k.
 __device__ __forceinline__ int slot_at(const Plan &plan, int b, int k, int step) {
   if (plan.indexed) return plan.slot[((int64_t)k * plan.samples + plan.sample(b)) * plan.length + step];
   const int i2 = step % plan.sizes[2], rest = step / plan.sizes[2];
@@ -124,15 +124,15 @@ __device__ __forceinline__ int slot_at(const Plan &plan, int b, int k, int step)
          i2 * plan.slot_stride[2];
 }
 
-// Lists of steps in shared memory: a block's threads work out together, once, what each would have to at every step.
-// Both read like a Cursor that stands at the list's first step.
+// Lists of steps in shared memory: the threads of a block compute them together, once, instead of each at every step.
+// Both have the interface of a Cursor at the first step of the list.
 class ListedTokens {
  public:
   __device__ __forceinline__ explicit ListedTokens(const int *list) : at_(list) {}
   __device__ __forceinline__ int token() const { return *at_; }
   __device__ __forceinline__ void next() { ++at_; }
 
-  // `count` steps from `from` on; the caller waits for the block before the list is read.
+  // `count` steps starting at `from`; the caller synchronises the block before the list is read.
   __device__ __forceinline__ static void fill(const Plan &plan, int b, int from, int count, int *list) {
     const int steps = plan.steps_of(b);
     for (int i = (int)threadIdx.x; i < count; i += (int)blockDim.x)
@@ -161,7 +161,7 @@ class ListedSlots {
   const int2 *at_;
 };
 
-// Fills `plan` and, for an indexed one, takes its tables from the workspace. `needs_groups`: Members will be used.
+// Fills `plan` and, if it is indexed, allocates its tables in the workspace. `needs_groups`: Members will be used.
 int make_plan(const cellvim_plan &from, bool needs_groups, Workspace &workspace, Plan &plan);
 // Enqueues the kernel that fills the tables; nothing for a dense plan.
 int fill_tables(const cellvim_plan &from, bool needs_groups, const Plan &plan, const cellvim_cuda_call &call);

@@ -1,9 +1,9 @@
-// pooled_scan: softplus, discretisation and the selective scan of both directions, states in registers.
+// pooled_scan: softplus, discretisation and the selective scan in both directions, with the states in registers.
 //
-// Four lanes share a channel, with a quarter of the states each; each works out the step length of every fourth step for
-// the others. Long sequences are scanned in chunks at the same time: first every chunk's own contribution to its last
-// state, then the states between chunks, then the outputs. The backward keeps the states of one short segment in registers
-// and recomputes them from checkpoints; its sums over channels, for B and C, go from lanes to warps to blocks.
+// Four lanes share a channel and have a quarter of the states each; each computes the length of every fourth step for all
+// four. Long sequences are scanned in parallel chunks: first the contribution of every chunk to its last state, then the
+// states between chunks, then the outputs. The backward pass keeps the states of one short segment in registers and
+// recomputes them from checkpoints; the gradients of B and C are summed over channels by lanes, warps and blocks.
 #include "ops.cuh"
 #include "reduce.cuh"
 
@@ -11,10 +11,10 @@ namespace cellvim {
 namespace {
 
 constexpr int MAX_STATES = 64;
-constexpr int CHUNK = 128;     // steps of a chunk of a long sequence
-constexpr int LONG = 512;      // steps from which a sequence is long; no function of the batch, nor is the result
+constexpr int CHUNK = 128;     // steps per chunk of a long sequence
+constexpr int LONG = 512;      // length of a long sequence; independent of the batch, as results must be
 constexpr int STAGE = 16;      // steps whose B and C are staged in shared memory at a time
-constexpr int FORWARD_THREADS = 128, BACKWARD_THREADS = 256;  // four to a channel
+constexpr int FORWARD_THREADS = 128, BACKWARD_THREADS = 256;  // four per channel
 
 struct ScanArguments {
   int batch, steps, width, states, groups;
@@ -25,15 +25,15 @@ struct ScanArguments {
   int64_t b_stride[3], c_stride[3];
   void *out;
   float *state;     // (2, B, chunks, E, N): contribution of a chunk to its last state, then the state before it
-  float *duration;  // (2, B, chunks, E): sum of the steps' lengths
+  float *duration;  // (2, B, chunks, E): sum of the step lengths
   const void *grad_out;
   void *grad_pooled, *grad_delta;
   float *checkpoint;           // (2, B, segments, E, padded N): states before each segment
   float *partial_a, *partial_bias;  // (B, 2, E, N), (B, 2, E)
-  float *partial_bc;           // (groups, 2, B, P, 2 N): of B and C
+  float *partial_bc;           // (groups, 2, B, P, 2 N): gradients of B and C
 };
 
-// The sum over four neighbouring lanes of each of four values; lane i of the four gets the i-th.
+// Sums each of four values over four neighbouring lanes; lane i gets the i-th sum.
 __device__ __forceinline__ float sum_of_four_lanes(const float (&v)[4]) {
   const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
   const float first = (high ? v[2] : v[0]) + __shfl_xor_sync(ALL_LANES, high ? v[0] : v[2], 2);
@@ -41,7 +41,7 @@ __device__ __forceinline__ float sum_of_four_lanes(const float (&v)[4]) {
   return (odd ? second : first) + __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
 }
 
-// decay = exp(step * rate): state becomes decay * state + drive. float32 keeps small steps exact.
+// state = decay * state + drive with decay = exp(step * rate). Small steps stay exact in float32.
 template <class T> struct Decay {
   float factor;
   __device__ __forceinline__ static float rate(float a) { return a * LOG2E; }
@@ -63,7 +63,7 @@ template <> struct Decay<float> {
   }
 };
 
-// Stages B and C of `count` steps in the order of the scan, (count, 2, N); zeros from step `end` on.
+// Stages B and C of `count` steps in the order of the scan, (count, 2, N); zeros after step `end`.
 __device__ __forceinline__ void stage_bc(const ScanArguments &a, int k, int b, int first, int count, int end,
                                          float *staged) {
   const int N = a.states;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void stage_bc(const ScanArguments &a, int k, int b, i
   }
 }
 
-// A lane's states of a staged step of B or C; zero beyond the last state.
+// The values of B or C of a staged step for the states of a lane; zero beyond the last state.
 template <int OWN> struct States {
   float v[OWN];
   __device__ __forceinline__ States(const float *step, int lane, int states) {
@@ -94,7 +94,7 @@ template <int OWN> struct States {
   }
 };
 
-// OWN: states of a lane. FINAL: only the chunk's contribution to its last state.
+// OWN: number of states per lane. FINAL: only the contribution of the chunk to its last state.
 template <class T, int OWN, bool FINAL>
 __global__ void __launch_bounds__(FORWARD_THREADS) scan_kernel(const __grid_constant__ ScanArguments a) {
   float *staged = reinterpret_cast<float *>(shared_memory);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) scan_kernel(const __grid_cons
   const int base = (int)(threadIdx.x % 32 & ~3u);
   const int wanted = (group * FORWARD_THREADS + (int)threadIdx.x) / 4;
   const bool exists = wanted < a.width;
-  const int e = exists ? wanted : a.width - 1;  // all threads take part in barriers and shuffles
+  const int e = exists ? wanted : a.width - 1;  // all threads participate in barriers and shuffles
   const T *pooled = (const T *)a.pooled + k * a.pooled_stride[0] + b * a.pooled_stride[1] + e;
   const T *delta = (const T *)a.delta + k * a.delta_stride[0] + b * a.delta_stride[1] + e;
   const float bias = a.delta_bias[k * a.width + e];
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) scan_kernel(const __grid_cons
     stage_bc(a, k, b, first, STAGE, end, staged);
     __syncthreads();
     for (int quad = 0; quad < STAGE && first + quad < end; quad += 4) {
-      const int step = first + quad + lane, t = k ? a.steps - 1 - step : step;  // this lane's step of the four
+      const int step = first + quad + lane, t = k ? a.steps - 1 - step : step;  // the step of this lane, of four
       float my_length = 0.0f, my_drive = 0.0f;
       [[maybe_unused]] float y[4];
       if (step < end) {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) scan_kernel(const __grid_cons
   }
 }
 
-// A thread a state: from the chunks' contributions to the states before them, in place.
+// One thread per state: the states before the chunks from the chunks' contributions, in place.
 template <class T> __global__ void __launch_bounds__(128) chain_kernel(const __grid_constant__ ScanArguments a) {
   const int64_t per_line = (int64_t)a.width * a.states, item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (item >= 2 * a.batch * per_line) return;
@@ -181,8 +181,8 @@ template <class T> __global__ void __launch_bounds__(128) chain_kernel(const __g
   }
 }
 
-// Sums a value over the eight channels of a warp (lanes 4, 8 and 16 apart), COUNT values at a time; the warp's i-th channel
-// is left with the i-th eighth of them, in v[0 …].
+// Sums COUNT values over the eight channels of a warp (lanes 4, 8 and 16 apart); the i-th channel of the warp then has the
+// i-th eighth of them in v[0 …].
 template <int COUNT> __device__ __forceinline__ void sum_over_channels(float (&v)[COUNT]) {
   int left = COUNT;
 #pragma unroll
@@ -198,7 +198,7 @@ template <int COUNT> __device__ __forceinline__ void sum_over_channels(float (&v
   }
 }
 
-// Four lanes a channel, OWN states each. Block: (direction, sample, group of channels).
+// Four lanes per channel, OWN states each. Block: (direction, sample, group of channels).
 template <class T, int OWN>
 __global__ void __launch_bounds__(BACKWARD_THREADS) scan_backward_kernel(const __grid_constant__ ScanArguments a) {
   constexpr int SEGMENT = OWN == 4 ? 8 : 4, PADDED = 4 * OWN, WARPS = BACKWARD_THREADS / 32, EACH = 2 * OWN / 8;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) scan_backward_kernel(const _
   }
   float grad_bias = 0.0f;
 
-  // A lane works out every fourth step of a segment.
+  // A lane computes every fourth step of a segment.
   struct Step {
     float raw, pooled, length, grad;
   };
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) scan_backward_kernel(const _
         }
         sum_over_channels(of_bc);
         const int part = (int)threadIdx.x % 32 / 4;  // this channel's eighth of the 2 * OWN values
-        // Highest bit first: channels 16, 8 and 4 lanes apart took halves in that order.
+        // Highest bit first: channels 16, 8 and 4 lanes apart were halved in this order.
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
           const int value = part * EACH + j, which = value / OWN, s = value % OWN;
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) scan_backward_kernel(const _
     if (lane * OWN + s < N) a.partial_a[channel * N + lane * OWN + s] = grad_rate[s];
 }
 
-// A thread an element of B and C: sums over the groups of channels.
+// One thread per element of B and C: sums over the groups of channels.
 __global__ void __launch_bounds__(256)
     sum_bc_kernel(const float *partial, int64_t lines, int states, int groups, float *grad_b, float *grad_c) {
   const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, size = lines * 2 * states;

@@ -6,8 +6,8 @@ namespace {
 
 constexpr int COLUMNS = 32, ROWS = 8;
 
-// A block sums COLUMNS columns, each thread every ROWS-th partial result. Only the block's first COLUMNS threads get the
-// sum of all.
+// A block sums COLUMNS columns; each thread adds every ROWS-th partial result. Only the first COLUMNS threads of the block
+// get the total.
 __device__ __forceinline__ float sum_column(const float *partial, int64_t count, int64_t stride, bool exists) {
   float *scratch = reinterpret_cast<float *>(shared_memory);  // ROWS * COLUMNS
   float total = 0.0f;

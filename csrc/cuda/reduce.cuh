@@ -1,4 +1,4 @@
-// Sums in a fixed order: over the lanes of a warp, and over the partial results that blocks leave behind.
+// Sums in a fixed order: over the lanes of a warp, and over the partial results of blocks.
 #pragma once
 #include "launch.cuh"
 
@@ -12,11 +12,11 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
-// out[i] = sum over s of partial[s][from + i], i < columns, of rows `stride` apart; null `out` is left out.
+// out[i] = sum over s of partial[s][from + i], i < columns, of rows `stride` apart; nothing is done if `out` is null.
 int sum_rows(const cellvim_cuda_call &call, const float *partial, int64_t count, int64_t stride, int64_t from,
              int64_t columns, float *out);
 
-// Four weights of a row, or `otherwise` where there is no row.
+// Four weights of a row, or `otherwise` if there is no row.
 __device__ __forceinline__ Vec load_row(const float *row, int e, Access access, float otherwise) {
   if (row && access.whole) return load(row + e, access);
   Vec v = splat(otherwise);
