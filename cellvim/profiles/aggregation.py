@@ -144,7 +144,8 @@ class _Groups:
 
     codes: np.ndarray  # (rows,) int32
     keys: pd.DataFrame  # one row per group
-    counts: np.ndarray  # (groups,)
+    counts: np.ndarray  # (groups,) number of rows
+    first: np.ndarray  # (groups,) first row
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -172,7 +173,7 @@ def _groups(store: StoredAnnData, by: list[str]) -> _Groups:
     rank = np.empty(n, np.int32)
     rank[order] = np.arange(n, dtype=np.int32)
     codes = rank[code]
-    return _Groups(codes, table.loc[order].reset_index(drop=True), np.bincount(codes, minlength=n))
+    return _Groups(codes, table.loc[order].reset_index(drop=True), np.bincount(codes, minlength=n), first[order])
 
 
 def _summarise(
@@ -255,11 +256,8 @@ def _order_statistics(
 
 def _batches(groups: _Groups, bytes_per_row: int) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yield groups whose rows fit into memory together, and the range of rows that contains them."""
-    rows = np.arange(len(groups.codes))
-    first = np.full(len(groups), len(rows), np.int64)
-    last = np.zeros(len(groups), np.int64)
-    np.minimum.at(first, groups.codes, rows)
-    np.maximum.at(last, groups.codes, rows)
+    first, last = groups.first, np.zeros(len(groups), np.int64)
+    np.maximum.at(last, groups.codes, np.arange(len(groups.codes)))
     order = np.argsort(first, kind="stable")
     limit = max(1, WELLS_BYTES // bytes_per_row)
     batch, size = [], 0
@@ -327,22 +325,13 @@ def _is_number(column: pd.Series) -> bool:
 
 def _constant(column: pd.Series, groups: _Groups) -> pd.Series | None:
     """Return the value of each group, or None if the rows of a group differ."""
-    if _is_number(column):  # no factorize: its table of unique values may be as large as the column
-        codes, values = column.to_numpy(np.float64, na_value=np.nan), None
-        codes = np.where(np.isnan(codes), -np.inf, codes)
-    else:
-        codes, values = pd.factorize(column)  # missing is -1
-    low = np.full(len(groups), np.inf if values is None else len(values), codes.dtype)
-    high = np.full(len(groups), -np.inf if values is None else -1, codes.dtype)
-    np.minimum.at(low, groups.codes, codes)
-    np.maximum.at(high, groups.codes, codes)
-    if (low != high).any():
+    value = column.iloc[groups.first].reset_index(drop=True)
+    of_rows = value.iloc[groups.codes].array
+    is_equal = pd.Series(column.array == of_rows).fillna(False).to_numpy(bool)
+    if not (is_equal | (column.isna() & pd.isna(of_rows)).to_numpy(bool)).all():
         return None
-    if values is None:
-        missing = np.isneginf(low)
-        return pd.Series(np.where(missing, np.nan, low)) if missing.any() else pd.Series(low).astype(column.dtype)
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        return pd.Series(
-            pd.Categorical.from_codes(low, categories=pd.Index(values).astype(column.cat.categories.dtype))
-        )
-    return pd.Series(values).reindex(np.where(low < 0, len(values), low)).reset_index(drop=True)
+    if isinstance(column.dtype, pd.CategoricalDtype):  # categories in order of appearance
+        return value.cat.set_categories(pd.unique(column.dropna()).astype(column.cat.categories.dtype), ordered=False)
+    if _is_number(column) and value.isna().any():
+        return pd.Series(value.to_numpy(np.float64, na_value=np.nan))
+    return value

@@ -115,13 +115,7 @@ def find_columns(
 
 
 def require(obs: pd.DataFrame, name: str, *, option: str) -> str:
-    """Return ``name`` if ``obs`` has that column.
-
-    Raises
-    ------
-    MetadataError
-        It does not; the message lists the available columns, and the option that names another one.
-    """
+    """Return ``name`` if ``obs`` has that column; otherwise raise, with the ``option`` that names another one."""
     if name not in obs.columns:
         raise MetadataError(
             f"There is no column '{name}' in obs, which has {listing(obs.columns, 30)}. Name another with {option}."
@@ -131,13 +125,7 @@ def require(obs: pd.DataFrame, name: str, *, option: str) -> str:
 
 
 def column_of(columns: Columns, role: str, obs: pd.DataFrame) -> str:
-    """Return the column for a role.
-
-    Raises
-    ------
-    MetadataError
-        There is none.
-    """
+    """Return the column for a role; raise if there is none."""
     column = getattr(columns, role)
     if column is None:
         what = {"pert_type": "of controls", "well": "of wells", "plate": "of plates"}.get(role, f"of the {role}")
@@ -177,18 +165,12 @@ def is_value(column: pd.Series, value: object) -> np.ndarray:
 
 
 def negative_controls(obs: pd.DataFrame, columns: Columns) -> np.ndarray:
-    """Return (n,) whether a row is a negative control.
-
-    Raises
-    ------
-    MetadataError
-        There is no column of controls, or it does not have the value of negative controls.
-    """
+    """Return (n,) whether a row is a negative control; raise if there are none."""
     return _controls(obs, columns, columns.negative, "negative", "--control")
 
 
 def positive_controls(obs: pd.DataFrame, columns: Columns) -> np.ndarray:
-    """Return (n,) whether a row is a positive control; raises as `negative_controls`."""
+    """Return (n,) whether a row is a positive control; raise if there are none."""
     return _controls(obs, columns, columns.positive, "positive", "--positive")
 
 
@@ -235,13 +217,7 @@ class Treatments:
 
 
 def find_treatments(obs: pd.DataFrame, columns: Columns) -> Treatments:
-    """Group the treated rows by treatment.
-
-    Raises
-    ------
-    MetadataError
-        There is no column of perturbations, or no treated row.
-    """
+    """Group the treated rows by treatment; raise if there are none."""
     name = column_of(columns, "perturbation", obs)
     perturbation = text(obs[name])
     treated = perturbation.notna().to_numpy() & (perturbation != "").to_numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 FIT_ON = ("negcon", "all")
 N_COMPONENTS = 50
+# reference rows (m, D) and the name of a group -> a transform of rows, and arrays that describe it
+Fit = Callable[[np.ndarray, str], tuple[Callable[[np.ndarray], np.ndarray], dict[str, np.ndarray]]]
 OPERATIONS = ("variance_threshold", "correlation_threshold", "drop_na_columns", "drop_outliers", "blocklist")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Groups of rows, and the rows of each group that a transform is fitted on.
+    """Groups of rows, and the rows that transforms are fitted on.
 
     Attributes
     ----------
@@ -37,7 +39,7 @@ class Reference:
     codes
         (n,) group of each row.
     fitted
-        (n,) whether a transform is fitted on the row.
+        (n,) whether transforms are fitted on the row.
     """
 
     groups: np.ndarray
@@ -50,29 +52,30 @@ class Reference:
             rows = self.codes == code
             yield str(name), rows, rows & self.fitted
 
+    def transform(self, values: np.ndarray, fit: Fit) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Transform the rows of each group by a function that ``fit`` derives from its reference rows.
+
+        Returns (n, K) float32, and the arrays of ``fit``, stacked over the groups.
+        """
+        result, arrays = np.empty(values.shape, np.float32), []
+        for name, rows, fitted in self:
+            apply, recorded = fit(values[fitted], name)
+            result[rows] = apply(values[rows])
+            arrays.append(recorded)
+        return result, {key: np.stack([recorded[key] for recorded in arrays]) for key in arrays[0]}
+
 
 def reference_rows(
     adata: AnnData, *, fit_on: str, per: str, columns: Columns | None = None, at_least: int = 2
 ) -> Reference:
-    """Return the rows that a transform is fitted on.
+    """Return the groups of rows, and the rows to fit transforms on: the negative controls ("negcon") or "all".
 
-    Parameters
-    ----------
-    adata
-        Profiles.
-    fit_on
-        "negcon", the negative controls, or "all" rows.
-    per
-        "plate", "batch", a column of ``obs``, or "all" for a single fit.
-    columns
-        Columns by role; found by their common names by default.
-    at_least
-        Minimum number of reference rows per group.
+    ``per`` is "plate", "batch", a column of ``obs``, or "all" for a single group.
 
     Raises
     ------
     MetadataError
-        A column does not exist, there are no controls, or a group has too few reference rows.
+        A column does not exist, there are no controls, or a group has fewer than ``at_least`` reference rows.
     """
     columns = columns or find_columns(adata.obs)
     if fit_on not in FIT_ON:
@@ -105,25 +108,31 @@ def group_rows(obs: pd.DataFrame, per: str, columns: Columns) -> tuple[np.ndarra
     return groups.astype(object), codes
 
 
-def finite_features(values: np.ndarray, names: Any, what: str) -> np.ndarray:
-    """Return (D,) whether a feature is finite in all rows; warn if a transform has to omit some.
+def finite_matrix(adata: AnnData, use: str, what: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the features of a representation that are finite in all rows; warn if ``what`` has to omit some.
+
+    Returns
+    -------
+    values, kept, names
+        (n, D') float64; (D,) whether a feature is kept; (D,) names of all features.
 
     Raises
     ------
     MetadataError
         No feature is finite.
     """
+    values, names = matrix(adata, use), feature_names(adata, use)
     finite = np.isfinite(values).all(axis=0)
     if not finite.any():
         raise MetadataError(f"Every feature has values that are not finite, so {what} is not possible.")
     if not finite.all():
         warnings.warn(
             f"{what}: {(~finite).sum()} of {len(finite)} features have values that are not finite and are omitted: "
-            f"{listing(np.asarray(names)[~finite])}.",
+            f"{listing(names[~finite])}.",
             CellvimWarning,
             stacklevel=3,
         )
-    return finite
+    return values[:, finite], finite, names
 
 
 def robust_mad(
@@ -181,11 +190,11 @@ def robust_mad(
     """
     transform = pycytominer_transform("RobustMAD")
 
-    def fit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def location_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         fitted = transform(epsilon=0).fit(pd.DataFrame(values))
         return fitted.median.to_numpy(), fitted.mad.to_numpy()
 
-    _scale(adata, fit, "robust_mad", fit_on, per, use, key, columns)
+    _scale(adata, location_and_scale, "robust_mad", fit_on, per, use, key, columns)
 
 
 def standardize(
@@ -203,7 +212,7 @@ def standardize(
     with n in the denominator). Parameters, results and errors are those of `robust_mad`.
     """
 
-    def fit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def location_and_scale(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.preprocessing import StandardScaler
 
         with warnings.catch_warnings():
@@ -211,12 +220,12 @@ def standardize(
             scaler = StandardScaler().fit(values)
         return scaler.mean_, np.sqrt(scaler.var_)
 
-    _scale(adata, fit, "standardize", fit_on, per, use, key, columns)
+    _scale(adata, location_and_scale, "standardize", fit_on, per, use, key, columns)
 
 
 def _scale(
     adata: AnnData,
-    fit: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    location_and_scale: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     method: str,
     fit_on: str,
     per: str,
@@ -227,16 +236,17 @@ def _scale(
     values = matrix(adata, use)
     values = np.where(np.isfinite(values), values, np.nan)
     groups = reference_rows(adata, fit_on=fit_on, per=per, columns=columns)
-    result = np.empty(values.shape, np.float32)
-    center, scale = (np.empty((len(groups.groups), values.shape[1])) for _ in range(2))
     constant = np.zeros(values.shape[1], bool)
-    for number, (_, rows, fitted) in enumerate(groups):
-        center[number], scale[number] = fit(values[fitted])
+
+    def fit(reference: np.ndarray, _group: str) -> tuple[Callable, dict[str, np.ndarray]]:
+        center, scale = location_and_scale(reference)
         # relative to the values: rounding errors of a constant feature must not be amplified
-        flat = scale[number] <= 1e-9 * np.abs(center[number])
-        scale[number, flat] = 1
-        constant |= flat
-        result[rows] = (values[rows] - center[number]) / scale[number]
+        flat = scale <= 1e-9 * np.abs(center)
+        np.logical_or(constant, flat, out=constant)
+        scale = np.where(flat, 1, scale)
+        return lambda rows: (rows - center) / scale, {"center": center, "scale": scale}
+
+    result, arrays = groups.transform(values, fit)
     if constant.any():
         names = feature_names(adata, use)
         warnings.warn(
@@ -246,18 +256,11 @@ def _scale(
             stacklevel=3,
         )
     settings = {"method": method, "use": use, "fit_on": fit_on, "per": per, "constant_features": int(constant.sum())}
-    fitted_arrays = {"groups": groups.groups, "center": center, "scale": scale}
-    store(adata, key, result, settings, fitted_arrays, as_layer=use == "X" or use in adata.layers)
+    store(adata, key, result, settings, {"groups": groups.groups} | arrays, as_layer=use == "X" or use in adata.layers)
 
 
 def pycytominer_transform(name: str) -> type:
-    """Return a class of ``pycytominer.operations``.
-
-    Raises
-    ------
-    InputError
-        pycytominer is not installed.
-    """
+    """Return a class of ``pycytominer.operations``."""
     try:
         from pycytominer import operations
     except ImportError as error:
@@ -298,10 +301,7 @@ def pca(adata: AnnData, *, use: str = "X", key: str = "pca", n_components: int |
     """
     from sklearn.decomposition import PCA
 
-    values = matrix(adata, use)
-    names = feature_names(adata, use)
-    kept = finite_features(values, names, "PCA")
-    values = values[:, kept]
+    values, kept, names = finite_matrix(adata, use, "PCA")
     most = min(values.shape[0] - 1, values.shape[1])
     if most < 1 or (n_components is not None and not 1 <= n_components <= most):
         raise InputError(

@@ -22,13 +22,7 @@ def representations(adata: AnnData) -> list[str]:
 
 
 def latest_representation(adata: AnnData) -> str:
-    """Return the name of the representation that `cellvim.profiles` computed last, or "X".
-
-    Raises
-    ------
-    InputError
-        It does not exist any more.
-    """
+    """Return the name of the representation that `cellvim.profiles` computed last, or "X"; raise if it was removed."""
     latest = str(adata.uns.get("cellvim", {}).get("profile", {}).get("latest", "X"))
     if latest not in (known := representations(adata)):
         raise InputError(
@@ -39,27 +33,7 @@ def latest_representation(adata: AnnData) -> str:
 
 
 def matrix(adata: AnnData, use: str = "X", *, dtype: type | None = np.float64) -> np.ndarray:
-    """Return a representation.
-
-    Parameters
-    ----------
-    adata
-        Profiles or embeddings.
-    use
-        "X", a layer, or an entry of ``obsm``.
-    dtype
-        Type of the result; as stored if None.
-
-    Returns
-    -------
-    numpy.ndarray
-        (n, D).
-
-    Raises
-    ------
-    MetadataError
-        The representation does not exist.
-    """
+    """Return "X", a layer or an entry of ``obsm`` as (n, D); with ``dtype=None``, as stored. Raise if there is none."""
     values = adata.X if use == "X" else adata.layers.get(use, adata.obsm.get(use))
     if values is None:
         raise MetadataError(f"There is no representation '{use}'; expected one of {listing(representations(adata))}.")
@@ -82,20 +56,9 @@ def store(
     *,
     as_layer: bool = False,
 ) -> None:
-    """Add a representation, and record how it was computed.
+    """Add ``values``, (n, D), as float32 to ``obsm["X_" + key]``, or to ``layers[key]`` if its features are those of X.
 
-    Parameters
-    ----------
-    adata
-        Profiles; changed in place.
-    key
-        Name of the representation.
-    values
-        (n, D), stored as float32.
-    settings, fitted
-        Settings and arrays for ``uns["cellvim"]["profile"][key]``, where the settings are JSON.
-    as_layer
-        Store in ``layers[key]`` instead of ``obsm["X_" + key]``; the features must be those of ``X``.
+    ``uns["cellvim"]["profile"][key]`` records the settings as JSON, and the ``fitted`` arrays.
     """
     name = key if as_layer else f"X_{key}"
     (adata.layers if as_layer else adata.obsm)[name] = values.astype(np.float32, copy=False)

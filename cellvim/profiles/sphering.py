@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +11,8 @@ import pandas as pd
 
 from cellvim.errors import CellvimWarning, InputError, listing
 from cellvim.profiles.columns import Columns
-from cellvim.profiles.normalization import finite_features, pycytominer_transform, reference_rows
-from cellvim.profiles.representations import feature_names, matrix, store
+from cellvim.profiles.normalization import finite_matrix, pycytominer_transform, reference_rows
+from cellvim.profiles.representations import store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,20 +86,18 @@ def spherize(
     if method not in METHODS:
         raise InputError(f"There is no sphering method '{method}'; expected {listing(METHODS)}.")
     transform = pycytominer_transform("Spherize")
-    values = matrix(adata, use)
-    names = feature_names(adata, use)
-    kept = finite_features(values, names, "Sphering")
+    values, kept, names = finite_matrix(adata, use, "Sphering")
     groups = reference_rows(adata, fit_on=fit_on, per=per, columns=columns, at_least=3)
-    varying = np.all([np.ptp(np.where(kept, values[fitted], 0), axis=0) > 0 for _, _, fitted in groups], axis=0)
-    if (constant := kept & ~varying).any():
+    varying = np.all([np.ptp(values[fitted], axis=0) > 0 for _, _, fitted in groups], axis=0)
+    if not varying.all():
         warnings.warn(
-            f"Sphering: {constant.sum()} features are constant among the reference rows and are omitted: "
-            f"{listing(names[constant])}.",
+            f"Sphering: {(~varying).sum()} features are constant among the reference rows and are omitted: "
+            f"{listing(names[kept][~varying])}.",
             CellvimWarning,
             stacklevel=2,
         )
-    kept &= varying
-    values = values[:, kept]
+    kept[kept] = varying
+    values = values[:, varying]
     fewest = min(int(fitted.sum()) for _, _, fitted in groups)
     if fewest <= values.shape[1]:
         warnings.warn(
@@ -107,12 +106,11 @@ def spherize(
             CellvimWarning,
             stacklevel=2,
         )
-    result = np.empty(values.shape, np.float32)
-    center, scale, transforms = [], [], []
-    for name, rows, fitted in groups:
+
+    def fit(reference: np.ndarray, name: str) -> tuple[Callable, dict[str, np.ndarray]]:
         try:
-            _check_independent(values[fitted])
-            sphering = transform(method=method, epsilon=epsilon, return_numpy=True).fit(pd.DataFrame(values[fitted]))
+            _check_independent(reference)
+            sphering = transform(method=method, epsilon=epsilon, return_numpy=True).fit(pd.DataFrame(reference))
         except ValueError as error:
             group = f" of {per} {name}" if name else ""
             raise InputError(
@@ -120,12 +118,15 @@ def spherize(
                 "(--select-features), or use PCA."
             ) from error
         scaler = getattr(sphering, "standard_scaler", None)
-        center.append(scaler.mean_ if scaler else sphering.mean_centerer.mean_)
-        scale.append(scaler.scale_ if scaler else np.ones(values.shape[1]))
-        transforms.append(sphering.W.astype(np.float32))
-        result[rows] = sphering.transform(pd.DataFrame(values[rows]))
+        arrays = {
+            "center": scaler.mean_ if scaler else sphering.mean_centerer.mean_,
+            "scale": scaler.scale_ if scaler else np.ones(reference.shape[1]),
+            "transform": sphering.W.astype(np.float32),
+        }
+        return lambda rows: sphering.transform(pd.DataFrame(rows)), arrays
+
+    result, arrays = groups.transform(values, fit)
     settings = {"method": f"spherize {method}", "use": use, "fit_on": fit_on, "per": per, "epsilon": epsilon}
-    arrays = {"center": np.stack(center), "scale": np.stack(scale), "transform": np.stack(transforms)}
     arrays |= {"groups": groups.groups, "features": names[kept]}
     store(adata, key, result, settings, arrays, as_layer=bool(kept.all()) and (use == "X" or use in adata.layers))
 

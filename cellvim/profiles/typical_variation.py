@@ -8,8 +8,8 @@ import numpy as np
 
 from cellvim.errors import InputError
 from cellvim.profiles.columns import Columns
-from cellvim.profiles.normalization import finite_features, reference_rows
-from cellvim.profiles.representations import feature_names, matrix, store
+from cellvim.profiles.normalization import finite_matrix, reference_rows
+from cellvim.profiles.representations import store
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -79,11 +79,8 @@ def tvn(
     """
     if shrinkage < 0:
         raise InputError(f"The shrinkage is {shrinkage}; expected 0 or more.")
-    values = matrix(adata, use)
-    names = feature_names(adata, use)
-    kept = finite_features(values, names, "TVN")
+    values, kept, names = finite_matrix(adata, use, "TVN")
     groups = reference_rows(adata, fit_on=fit_on, per=per, columns=columns, at_least=3)
-    values = values[:, kept]
     center = np.stack([values[fitted].mean(axis=0) for _, _, fitted in groups])
     centred = values - center[groups.codes]
     components = _whitening(centred[groups.fitted], n_components, rank=int(groups.fitted.sum()) - len(center))
