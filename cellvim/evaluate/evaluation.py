@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from cellvim.evaluate.retrieval import NULL_SIZE, replicate_map
 from cellvim.files import write_atomic
 from cellvim.profiles.columns import (
     Columns,
-    Treatments,
     column_of,
     find_columns,
     find_treatments,
@@ -209,12 +208,11 @@ def evaluate_profiles(
     names = [use] if isinstance(use, str) else list(use or [latest_representation(adata)])
     sets, reasons = feature_sets(adata, names, seed=seed)
     run = _Run(adata.obs, found, sets, label, null_size, seed)
-    run.left_out += [{"task": "baselines", "reason": reason} for reason in reasons]
-    run.left_out += [
-        {"task": "features", "reason": f"{s.name}: {s.left_out} features are not finite and were omitted."}
-        for s in sets
-        if s.left_out
-    ]
+    for reason in reasons:
+        run.omit("baselines", reason)
+    for features in sets:
+        if features.left_out:
+            run.omit("features", f"{features.name}: {features.left_out} features are not finite and were omitted.")
     for done, task in enumerate(tasks):
         getattr(run, task)()
         if progress is not None:
@@ -256,13 +254,7 @@ class _Run:
     """The tasks; each adds to the tables and the summary, or records why it cannot be computed."""
 
     def __init__(
-        self,
-        obs: pd.DataFrame,
-        columns: Columns,
-        sets: list[Features],
-        label: str | None,
-        null_size: int,
-        seed: int,
+        self, obs: pd.DataFrame, columns: Columns, sets: list[Features], label: str | None, null_size: int, seed: int
     ) -> None:
         self.obs, self.columns, self.sets = obs, columns, sets
         self.label, self.seed = label, seed
@@ -271,218 +263,197 @@ class _Run:
         self.tables: dict[str, list[pd.DataFrame]] = {}
         self.left_out: list[dict[str, str]] = []
 
-    def _each(self, task: str, work: Callable[[Features], pd.DataFrame]) -> list[tuple[Features, pd.DataFrame]]:
-        """Call ``work`` for every set of features; record the reason if it fails."""
-        results = []
-        for features in self.sets:
-            try:
-                results.append((features, work(features)))
-            except CellvimError as error:
-                if results or features is not self.sets[0]:  # specific to this set
-                    self.left_out.append({"task": task, "reason": f"{features.name}: {error}"})
-                    continue
-                self.left_out.append({"task": task, "reason": str(error)})
-                break
-        return results
+    def omit(self, task: str, reason: str) -> None:
+        self.left_out.append({"task": task, "reason": reason})
 
     def _keep(self, name: str, features: Features, table: pd.DataFrame) -> None:
         self.tables.setdefault(name, []).append(table.assign(features=features.name))
 
-    def _note(self, task: str, measure: str, features: Features, value: float, n: int, best: float = 1.0) -> None:
-        self.summary.append(
-            {
-                "task": task,
-                "measure": measure,
-                "features": features.name,
-                "value": float(value),
-                "n": int(n),
-                "best": best,
-                "is_baseline": features.is_baseline,
-            }
-        )
+    def _note(self, task: str, features: Features, n: int, values: dict[str, float], best: float = 1.0) -> None:
+        about = {"n": int(n), "best": best, "is_baseline": features.is_baseline}
+        for measure, value in values.items():
+            row = {"task": task, "measure": measure, "features": features.name, "value": float(value)}
+            self.summary.append(row | about)
+
+    def _each(
+        self, task: str, measure: Callable[..., pd.DataFrame], *, keep: str | None = None, **options: Any
+    ) -> list[tuple[Features, pd.DataFrame]]:
+        """Compute ``measure(features, obs, columns, **options)`` for every set of features, and keep the tables.
+
+        If it fails for the first set, the reason is recorded once; the others would fail for the same reason.
+        """
+        results = []
+        for features in self.sets:
+            try:
+                results.append((features, measure(features, self.obs, self.columns, **options)))
+            except CellvimError as error:
+                self.omit(task, f"{features.name}: {error}" if results else str(error))
+                if not results:
+                    break
+        if keep is not None:
+            for features, table in results:
+                self._keep(keep, features, table)
+        return results
 
     def retrieval(self) -> None:
-        for features, table in self._each(
-            "retrieval", lambda f: replicate_map(f, self.obs, self.columns, **self.random)
-        ):
-            self._keep("retrieval", features, table)
-            precision, n = table["mean_average_precision"], len(table)
-            self._note("retrieval", "mean average precision", features, precision.mean(), n)
-            self._note("retrieval", "treatments active (q < 0.05)", features, table["active"].mean(), n)
+        for features, table in self._each("retrieval", replicate_map, keep="retrieval", **self.random):
+            values = {
+                "mean average precision": table["mean_average_precision"].mean(),
+                "treatments active (q < 0.05)": table["active"].mean(),
+            }
+            self._note("retrieval", features, len(table), values)
 
     def consistency(self) -> None:
-        for features, table in self._each(
-            "consistency", lambda f: replicate_consistency(f, self.obs, self.columns, **self.random)
-        ):
-            self._keep("consistency", features, table)
+        for features, table in self._each("consistency", replicate_consistency, keep="consistency", **self.random):
             share = table["consistent"].mean()
-            self._note("consistency", "treatments consistent (q < 0.05)", features, share, len(table))
+            self._note("consistency", features, len(table), {"treatments consistent (q < 0.05)": share})
 
     def mechanism(self) -> None:
-        found = self._each("mechanism", lambda f: nearest_mechanism(f, self.obs, self.columns))
+        found = self._each("mechanism", nearest_mechanism, keep="mechanism")
         for features, table in found:
-            self._keep("mechanism", features, table)
             for scheme in ("nsc", "nsb"):
-                if f"{scheme}_correct" in table:
-                    correct = table[f"{scheme}_correct"].dropna()
-                    if len(correct):
-                        self._note("mechanism", f"{scheme.upper()} accuracy", features, correct.mean(), len(correct))
+                correct = table.get(f"{scheme}_correct", pd.Series(dtype=object)).dropna()
+                if len(correct):
+                    self._note("mechanism", features, len(correct), {f"{scheme.upper()} accuracy": correct.mean()})
         if not found:
             return
-        if "nsb_correct" not in found[0][1]:
-            self.left_out.append({"task": "mechanism", "reason": "NSB: there are fewer than two batches."})
-        elif found[0][1]["nsb_correct"].isna().all():
-            reason = "NSB: no treatment has another compound with its mechanism in another batch."
-            self.left_out.append({"task": "mechanism", "reason": reason})
-        for features, table in self._each(
-            "mechanism retrieval", lambda f: mechanism_map(f, self.obs, self.columns, **self.random)
-        ):
-            self._keep("mechanism_retrieval", features, table)
+        first = found[0][1]
+        if "nsb_correct" not in first:
+            self.omit("mechanism", "NSB: there are fewer than two batches.")
+        elif first["nsb_correct"].isna().all():
+            self.omit("mechanism", "NSB: no treatment has another compound with its mechanism in another batch.")
+        retrieved = self._each("mechanism retrieval", mechanism_map, keep="mechanism_retrieval", **self.random)
+        for features, table in retrieved:
             precision = table["mean_average_precision"].mean()
-            self._note("mechanism", "mechanism mAP", features, precision, len(table))
+            self._note("mechanism", features, len(table), {"mechanism mAP": precision})
 
     def classification(self) -> None:
-        for label, labels, held_out, groups in self._splits():
-            what = f"classification of {label}, {held_out} held out"
-            try:
-                split = split_by_group(labels(), groups(), seed=self.seed)
-            except CellvimError as error:
-                self.left_out.append({"task": what, "reason": str(error)})
-                continue
-            if split.remark:
-                self.left_out.append({"task": what, "reason": split.remark})
-            for features in self.sets:
-                table = classify(features, split, seed=self.seed).assign(label=label, held_out=held_out)
-                self._keep("classification", features, table)
-                for row in table.itertuples():
-                    measure = f"{label}, {held_out} held out: {row.classifier}"
-                    self._note("classification", measure, features, row.balanced_accuracy, row.n_rows)
-
-    def _splits(self) -> Iterator[tuple[str, Callable[[], pd.Series], str, Callable[[], pd.Series]]]:
-        """Yield the name of the label, a function for the labels, what is held out, and a function for the groups."""
         obs, columns = self.obs, self.columns
-
-        def wells() -> pd.Series:
-            if columns.plate is not None and columns.well is not None:
-                return keys(obs, [columns.plate, columns.well])
-            return pd.Series(np.arange(len(obs)).astype(str), index=obs.index)  # a row is a well
-
-        def of_treated(names: Callable[[Treatments], np.ndarray]) -> pd.Series:
-            found = find_treatments(obs, columns)
-            labels = pd.Series(None, index=obs.index, dtype=object)
-            labels.iloc[found.rows] = names(found)
-            return labels
-
-        def treatment_names(found: Treatments) -> np.ndarray:
-            names = keys(found.table.astype(str), [c for c in found.table if c != columns.mechanism], " ")
-            return names.to_numpy()[found.codes]
+        wells = pd.Series(np.arange(len(obs)).astype(str), index=obs.index)  # without their names, a row is a well
+        if columns.plate is not None and columns.well is not None:
+            wells = keys(obs, [columns.plate, columns.well])
 
         def labels() -> pd.Series:
-            return of_treated(treatment_names) if self.label is None else text(obs[self.label])
+            if self.label is not None:
+                return text(obs[self.label])
+            found = find_treatments(obs, columns)
+            names = keys(found.table.astype(str), [c for c in found.table if c != columns.mechanism], " ")
+            treatments = pd.Series(None, index=obs.index, dtype=object)
+            treatments.iloc[found.rows] = names.to_numpy()[found.codes]
+            return treatments
 
         def controls() -> pd.Series:
             column = obs[column_of(columns, "pert_type", obs)]
-            known = is_value(column, columns.negative) | is_value(column, columns.positive)
-            return text(column).where(known)
+            return text(column).where(is_value(column, columns.negative) | is_value(column, columns.positive))
 
         def mechanisms() -> pd.Series:
-            return of_treated(lambda found: text(obs[columns.mechanism]).iloc[found.rows].to_numpy())
+            is_treated = np.isin(np.arange(len(obs)), find_treatments(obs, columns).rows)
+            return text(obs[columns.mechanism]).where(is_treated)
 
         name = self.label or "treatment"
-        yield name, labels, "wells", wells
+        self._classify(name, labels, "wells", wells)
         if columns.plate is not None:
-            yield name, labels, "plates", lambda: text(obs[columns.plate])
-        yield "controls", controls, "wells", wells
+            self._classify(name, labels, "plates", text(obs[columns.plate]))
+        self._classify("controls", controls, "wells", wells)
         if columns.mechanism is not None:
-            yield "mechanism", mechanisms, "perturbations", lambda: text(obs[column_of(columns, "perturbation", obs)])
+            groups = wells if columns.perturbation is None else text(obs[columns.perturbation])
+            self._classify("mechanism", mechanisms, "perturbations", groups)  # raises if there are no perturbations
+
+    def _classify(self, label: str, labels: Callable[[], pd.Series], held_out: str, groups: pd.Series) -> None:
+        task = f"classification of {label}, {held_out} held out"
+        try:
+            split = split_by_group(labels(), groups, seed=self.seed)
+        except CellvimError as error:
+            self.omit(task, str(error))
+            return
+        if split.remark:
+            self.omit(task, split.remark)
+        for features in self.sets:
+            table = classify(features, split, seed=self.seed).assign(label=label, held_out=held_out)
+            self._keep("classification", features, table)
+            for row in table.itertuples():
+                measure = f"{label}, {held_out} held out: {row.classifier}"
+                self._note("classification", features, row.n_rows, {measure: row.balanced_accuracy})
 
     def batch_effects(self) -> None:
-        columns, obs = self.columns, self.obs
-
-        def of_rows(features: Features, rows: np.ndarray, label: pd.Series | None) -> pd.DataFrame:
+        def of_rows(
+            features: Features, obs: pd.DataFrame, columns: Columns, rows: np.ndarray, label: pd.Series | None = None
+        ) -> pd.DataFrame:
             batch = text(obs[column_of(columns, "batch", obs)])
             return batch_effects(features[rows], batch.iloc[rows], label=label, seed=self.seed)
 
-        def of_controls(features: Features) -> pd.DataFrame:
-            return of_rows(features, np.flatnonzero(negative_controls(obs, columns)), None)
+        def of_controls(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+            return of_rows(features, obs, columns, np.flatnonzero(negative_controls(obs, columns)))
 
-        def of_all(features: Features) -> pd.DataFrame:
-            rows = np.arange(len(obs))
+        def of_all(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
             try:
                 found = find_treatments(obs, columns)
             except CellvimError:
-                return of_rows(features, rows, None)
-            return of_rows(features, found.rows, pd.Series(found.codes))
+                return of_rows(features, obs, columns, np.arange(len(obs)))
+            return of_rows(features, obs, columns, found.rows, pd.Series(found.codes))
 
         for which, work in (("negative controls", of_controls), ("all", of_all)):
             for features, table in self._each(f"batch effects of {which}", work):
                 self._keep("batch_effects", features, table.assign(rows=which))
                 for row in table.itertuples():
-                    self._note("batch effects", f"{row.measure}, {which}", features, row.value, row.n_rows, row.best)
+                    value = {f"{row.measure}, {which}": row.value}
+                    self._note("batch effects", features, row.n_rows, value, row.best)
 
     def assay(self) -> None:
-        for features, scores in self._each("assay", lambda f: activity_scores(f, self.obs, self.columns)):
-            if features is self.sets[0]:
-                self._keep("activity", features, scores.reset_index(names="row").assign(score=BETWEEN))
+        found = self._each("assay", activity_scores)
+        score = BETWEEN if found else DISTANCE
+        for features, scores in (found or self._each("activity", distance_scores))[:1]:
+            self._keep("activity", features, scores.reset_index(names="row").assign(score=score))
+        for features, scores in found:
             table = assay_quality(scores)
             self._keep("assay", features, table)
             known = table["z_prime"].dropna()
             if len(known):
-                self._note("assay", "Z′, median of plates", features, known.median(), len(known))
-                robust = table["robust_z_prime"].median()
-                self._note("assay", "robust Z′, median of plates", features, robust, len(known))
-        if "activity" not in self.tables:
-            for features, scores in self._each("activity", self._distances):
-                if features is self.sets[0]:
-                    self._keep("activity", features, scores.reset_index(names="row").assign(score=DISTANCE))
-
-    def _distances(self, features: Features) -> pd.DataFrame:
-        return distance_scores(features, self.obs, self.columns)
+                values = {
+                    "Z′, median of plates": known.median(),
+                    "robust Z′, median of plates": table["robust_z_prime"].median(),
+                }
+                self._note("assay", features, len(known), values)
 
     def dose_response(self) -> None:
+        score, measure = BETWEEN, activity_scores
         try:
             activity_scores(self.sets[0], self.obs, self.columns)
-            score, measure = BETWEEN, lambda f: activity_scores(f, self.obs, self.columns)
         except CellvimError:
-            score, measure = DISTANCE, self._distances
+            score, measure = DISTANCE, distance_scores
 
-        def fit(features: Features) -> pd.DataFrame:
-            curves, points = dose_response(measure(features), self.obs, self.columns)
+        def fit(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+            curves, points = dose_response(measure(features, obs, columns), obs, columns)
             self._keep("dose_points", features, points.assign(score=score))
             return curves.assign(score=score)
 
-        found = self._each("dose response", fit)
+        found = self._each("dose response", fit, keep="dose_response")
         for features, table in found:
-            self._keep("dose_response", features, table)
             fitted = table.dropna(subset=["r_squared", "p_value"])
             if len(fitted):
-                responding = (fitted["p_value"] < 0.05).mean()
-                self._note("dose response", "curves with a response (p < 0.05)", features, responding, len(fitted))
-                r_squared = fitted["r_squared"].median()
-                self._note("dose response", "R² of the curves, median", features, r_squared, len(fitted))
-                rank = fitted["spearman"].abs().median()
-                self._note("dose response", "|rank correlation| with the dose, median", features, rank, len(fitted))
+                values = {
+                    "curves with a response (p < 0.05)": (fitted["p_value"] < 0.05).mean(),
+                    "R² of the curves, median": fitted["r_squared"].median(),
+                    "|rank correlation| with the dose, median": fitted["spearman"].abs().median(),
+                }
+                self._note("dose response", features, len(fitted), values)
         if found:
             if score == DISTANCE:
                 reason = "There are no positive controls: activity is the distance from the negative controls."
-                self.left_out.append({"task": "dose response", "reason": reason})
-            remarks = found[0][1].loc[found[0][1]["remark"] != ""].groupby("remark")["perturbation"]
-            for remark, names in remarks:
-                self.left_out.append({"task": "dose response", "reason": f"{remark} ({listing(names)})"})
+                self.omit("dose response", reason)
+            first = found[0][1]
+            for remark, names in first[first["remark"] != ""].groupby("remark")["perturbation"]:
+                self.omit("dose response", f"{remark} ({listing(names)})")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(k): _plain(v) for k, v in row.items()} for row in table.to_dict("records")]
+    def plain(value: Any) -> Any:
+        value = value.item() if isinstance(value, np.generic) else value
+        if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
+            return None
+        return value if isinstance(value, bool | int | float | str) else str(value)
 
-
-def _plain(value: Any) -> Any:
-    if value is None or value is pd.NA:
-        return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return value if isinstance(value, bool | int | str) else str(value)
+    return [{str(name): plain(value) for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def summary_tables(evaluation: Evaluation) -> list[Table]:
