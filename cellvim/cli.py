@@ -614,13 +614,15 @@ def datasets(name: str | None = None) -> None:
     name
         Show the card of this dataset.
     """
-    from cellvim.data.bundled import dataset_card, dataset_cards
+    from cellvim.data.bundled import bundled_dataset, bundled_datasets
 
     if name is not None:
-        print(dataset_card(name))
+        print((bundled_dataset(name) / "card.md").read_text(encoding="utf-8"))
         return
-    for card in dataset_cards():
-        print(f"{card.name:<20} {'included' if card.has_images else 'to download':<14} {card.title}")
+    for known, folder in bundled_datasets().items():
+        heading = (folder / "card.md").read_text(encoding="utf-8").partition("\n")[0]
+        title = heading.lstrip("# ").partition(": ")[2] or known
+        print(f"{known:<20} {'included' if (folder / 'images').is_dir() else 'to download':<14} {title}")
     print("`cellvim datasets NAME` shows the card: source, licence, channels, download.")
 
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import cellvim
 from cellvim.errors import InputError, listing, suggestion
-
-
-@dataclass(frozen=True)
-class DatasetCard:
-    """Title of a dataset, and whether its images are bundled."""
-
-    name: str
-    title: str
-    has_images: bool
 
 
 def bundled_datasets() -> dict[str, Path]:
@@ -23,20 +13,6 @@ def bundled_datasets() -> dict[str, Path]:
     package = Path(cellvim.__file__).parent
     folders = [f for f in (package / "datasets", package.parent / "datasets") if f.is_dir()]
     return {p.name: p for folder in folders[:1] for p in sorted(folder.iterdir()) if (p / "card.md").is_file()}
-
-
-def dataset_cards() -> list[DatasetCard]:
-    """Return the title of every dataset that has a card."""
-    cards = []
-    for name, folder in bundled_datasets().items():
-        title = dataset_card(name).partition("\n")[0].lstrip("# ").partition(": ")[2]
-        cards.append(DatasetCard(name, title or name, (folder / "images").is_dir()))
-    return cards
-
-
-def dataset_card(name: str) -> str:
-    """Return the card of a dataset as Markdown; raise `InputError` if there is no such dataset."""
-    return (bundled_dataset(name) / "card.md").read_text(encoding="utf-8")
 
 
 def bundled_dataset(name: str = "sbs_translocation") -> Path:

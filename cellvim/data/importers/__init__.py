@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import cellvim
 from cellvim.channels import parse_channel_names
 from cellvim.data.importers.imagexpress import find_htd, is_imagexpress, plan_imagexpress
-from cellvim.data.importers.import_plan import CellStrip, ImportOptions, ImportPlan, MaximumOf, PageOf, Site, Source
+from cellvim.data.importers.import_plan import (
+    CellStrip,
+    ImportOptions,
+    ImportPlan,
+    MaximumOf,
+    PageOf,
+    Site,
+    Source,
+    source_name,
+)
 from cellvim.data.importers.load_data import find_load_data, is_load_data, plan_load_data
 from cellvim.data.importers.ome_tiff import find_ome_tiffs, plan_ome_tiff
 from cellvim.data.importers.phenix import JUMP_CHANNELS, find_index, plan_phenix
@@ -42,6 +53,14 @@ IMPORTERS: dict[str, Callable[[Path, ImportOptions], ImportPlan]] = {
     "single_cells": plan_single_cells,
 }
 FORMATS = ("auto", *IMPORTERS)
+DETECTORS: tuple[tuple[str, Callable[[Path], object]], ...] = (  # in this order; "tiff" if nothing is found
+    ("load_data", find_load_data),
+    ("phenix", find_index),
+    ("imagexpress", find_htd),
+    ("ome_tiff", find_ome_tiffs),
+    ("imagexpress", is_imagexpress),
+    ("single_cells", lambda source: find_cell_tables(source) and not find_tiffs(source)),
+)
 CHANNEL_PRESETS = {"jump": JUMP_CHANNELS}
 MAX_PLANE_BYTES = 4 << 30
 MAX_COMPRESSION = 5_000  # of a plane larger than 64 MiB
@@ -146,16 +165,9 @@ def import_plate(
     if pixel_size_um is not None and not (np.isfinite(pixel_size_um) and pixel_size_um > 0):
         raise InputError(f"--pixel-size is {pixel_size_um}; expected micrometers, above 0.")
 
-    plan = make_import_plan(
-        source,
-        format=format,
-        pattern=pattern,
-        load_data=load_data,
-        cell_table=cell_table,
-        plate_name=plate_name,
-        z=z,
-        t=t,
-    )
+    table = None if load_data is None else Path(load_data)
+    options = {"pattern": pattern, "load_data": table, "cell_table": cell_table, "plate_name": plate_name}
+    plan = make_import_plan(source, format=format, **options, z=z, t=t)
     names = _name_channels(plan, channel_names, source)
     name = plate_name or plan.plate_name or target.name.removesuffix(".zarr").removesuffix(".ome")
     pixel_size_um = pixel_size_um or plan.pixel_size_um
@@ -182,44 +194,21 @@ def import_plate(
     return open_plate(target)
 
 
-def make_import_plan(
-    source: Path,
-    *,
-    format: str = "auto",
-    pattern: str | None = None,
-    load_data: str | Path | None = None,
-    cell_table: Path | None = None,
-    plate_name: str | None = None,
-    z: int | str | None = None,
-    t: int | None = None,
-) -> ImportPlan:
-    """Assign files to wells, sites and channels with the importer of a format, without writing anything."""
+def make_import_plan(source: Path, *, format: str = "auto", **options: Any) -> ImportPlan:
+    """Assign files to wells, sites and channels, without writing anything; ``options`` are `ImportOptions`."""
+    chosen = ImportOptions(**options)
     if format not in FORMATS:
         raise InputError(f"--format '{format}' is not known; choose {listing(FORMATS)}.")
-    if z is not None and z != "max" and (not isinstance(z, int) or z < 0):
-        raise InputError(f"--z is {z!r}; expected the number of a plane, from 0, or max.")
+    if chosen.z is not None and chosen.z != "max" and (not isinstance(chosen.z, int) or chosen.z < 0):
+        raise InputError(f"--z is {chosen.z!r}; expected the number of a plane, from 0, or max.")
     if format == "auto":
-        given = {"load_data": load_data, "single_cells": cell_table, "tiff": pattern}
-        format = next((name for name, value in given.items() if value is not None), None) or _detect_format(source)
-    if pattern is not None and format not in ("tiff", "ome_tiff"):
+        given = {"load_data": chosen.load_data, "single_cells": chosen.cell_table, "tiff": chosen.pattern}
+        format = next((name for name, value in given.items() if value is not None), None) or next(
+            (name for name, find in DETECTORS if find(source)), "tiff"
+        )
+    if chosen.pattern is not None and format not in ("tiff", "ome_tiff"):
         raise InputError(f"--pattern is for --format tiff and ome_tiff; {format} files have fixed names.")
-    table = {"load_data": load_data, "single_cells": cell_table}.get(format)
-    options = ImportOptions(pattern, None if table is None else Path(table), plate_name, z, t)
-    return IMPORTERS[format](source, options)
-
-
-def _detect_format(source: Path) -> str:
-    if find_load_data(source):
-        return "load_data"
-    if find_index(source):
-        return "phenix"
-    if find_htd(source):
-        return "imagexpress"
-    if find_ome_tiffs(source):
-        return "ome_tiff"
-    if is_imagexpress(source):
-        return "imagexpress"
-    return "single_cells" if find_cell_tables(source) and not find_tiffs(source) else "tiff"
+    return IMPORTERS[format](source, chosen)
 
 
 def _fingerprint(plan: ImportPlan, names: list[str], pixel_size_um: float | None) -> str:
@@ -229,19 +218,12 @@ def _fingerprint(plan: ImportPlan, names: list[str], pixel_size_um: float | None
         digest.update(json.dumps(site).encode())
         for source in dict.fromkeys(files.values()):
             digest.update(repr(source).encode())
-            for path in _paths(source)[:64]:
+            planes = source.planes if isinstance(source, MaximumOf | CellStrip) else (source,)
+            for plane in planes[:64]:
                 with suppress(OSError):
-                    status = path.stat()
+                    status = (plane.path if isinstance(plane, PageOf) else plane).stat()
                     digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _paths(source: Source) -> list[Path]:
-    if isinstance(source, MaximumOf):
-        return [path for plane in source.planes for path in _paths(plane)]
-    if isinstance(source, CellStrip):
-        return list(source.files)
-    return [source.path if isinstance(source, PageOf) else source]
 
 
 def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source: Path) -> list[str]:
@@ -252,15 +234,12 @@ def _name_channels(plan: ImportPlan, given: dict[str, str] | str | None, source:
         given = parse_channel_names(given)
     by_name = {name: key for key, name in plan.channel_names.items()}
     wanted = {by_name.get(key, key): name for key, name in (given or {}).items()}
-    if preset is None:
-        unknown = [key for key in wanted if key not in plan.channel_keys]
-    else:
-        unknown = [key for key in plan.channel_keys if key not in wanted]
-    if unknown:
-        known = [f"{k} ({plan.channel_names[k]})" if k in plan.channel_names else k for k in plan.channel_keys]
+    tested, known = (wanted, plan.channel_keys) if preset is None else (plan.channel_keys, wanted)
+    if unknown := [key for key in tested if key not in known]:
+        found = [f"{k} ({plan.channel_names[k]})" if k in plan.channel_names else k for k in plan.channel_keys]
         raise ChannelError(
             f"Channel '{unknown[0]}' is not in {source if preset is None else 'that preset'}; the files have "
-            f"{listing(known)}. Name them with --channel-names, as in {plan.channel_keys[0]}=DNA."
+            f"{listing(found)}. Name them with --channel-names, as in {plan.channel_keys[0]}=DNA."
         )
     names = [str(wanted.get(key, plan.channel_names.get(key, key))) for key in plan.channel_keys]
     for i, name in enumerate(names):
@@ -312,17 +291,14 @@ def _write_fields(
             image = read_field(well, site, [files[key] for key in plan.channel_keys])
             writer.write_field(well, site, image, position_um=plan.positions.get((well, site)))
 
-    done, total, items = 0, len(plan.fields), iter(plan.fields.items())
+    items, queue = iter(plan.fields.items()), deque[Future[None]]()
     with ThreadPoolExecutor(workers) as pool:
-        queue: list[Future[None]] = []
         try:
-            while done < total:
-                while len(queue) < 2 * workers and (item := next(items, None)) is not None:
-                    queue.append(pool.submit(write, item))
-                queue.pop(0).result()
-                done += 1
+            for done in range(len(plan.fields)):
+                queue.extend(pool.submit(write, item) for item in islice(items, 2 * workers - len(queue)))
+                queue.popleft().result()
                 if progress is not None:
-                    progress(done, total)
+                    progress(done + 1, len(plan.fields))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -347,11 +323,12 @@ def read_field(well: str, site: str, files: Sequence[Source]) -> np.ndarray:
     planes: list[np.ndarray] = []
     for source in files:
         plane = _read_plane(source, where)
-        if planes and (plane.shape != planes[0].shape or plane.dtype != planes[0].dtype):
-            name = source if isinstance(source, Path) else source.name
+        first = planes[0] if planes else plane
+        if plane.shape != first.shape or plane.dtype != first.dtype:
             raise PlateError(
-                f"{name} {where} is {plane.shape[0]} x {plane.shape[1]} {plane.dtype}; {files[0].name} of the same "
-                f"site is {planes[0].shape[0]} x {planes[0].shape[1]} {planes[0].dtype}."
+                f"{source if isinstance(source, Path) else source_name(source)} {where} is {plane.shape[0]} x "
+                f"{plane.shape[1]} {plane.dtype}; {source_name(files[0])} of the same site is {first.shape[0]} x "
+                f"{first.shape[1]} {first.dtype}."
             )
         planes.append(plane)
     return np.stack(planes)
@@ -363,17 +340,13 @@ def _read_plane(source: Source, where: str) -> np.ndarray:
         for plane in source.planes[1:]:
             other = _read_plane(plane, where)
             if other.shape != highest.shape:
-                raise PlateError(f"{source.name} {where} differ in size: {highest.shape} and {other.shape}.")
+                raise PlateError(f"{source_name(source)} {where} differ in size: {highest.shape} and {other.shape}.")
             highest = np.maximum(highest, other)
         return highest
-    if isinstance(source, PageOf):
-        return _read_tiff(source.path, f"{source.path} {where}", series=source.series, page=source.page)
-    return _read_tiff(source, f"{source} {where}")
-
-
-def _read_tiff(path: Path, where: str, *, series: int | None = None, page: int = 0) -> np.ndarray:
     import tifffile
 
+    path, series, page = source if isinstance(source, PageOf) else (source, None, 0)
+    where = f"{path} {where}"
     try:
         with tifffile.TiffFile(path) as tiff:
             if series is not None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cellvim.data.importers.import_plan import ImportOptions, ImportPlan, PlaneFile, make_plan, site_name
+from cellvim.data.importers.import_plan import ImportOptions, ImportPlan, MaximumOf, PlaneFile, make_plan, site_name
 from cellvim.data.importers.tiff_folder import find_tiffs
 from cellvim.data.wells import canonical_well
 from cellvim.errors import PlateError, listing
@@ -72,9 +72,11 @@ def plan_imagexpress(source: Path, options: ImportOptions) -> ImportPlan:
     absent = [f"{key} ({name})" for key, name in waves.items() if key not in plan.channel_keys]
     if absent:
         plan.notes.append(f"{htd.name} lists wavelengths that have no files: {listing(absent)}")
-    if missed:
-        plan.notes.append(f"{len(missed)} TIFF files have no MetaXpress name and were left out: {listing(missed, 4)}")
-    plan.pixel_size_um = _calibration(first[plan.channel_keys[0]])
+    plan.note_left_out(missed, "TIFF files have no MetaXpress name")
+    plane = _plane_info(first[plan.channel_keys[0]])
+    size, is_on, unit = (plane.get(f"spatial-calibration-{key}") for key in ("x", "state", "units"))
+    if is_on and isinstance(size, int | float) and size > 0 and str(unit).lower() in ("um", "µm", "micron", "microns"):
+        plan.pixel_size_um = float(size)
     return plan
 
 
@@ -103,7 +105,7 @@ def _plane_info(source: object) -> dict[str, Any]:
     """Return MetaXpress's metadata of a plane in its TIFF; empty if there is none."""
     import tifffile
 
-    path = source if isinstance(source, Path) else getattr(source, "planes", (None,))[0]
+    path = source.planes[0] if isinstance(source, MaximumOf) else source
     try:
         with tifffile.TiffFile(path) as tiff:
             metadata = tiff.metaseries_metadata or {}
@@ -111,12 +113,3 @@ def _plane_info(source: object) -> dict[str, Any]:
         return {}
     plane = metadata.get("PlaneInfo", {}) if isinstance(metadata, dict) else {}
     return plane if isinstance(plane, dict) else {}
-
-
-def _calibration(source: object) -> float | None:
-    """Return MetaXpress's pixel size in µm, or None."""
-    plane = _plane_info(source)
-    size, is_on, unit = (plane.get(f"spatial-calibration-{k}") for k in ("x", "state", "units"))
-    if not is_on or not isinstance(size, int | float) or size <= 0:
-        return None
-    return float(size) if str(unit).lower() in ("um", "µm", "micron", "microns") else None

@@ -2,59 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cellvim.data.wells import canonical_well, natural_key, well_position
 from cellvim.errors import InputError, MetadataError, PlateError, listing
 
 
-@dataclass(frozen=True)
-class PageOf:
+class PageOf(NamedTuple):
     """One plane of a file that holds several."""
 
     path: Path
     series: int
     page: int
 
-    @property
-    def name(self) -> str:
-        """Name for messages."""
-        return f"{self.path.name} (image {self.series}, plane {self.page})"
 
-
-@dataclass(frozen=True)
-class MaximumOf:
+class MaximumOf(NamedTuple):
     """The maximum projection of the planes of a z-stack."""
 
     planes: tuple[Path | PageOf, ...]
 
-    @property
-    def name(self) -> str:
-        """Name for messages."""
-        return f"{self.planes[0].name} and {len(self.planes) - 1} more planes"
 
-
-@dataclass(frozen=True)
-class CellStrip:
+class CellStrip(NamedTuple):
     """The cells of one field, placed side by side in one image: (C, S, n · S)."""
 
-    files: tuple[Path, ...]
-
-    @property
-    def name(self) -> str:
-        """Name for messages."""
-        return f"{self.files[0].name} and {len(self.files) - 1} more cells"
+    planes: tuple[Path, ...]
 
 
 Source = Path | PageOf | MaximumOf | CellStrip
 Site = tuple[str, str]  # (well, site)
 
 
-@dataclass(frozen=True)
-class PlaneFile:
+def source_name(source: Source) -> str:
+    """Return the name of a source for messages."""
+    if isinstance(source, Path):
+        return source.name
+    if isinstance(source, PageOf):
+        return f"{source.path.name} (image {source.series}, plane {source.page})"
+    more = "planes" if isinstance(source, MaximumOf) else "cells"
+    return f"{source_name(source.planes[0])} and {len(source.planes) - 1} more {more}"
+
+
+class PlaneFile(NamedTuple):
     """An image file, or a plane of one: a channel of a site at one z plane and time point."""
 
     path: Path | PageOf
@@ -67,22 +59,11 @@ class PlaneFile:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What an importer may be given besides the folder.
-
-    Attributes
-    ----------
-    pattern
-        Name of a ready pattern, or a regular expression for file names.
-    table
-        Table that lists the images: LoadData, or single cells.
-    plate_name
-        Plate whose rows are taken if the table lists several.
-    z, t
-        Position of the z plane and time point to import; ``z="max"`` projects. None if there is only one.
-    """
+    """Options of the importers; `cellvim.data.importers.import_plate` describes them."""
 
     pattern: str | None = None
-    table: Path | None = None
+    load_data: Path | None = None
+    cell_table: Path | None = None
     plate_name: str | None = None
     z: int | str | None = None
     t: int | None = None
@@ -122,9 +103,30 @@ class ImportPlan:
     positions: dict[Site, tuple[float, float]] = field(default_factory=dict)
     plate_metadata: dict[str, str] = field(default_factory=dict)
 
+    def note_left_out(self, names: Sequence[object], what: str, limit: int = 4) -> None:
+        """Add a note on files or sites that were left out, if there are any."""
+        if names:
+            self.notes.append(f"{len(names)} {what} and were left out: {listing(names, limit)}")
 
-def make_plan(files: Iterable[PlaneFile], *, source: Path, format: str, options: ImportOptions) -> ImportPlan:
+    def set_pixel_size(self, sizes: set[float | None], where: str) -> None:
+        """Set the pixel size to the only one of ``sizes`` (µm)."""
+        if len(sizes) > 1:
+            self.notes.append(f"{where} several pixel sizes ({listing(sorted(map(str, sizes)))} µm): none was taken")
+        self.pixel_size_um = next(iter(sizes)) if len(sizes) == 1 else None
+
+
+def make_plan(
+    files: Iterable[PlaneFile],
+    *,
+    source: Path,
+    format: str,
+    options: ImportOptions,
+    missing: Iterable[PlaneFile] = (),
+    listed: str = "",
+) -> ImportPlan:
     """Group files into fields, and check that each field has each channel once.
+
+    Sites whose files are all ``missing`` are left out; ``listed`` names where they are listed: ``"sites of a.csv"``.
 
     Raises
     ------
@@ -138,6 +140,10 @@ def make_plan(files: Iterable[PlaneFile], *, source: Path, format: str, options:
         found.setdefault((file.well, file.site), {}).setdefault(file.channel, []).append(file)
     if not found:
         raise PlateError(f"{source} has no image files that could be imported.")
+    missing = list(missing)
+    lost = [f"{f.path.name} (well {f.well} site {f.site} {f.channel})" for f in missing if (f.well, f.site) in found]
+    if lost:
+        raise PlateError(f"{source}: {len(lost)} files for {listed} are missing: {listing(lost, 4)}. Add them.")
     keys = sorted({key for channels in found.values() for key in channels}, key=natural_key)
     fields = {
         site: {key: _choose(candidates, source, options) for key, candidates in found[site].items()}
@@ -153,7 +159,10 @@ def make_plan(files: Iterable[PlaneFile], *, source: Path, format: str, options:
             f"{source} has the channels {listing(keys)}, but {len(lacking)} of {len(fields)} sites lack one: "
             f"{listing(lacking, 4)}. Add the files, or exclude those sites or the channel with --pattern."
         )
-    return ImportPlan(format, fields, keys)
+    plan = ImportPlan(format, fields, keys)
+    left_out = list(dict.fromkeys(f"{f.well}/{f.site}" for f in missing))
+    plan.note_left_out(left_out, f"{listed} have no files", limit=12)
+    return plan
 
 
 def sorted_sites(sites: Iterable[Site]) -> list[Site]:
@@ -164,17 +173,21 @@ def sorted_sites(sites: Iterable[Site]) -> list[Site]:
 def _choose(files: list[PlaneFile], source: Path, options: ImportOptions) -> Source:
     """Return the only file of a channel of a site, or the projection of its planes."""
     first = files[0]
-    place = f"channel {first.channel} of well {first.well} site {first.site}"
+    place = f"{source}: channel {first.channel} of well {first.well} site {first.site}"
+
+    def name(file: PlaneFile) -> str:
+        is_below = isinstance(file.path, Path) and file.path.is_relative_to(source)
+        return file.path.relative_to(source).as_posix() if is_below else source_name(file.path)
+
     for axis, option, what in (("t", options.t, "time points"), ("z", options.z, "z planes")):
         values = sorted({getattr(f, axis) for f in files}, key=natural_key)
         if len(values) < 2 or option == "max":
             continue
         if option is None:
-            one, other = (next(f for f in files if getattr(f, axis) == v) for v in values[:2])
+            one, other = (name(next(f for f in files if getattr(f, axis) == v)) for v in values[:2])
             raise PlateError(
-                f"{source}: {place} has {len(values)} {what}, such as {_relative(source, one.path)} and "
-                f"{_relative(source, other.path)}. Choose one with --{axis} 0 to {len(values) - 1}"
-                f"{' or --z max' if axis == 'z' else ''}."
+                f"{place} has {len(values)} {what}, such as {one} and {other}. Choose one with --{axis} 0 to "
+                f"{len(values) - 1}{' or --z max' if axis == 'z' else ''}."
             )
         if not isinstance(option, int) or not 0 <= option < len(values):
             raise InputError(
@@ -187,35 +200,12 @@ def _choose(files: list[PlaneFile], source: Path, options: ImportOptions) -> Sou
         other = seen.setdefault((file.z, file.t), file)
         if other is not file:
             raise PlateError(
-                f"{source}: {place} has two files, {_relative(source, other.path)} and {_relative(source, file.path)}. "
-                "Narrow --pattern so that it distinguishes them or excludes one."
+                f"{place} has two files, {name(other)} and {name(file)}. Narrow --pattern so that it distinguishes "
+                "them or excludes one."
             )
     if len(files) == 1:
         return files[0].path
     return MaximumOf(tuple(f.path for f in sorted(files, key=lambda f: natural_key(f.z))))
-
-
-def _relative(source: Path, path: Path | PageOf) -> str:
-    if isinstance(path, PageOf):
-        return path.name
-    return path.relative_to(source).as_posix() if path.is_relative_to(source) else path.name
-
-
-def check_missing(files: Iterable[PlaneFile], missing: Iterable[PlaneFile], source: Path, table: str) -> list[str]:
-    """Return the sites of a table that have no files at all, as ``A01/1``.
-
-    Raises
-    ------
-    PlateError
-        A site has some of its files and lacks others.
-    """
-    complete = {(f.well, f.site) for f in files}
-    partial = [
-        f"{f.path.name} (well {f.well} site {f.site} {f.channel})" for f in missing if (f.well, f.site) in complete
-    ]
-    if partial:
-        raise PlateError(f"{source}: {len(partial)} files of {table} are missing: {listing(partial, 4)}. Add them.")
-    return list(dict.fromkeys(f"{f.well}/{f.site}" for f in missing if (f.well, f.site) not in complete))
 
 
 def parse_site(groups: Mapping[str, str | None], name: str) -> Site:
@@ -236,11 +226,55 @@ def parse_site(groups: Mapping[str, str | None], name: str) -> Site:
 
 def site_name(text: str | None) -> str:
     """Return the name of a site: ``"01"`` is ``"1"``; a source without sites has the single site ``"1"``."""
-    if not text:
-        return "1"
-    if text.isdigit():
+    if text and text.isdigit():
         return str(int(text))
-    return "".join(ch for ch in text if ch.isascii() and ch.isalnum()) or "1"
+    return "".join(ch for ch in text or "" if ch.isascii() and ch.isalnum()) or "1"
+
+
+def choose_plate(plates: Any, plate_name: str | None, path: Path) -> Any:
+    """Return which rows of a table belong to the plate, from the column with the names of the plates.
+
+    Raises
+    ------
+    PlateError
+        The table lists several plates, and ``plate_name`` is not one of them.
+    """
+    kept = plates.eq(plate_name) if plates.nunique() > 1 else plates.notna()
+    if not kept.any():
+        names = listing(sorted(plates.unique()), 6)
+        raise PlateError(f"{path} lists the plates {names}; choose one with --plate-name.")
+    return kept
+
+
+class FileFinder:
+    """Finds files by name below a folder; of several with the name, the one whose path has the most in common."""
+
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+        self.folder = folder
+        self._by_name: dict[str, list[Path]] = {}
+        for path in files:
+            self._by_name.setdefault(path.name, []).append(path)
+
+    def find(self, name: str, folder: str) -> Path | None:
+        """Return the file with a name whose parent folders match the end of ``folder`` best, or None."""
+        name = name.replace("\\", "/").rpartition("/")[2]
+        found = self._by_name.get(name, [])
+        if len(found) < 2:
+            return found[0] if found else None
+        wanted = [p for p in folder.replace("\\", "/").split("/") if p]
+
+        def n_common(path: Path) -> int:
+            pairs = zip(reversed(path.parent.parts), reversed(wanted), strict=False)
+            return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+        best = max(map(n_common, found))
+        matches = [p for p in found if n_common(p) == best]
+        if len(matches) > 1:
+            raise PlateError(
+                f"{self.folder} has {len(found)} files named {name}, and their folders do not identify the right one: "
+                f"{listing((p.relative_to(self.folder) for p in matches), 2)}. Import one of those folders."
+            )
+        return matches[0]
 
 
 def tag_name(element: Any) -> str:

@@ -5,14 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cellvim.data.importers.import_plan import (
-    ImportOptions,
-    ImportPlan,
-    PlaneFile,
-    check_missing,
-    make_plan,
-    site_name,
-)
+from cellvim.data.importers import import_plan
+from cellvim.data.importers.import_plan import FileFinder, ImportOptions, PlaneFile, choose_plate, make_plan, site_name
 from cellvim.data.importers.tiff_folder import find_tiffs
 from cellvim.data.platemap import find_column, read_table, read_wells
 from cellvim.errors import InputError, MetadataError, PlateError, listing
@@ -24,6 +18,7 @@ TABLE_NAMES = tuple(
 )
 MAX_TABLE_BYTES = 1 << 30
 _FILE = re.compile(r"^(?:Image_)?FileName_(?P<channel>\w+)$")
+_NEEDED = re.compile(r"^(?:Metadata_|PathName_|(?:Image_)?FileName_\w+$)")
 _PLATE_LEVEL = ("Metadata_Source", "Metadata_Batch")
 
 
@@ -44,10 +39,10 @@ def is_load_data(path: Path) -> bool:
         return False
 
 
-def plan_load_data(source: Path, options: ImportOptions) -> ImportPlan:
+def plan_load_data(source: Path, options: ImportOptions) -> import_plan.ImportPlan:
     """Plan the import of the files in a LoadData table.
 
-    ``options.table``, or the folder's own LoadData table, is CSV, gzipped CSV or parquet, with columns such as
+    ``options.load_data``, or the folder's own LoadData table, is CSV, gzipped CSV or parquet, with columns such as
     ``FileName_OrigDNA``, and ``Metadata_Well`` or rows and columns. The files are searched for by name in ``source``
     and its sub-folders, whatever folders the table names; nothing outside of it is read.
 
@@ -56,11 +51,11 @@ def plan_load_data(source: Path, options: ImportOptions) -> ImportPlan:
     PlateError
         The table cannot be read or lacks columns, or its files are missing or ambiguous.
     """
-    path = options.table or find_load_data(source)
+    path = options.load_data or find_load_data(source)
     if path is None or not path.is_file():
         raise InputError(f"{path or source} is not a LoadData CSV; give one with --load-data.")
     try:
-        table = read_table(path, max_bytes=MAX_TABLE_BYTES, columns=_is_needed)
+        table = read_table(path, max_bytes=MAX_TABLE_BYTES, columns=_NEEDED.match)
         names = list(table.columns)
         channels = {m["channel"]: c for c in names if (m := _FILE.match(c)) and not m["channel"].startswith("Illum")}
         if not channels:
@@ -71,15 +66,10 @@ def plan_load_data(source: Path, options: ImportOptions) -> ImportPlan:
     except MetadataError as error:
         raise PlateError(str(error)) from error
     plate_column, site_column = find_column(names, "plate"), find_column(names, "site")
-    plates = table[plate_column].astype(str) if plate_column else None
-    if plates is not None and plates.nunique() > 1:
-        kept = plates == options.plate_name
-        if not kept.any():
-            raise PlateError(
-                f"{path} lists the plates {listing(sorted(plates.unique()), 6)}; choose one with --plate-name."
-            )
-        table, wells, plates = table[kept], wells[kept], plates[kept]
-    finder = _Finder(source)
+    if plate_column:
+        kept = choose_plate(table[plate_column].astype(str), options.plate_name, path)
+        table, wells = table[kept], wells[kept]
+    finder = FileFinder(source, find_tiffs(source))
     files: list[PlaneFile] = []
     missing: list[PlaneFile] = []
     axes = {axis: column for axis in "zt" if (column := find_column(names, axis))}
@@ -89,63 +79,20 @@ def plan_load_data(source: Path, options: ImportOptions) -> ImportPlan:
         for channel, column in channels.items():
             name = str(row[column]).strip()
             found = finder.find(name, str(row.get(f"PathName_{channel}", "")))
-            if found is None:
-                missing.append(PlaneFile(Path(name), well, site, channel, **plane))
-            else:
-                files.append(PlaneFile(found, well, site, channel, **plane))
+            (missing if found is None else files).append(PlaneFile(found or Path(name), well, site, channel, **plane))
     if not files:
         raise PlateError(
             f"{path} lists {len(table)} sites, and none of its files (such as "
             f"{table[next(iter(channels.values()))].iloc[0]}) is below {source}."
         )
     available = {f.channel for f in files}
-    absent = [c for c in channels if c not in available]
     sites = {(f.well, f.site) for f in files}
     missing = [f for f in missing if f.channel in available or (f.well, f.site) not in sites]
-    left_out = check_missing(files, missing, source, path.name)
-    plan = make_plan(files, source=source, format="load_data", options=options)
+    listed = f"sites of {path.name}"
+    plan = make_plan(files, source=source, format="load_data", options=options, missing=missing, listed=listed)
     plan.channel_names = {c: c.removeprefix("Orig") or c for c in plan.channel_keys}
-    plan.plate_name = str(plates.iloc[0]) if plates is not None else None
+    plan.plate_name = str(table[plate_column].iloc[0]) if plate_column else None
     plan.plate_metadata = {c: str(table[c].iloc[0]) for c in _PLATE_LEVEL if c in table and table[c].nunique() == 1}
-    if left_out:
-        plan.notes.append(f"{len(left_out)} sites of {path.name} have no files and were left out: {listing(left_out)}")
-    if absent:
+    if absent := [c for c in channels if c not in available]:
         plan.notes.append(f"{path.name} lists channels that have no files: {listing(absent)}")
     return plan
-
-
-def _is_needed(column: str) -> bool:
-    return column.startswith(("Metadata_", "PathName_")) or _FILE.match(column) is not None
-
-
-class _Finder:
-    """Finds files by name below a folder; of several with the name, the one whose path has the most in common."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._by_name: dict[str, list[Path]] = {}
-        for path in find_tiffs(folder):
-            self._by_name.setdefault(path.name, []).append(path)
-
-    def find(self, name: str, folder: str) -> Path | None:
-        """Return the file with a name whose parent folders match the end of ``folder`` best, or None."""
-        name = name.replace("\\", "/").rpartition("/")[2]
-        found = self._by_name.get(name, [])
-        if len(found) < 2:
-            return found[0] if found else None
-        wanted = [p for p in folder.replace("\\", "/").split("/") if p]
-
-        def n_common(path: Path) -> int:
-            parts = path.parent.parts
-            return next(
-                (i for i in range(min(len(parts), len(wanted))) if parts[-1 - i] != wanted[-1 - i]), len(wanted)
-            )
-
-        best = max(map(n_common, found))
-        matches = [p for p in found if n_common(p) == best]
-        if len(matches) > 1:
-            raise PlateError(
-                f"{self.folder} has {len(found)} files named {name}, and their folders do not identify the right one: "
-                f"{listing((p.relative_to(self.folder) for p in matches), 2)}. Import one of those folders."
-            )
-        return matches[0]

@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-from cellvim.data.importers.import_plan import (
-    ImportOptions,
-    ImportPlan,
-    PageOf,
-    PlaneFile,
-    Site,
-    make_plan,
-    parse_site,
-    tag_name,
-)
+from cellvim.data.importers import import_plan
+from cellvim.data.importers.import_plan import ImportOptions, ImportPlan, PageOf, PlaneFile, Site, tag_name
 from cellvim.data.importers.tiff_folder import find_tiffs
 from cellvim.data.wells import canonical_well, well_name
 from cellvim.errors import MetadataError, PlateError, listing
@@ -73,7 +65,7 @@ def plan_ome_tiff(source: Path, options: ImportOptions) -> ImportPlan:
                     names.setdefault(channel, set()).add(image["channels"][c] if c < len(image["channels"]) else "")
                     z, t = str(at.get("Z", "")), str(at.get("T", ""))
                     planes.append(PlaneFile(PageOf(path, i, page), *site, channel, z, t))
-    plan = make_plan(planes, source=source, format="ome_tiff", options=options)
+    plan = import_plan.make_plan(planes, source=source, format="ome_tiff", options=options)
     different = [f"{key} ({listing(sorted(names[key]))})" for key in plan.channel_keys if len(names[key]) > 1]
     if different:
         raise PlateError(
@@ -81,10 +73,7 @@ def plan_ome_tiff(source: Path, options: ImportOptions) -> ImportPlan:
         )
     known = {key: name for key in plan.channel_keys for name in names[key] if name}
     plan.channel_names = known if len(set(known.values())) == len(known) else {}
-    if len(sizes) == 1:
-        plan.pixel_size_um = sizes.pop()
-    else:
-        plan.notes.append(f"the files give several pixel sizes ({listing(sorted(map(str, sizes)))}): none was taken")
+    plan.set_pixel_size(sizes, "the files give")
     return plan
 
 
@@ -168,4 +157,4 @@ def _site_in_name(path: Path, pattern: str | None, default_site: str | None) -> 
         )
     if groups.get("site") is None:
         groups["site"] = default_site
-    return parse_site(groups, str(path))
+    return import_plan.parse_site(groups, str(path))

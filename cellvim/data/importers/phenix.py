@@ -6,32 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-from cellvim.data.importers.import_plan import (
-    ImportOptions,
-    ImportPlan,
-    PlaneFile,
-    check_missing,
-    make_plan,
-    site_name,
-    tag_name,
-)
+from cellvim.data.importers.import_plan import ImportOptions, ImportPlan, PlaneFile, make_plan, site_name, tag_name
 from cellvim.data.importers.tiff_folder import plan_tiff_folder
 from cellvim.data.wells import canonical_well
-from cellvim.errors import MetadataError, PlateError, listing
+from cellvim.errors import MetadataError, PlateError
 
 INDEX_NAMES = ("Index.xml", "Index.idx.xml")
 # The eight channels of JUMP-CP's Opera Phenix plates. Other laboratories number theirs differently, and file names
 # contain only the number: the preset is used when the user asks for it, never guessed.
-JUMP_CHANNELS = {
-    "ch1": "Mito",
-    "ch2": "AGP",
-    "ch3": "RNA",
-    "ch4": "ER",
-    "ch5": "DNA",
-    "ch6": "HighZBF",
-    "ch7": "LowZBF",
-    "ch8": "Brightfield",
-}
+_JUMP_NAMES = ("Mito", "AGP", "RNA", "ER", "DNA", "HighZBF", "LowZBF", "Brightfield")
+JUMP_CHANNELS = {f"ch{i}": name for i, name in enumerate(_JUMP_NAMES, start=1)}
 
 
 def find_index(source: Path) -> Path | None:
@@ -74,21 +58,21 @@ def plan_phenix(source: Path, options: ImportOptions) -> ImportPlan:
         for tag in ("ChannelName", "ImageResolutionX", "ImageResolutionY"):
             if image.get(tag):
                 channels.setdefault(key, {}).setdefault(tag, image[tag])
-    listed, files, missing = files, [], []
-    for file in listed:
-        (files if file.path.is_file() else missing).append(file)
-    left_out = check_missing(files, missing, source, index.name)
+    missing = [f for f in files if not f.path.is_file()]
+    files = [f for f in files if f.path.is_file()]
     if not files:
         raise PlateError(f"{index} lists {len(images)} images and none of the files is in {index.parent}.")
-    plan = make_plan(files, source=source, format="phenix", options=options)
+    listed = f"fields of {index.name}"
+    plan = make_plan(files, source=source, format="phenix", options=options, missing=missing, listed=listed)
     plan.positions = {site: positions[site] for site in plan.fields if site in positions}
-    if left_out:
-        names = listing(left_out)
-        plan.notes.append(f"{len(left_out)} fields of {index.name} have no files and were left out: {names}")
     plan.plate_name = plate_name
     known = {key: channels.get(key, {}) for key in plan.channel_keys}
     plan.channel_names = {key: values["ChannelName"] for key, values in known.items() if values.get("ChannelName")}
-    plan.pixel_size_um = _pixel_size(known, plan, index)
+    try:
+        meters = [float(values.get(f"ImageResolution{axis}") or 0) for values in known.values() for axis in "XY"]
+    except ValueError as error:
+        raise PlateError(f"{index}: the pixel size of a channel is not a number ({error}).") from error
+    plan.set_pixel_size({round(size * 1e6, 6) for size in meters if size > 0}, f"{index.name} gives")
     return plan
 
 
@@ -99,22 +83,6 @@ def _position(image: dict[str, str]) -> tuple[float, float] | None:
     except (KeyError, ValueError):
         return None
     return (round(x, 3), round(y, 3)) if abs(x) < 1e6 and abs(y) < 1e6 else None
-
-
-def _pixel_size(channels: dict[str, dict[str, str]], plan: ImportPlan, index: Path) -> float | None:
-    sizes = set()
-    for values in channels.values():
-        for tag in ("ImageResolutionX", "ImageResolutionY"):
-            try:
-                meters = float(values.get(tag) or 0)
-            except ValueError as error:
-                raise PlateError(f"{index}: '{values[tag]}' is not a number ({tag}).") from error
-            if meters > 0:
-                sizes.add(round(meters * 1e6, 6))
-    if len(sizes) > 1:
-        plan.notes.append(f"{index.name} gives several pixel sizes ({listing(sorted(sizes))} µm): none was taken")
-        return None
-    return sizes.pop() if sizes else None
 
 
 def _read_index(index: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, str]], str | None]:

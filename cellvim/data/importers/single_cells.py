@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from cellvim.data.importers.import_plan import CellStrip, ImportOptions, ImportPlan, Site, site_name, sorted_sites
+from cellvim.data.importers import import_plan
+from cellvim.data.importers.import_plan import CellStrip, FileFinder, ImportOptions, ImportPlan, site_name
 from cellvim.data.platemap import read_table
 from cellvim.data.wells import canonical_well
 from cellvim.errors import MetadataError, PlateError, listing
@@ -33,7 +35,7 @@ def plan_single_cells(source: Path, options: ImportOptions) -> ImportPlan:
     PlateError
         There is no such table, or cells are missing or differ in size.
     """
-    path = options.table or _choose_table(source, options.plate_name)
+    path = options.cell_table or _choose_table(source, options.plate_name)
     try:
         table = read_table(path, columns=COLUMNS.__contains__)
     except MetadataError as error:
@@ -43,42 +45,35 @@ def plan_single_cells(source: Path, options: ImportOptions) -> ImportPlan:
         raise PlateError(f"{path} lacks {listing(lacking) if lacking else 'rows'}; expected {listing(COLUMNS)}.")
     parts = table["ID"].str.split("_", expand=True)
     has_parts = parts.shape[1] >= 3
-    if has_parts and parts[0].nunique() > 1:
-        chosen = parts[0] == options.plate_name
-        if not chosen.any():
-            plates = listing(sorted(set(parts[0])), 6)
-            raise PlateError(f"{path} has the plates {plates}; choose one with --plate-name.")
-        table, parts = table[chosen], parts[chosen]
-    by_name: dict[str, list[Path]] = {}
-    for file in sorted(source.rglob("*.npy")):
-        by_name.setdefault(file.name, []).append(file)
-    cells: dict[Site, list[Path]] = {}
+    if has_parts:
+        kept = import_plan.choose_plate(parts[0], options.plate_name, path)
+        table, parts = table[kept], parts[kept]
+    finder = FileFinder(source, sorted(source.rglob("*.npy")))
+    cells: dict[import_plan.Site, list[Path]] = {}
     lost = []
     sites = parts[2] if has_parts else ["1"] * len(table)
     for listed, well, site in zip(table["path"], table["well_loc"], sites, strict=True):
-        *folders, name = listed.replace("\\", "/").split("/")
-        found = by_name.get(name, [])
-        if len(found) > 1:
-            found = [p for p in found if folders and p.parent.name == folders[-1]]
-        if len(found) != 1:
-            lost.append(name)
+        found = None
+        with suppress(PlateError):  # several files have this name
+            found = finder.find(listed, str(PurePosixPath(listed.replace("\\", "/")).parent))
+        if found is None:
+            lost.append(listed.rpartition("/")[2])
             continue
         try:
-            cells.setdefault((canonical_well(well), site_name(str(site))), []).append(found[0])
+            cells.setdefault((canonical_well(well), site_name(str(site))), []).append(found)
         except MetadataError as error:
             raise PlateError(f"{path}: {error}") from error
     if not cells:
         raise PlateError(
             f"{path} lists {len(table)} cells, and none of their files is below {source} ({listing(lost, 2)})."
         )
-    strips = {site: CellStrip(tuple(cells[site])) for site in sorted_sites(cells)}
-    first = read_cell(next(iter(strips.values())).files[0])
+    strips = {site: CellStrip(tuple(cells[site])) for site in import_plan.sorted_sites(cells)}
+    first = read_cell(next(iter(strips.values())).planes[0])
     keys = [f"c{i}" for i in range(len(first))]
     plan = ImportPlan("single_cells", {site: dict.fromkeys(keys, strip) for site, strip in strips.items()}, keys)
     plan.plate_name = str(parts[0].iloc[0]) if has_parts else None
     plan.notes = [f"each field is the cells of one site side by side, {first.shape[1]} px each"]
-    if lost:
-        plan.notes.append(f"{len(lost)} cells of {path.name} have no file and were left out: {listing(lost, 4)}")
+    plan.note_left_out(lost, f"cells of {path.name} have no file")
     return plan
 
 
@@ -113,10 +108,10 @@ def read_cell(path: Path) -> np.ndarray:
 def read_strip(strip: CellStrip) -> np.ndarray:
     """Return the cells of a field side by side: (C, S, n · S)."""
     cells = []
-    for path in strip.files:
+    for path in strip.planes:
         cells.append(read_cell(path))
         if cells[-1].shape != cells[0].shape or cells[-1].dtype != cells[0].dtype:
             raise PlateError(
-                f"{path} is {cells[-1].shape} {cells[-1].dtype}; {strip.files[0].name} is {cells[0].shape}."
+                f"{path} is {cells[-1].shape} {cells[-1].dtype}; {strip.planes[0].name} is {cells[0].shape}."
             )
     return np.concatenate(cells, axis=2)

@@ -67,8 +67,7 @@ def plan_tiff_folder(source: Path, options: ImportOptions) -> ImportPlan:
             f"{files[0].name}. Correct --pattern; ready ones are {listing(PATTERNS)}."
         )
     plan = make_plan(planes, source=source, format="tiff_folder", options=options)
-    if missed:
-        plan.notes.append(f"{len(missed)} TIFF files do not fit the pattern and were left out: {listing(missed, 4)}")
+    plan.note_left_out(missed, "TIFF files do not fit the pattern")
     return plan
 
 
