@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ class Plate:
         return f"<Plate {self.name}: {len(self.wells)} wells, {len(self.fields)} fields>"
 
     def _field(self, well: str, site: str, folder: Location) -> Field:
-        return Field(well, site, folder, plate_path=self.path, **self.selection)
+        return Field(well, site, folder, self.path, **self.selection)
 
     def _read_wells(self, plate: dict[str, Any]) -> None:
         entries = plate.get("wells")
@@ -283,23 +284,17 @@ class Plate:
         return odd
 
 
+@dataclass(eq=False, repr=False)
 class Field:
     """One field of view of a well. Its metadata is read when first used, its pixels by `read`."""
 
-    def __init__(
-        self,
-        well: str,
-        site: str,
-        folder: Location,
-        *,
-        plate_path: str,
-        z: int | str | None = None,
-        t: int | None = None,
-        level: int = 0,
-    ) -> None:
-        self.well, self.site, self.folder = well, site, folder
-        self._plate_path = plate_path
-        self.z, self.t, self.level = z, t, level
+    well: str
+    site: str
+    folder: Location
+    plate_path: str
+    z: int | str | None = None
+    t: int | None = None
+    level: int = 0
 
     def __repr__(self) -> str:
         return f"<Field {self.name}>"
@@ -380,11 +375,8 @@ class Field:
     @cached_property
     def label_names(self) -> list[str]:
         """Names of the field's label images."""
-        try:
-            attributes = read_attributes(self.folder.child("labels"))
-        except PlateError as error:
-            raise self.error(str(error).rstrip(".")) from error
-        return [str(name) for name in _list(_dig(_ome(attributes), "labels"))]
+        ome = _ome(self.read_metadata(read_attributes, self.folder.child("labels")))
+        return [str(name) for name in _list(_dig(ome, "labels"))]
 
     def read_labels(self, name: str) -> np.ndarray:
         """Read a label image at the resolution at which the plate was opened.
@@ -404,11 +396,10 @@ class Field:
         if folder is None:
             raise self.error(f"it has no label image '{name}'; it has {listing(self.label_names)}")
         size = self.layout.height, self.layout.width
-        at = partial(Field, self.well, self.site, folder, plate_path=self._plate_path, z=self.z, t=self.t)
+        stored = replace(self, folder=folder, level=0)
         try:
-            stored = at(level=0)
             while stored.layout.height > size[0] and stored.level + 1 < stored.layout.n_levels:
-                stored = at(level=stored.level + 1)  # the finest level that is not finer than the image
+                stored = replace(stored, level=stored.level + 1)  # the finest level that is not finer than the image
             labels = stored.read()[0]
         except FieldReadError as error:
             raise self.error(f"its labels '{name}': {str(error).partition('unreadable: ')[2].rstrip('.')}") from error
@@ -422,12 +413,19 @@ class Field:
         )
         return labels[rows[:, None], columns]
 
+    def read_metadata(self, read: Callable[..., dict[str, Any] | None], *args: Any) -> dict[str, Any] | None:
+        """Call a function that reads metadata; its errors become errors of the field."""
+        try:
+            return read(*args)
+        except PlateError as error:
+            raise self.error(str(error).rstrip(".")) from error
+
     def error(self, problem: str) -> FieldReadError:
         """Return an error with the name of the field and the problem."""
-        return FieldReadError(f"Field {self.name} of {Path(self._plate_path).name} is unreadable: {problem}.")
+        return FieldReadError(f"Field {self.name} of {Path(self.plate_path).name} is unreadable: {problem}.")
 
     def _channel_indices(self, channels: Sequence[str | int] | None) -> list[int]:
-        names, plate = self.layout.channel_names, Path(self._plate_path).name
+        names, plate = self.layout.channel_names, Path(self.plate_path).name
         if channels is None:
             return list(range(len(names)))
         indices = []
@@ -448,10 +446,7 @@ class _Layout:
 
     def __init__(self, field: Field) -> None:
         self._error = field.error
-        try:
-            attributes = read_attributes(field.folder)
-        except PlateError as error:
-            raise field.error(str(error).rstrip(".")) from error
+        attributes = field.read_metadata(read_attributes, field.folder)
         if attributes is None:
             raise field.error("there is no OME-Zarr image in its folder")
         ome = _ome(attributes)
@@ -467,7 +462,11 @@ class _Layout:
         if folder is None:
             raise field.error(f"its array lies at '{dataset.get('path')}', outside of the field")
         self.folder = folder
-        document = _read_array_metadata(folder, field)
+        document = field.read_metadata(_read_json, folder, "zarr.json") or field.read_metadata(
+            _read_json, folder, ".zarray"
+        )
+        if document is None:
+            raise field.error(f"its array '{folder.name}' does not exist")
         stored_shape, self.dtype = _shape_and_type(document, field)
         self.axes = _axes(multiscale, len(stored_shape), field)
         sizes = dict(zip(self.axes, stored_shape, strict=True))
@@ -501,10 +500,6 @@ class _Layout:
             raise self._error(f"its chunks {array.chunks} are far larger than its pixels")
         return array
 
-    def holds_data(self) -> bool:
-        """Return whether any chunk of the array is stored."""
-        return self.folder.stored_bytes() > 0
-
     def read(
         self, channels: list[int], *, z: int | str | None, t: int | None, out: np.ndarray | None = None
     ) -> np.ndarray:
@@ -513,46 +508,21 @@ class _Layout:
         at: dict[str, Any] = {"y": slice(0, self.height), "x": slice(0, self.width)}
         at["t"] = self._choose("t", self.n_t, t)
         at["z"] = slice(0, self.n_z) if z == "max" else self._choose("z", self.n_z, z)
-        if isinstance(array, ChunkedArray):
-            image = np.empty((len(channels), self.height, self.width), self.dtype) if out is None else out
-            is_empty = self._decode(array, channels, at, image) == 0
-        else:
-            image = self._read_zarr(array, channels, at)
-            if out is not None:
-                out[:] = image
-                image = out
-            is_empty = not image.any()
-        if is_empty and not self.holds_data():
-            # absent chunks read as zeros, as do empty files in Zarr; if there are no others, the field was not written
-            raise self._error("none of its chunks is stored")
-        return image
-
-    def _read_zarr(self, array: Any, channels: list[int], at: dict[str, Any]) -> np.ndarray:
-        kept = [a for a in self.axes if a == "c" or isinstance(at[a], slice)]
-        order = [kept.index(a) for a in ("c", "z", "y", "x") if a in kept]
-
-        def read(c: slice) -> np.ndarray:
-            block = np.asarray(array[tuple(c if a == "c" else at[a] for a in self.axes)]).transpose(order)
-            block = block if "c" in kept else block[None]
-            return block.max(axis=1) if "z" in kept else block
-
-        if "c" not in self.axes or channels == list(range(len(self.channel_names))):
-            return np.ascontiguousarray(read(slice(None)))
-        if not channels:
-            return np.empty((0, self.height, self.width), self.dtype)
-        return np.concatenate([read(slice(c, c + 1)) for c in channels])
-
-    def _decode(self, array: ChunkedArray, channels: list[int], at: dict[str, Any], image: np.ndarray) -> int:
-        """Decode channels into an image, stacks channel by channel; return the number of stored chunks."""
+        order = [self.axes.index(a) for a in "tczyx" if a in self.axes]
 
         def read(target: np.ndarray, c: slice) -> int:
+            """Read a block of channels, and return how many of its chunks are stored (or whether any pixel is)."""
             places = [c if a == "c" else at[a] for a in self.axes]
             ranges = [(p.start, p.stop) if isinstance(p, slice) else (p, p + 1) for p in places]
-            return array.read(ranges, target.reshape([stop - start for start, stop in ranges]))
+            if isinstance(array, ChunkedArray):
+                return array.read(ranges, target.reshape([stop - start for start, stop in ranges]))
+            block = np.asarray(array[tuple(slice(*r) for r in ranges)])
+            target[...] = block.transpose(order).reshape(target.shape)
+            return int(block.any())
 
-        n_stored = 0
-        if isinstance(at["z"], slice):
-            stack = np.empty((self.n_z, self.height, self.width), self.dtype)
+        image = np.empty((len(channels), self.height, self.width), self.dtype) if out is None else out
+        if z == "max":  # stacks are read channel by channel
+            n_stored, stack = 0, np.empty((self.n_z, self.height, self.width), self.dtype)
             for i, c in enumerate(channels):
                 n_stored += read(stack, slice(c, c + 1))
                 stack.max(axis=0, out=image[i])
@@ -560,7 +530,10 @@ class _Layout:
             n_stored = read(image, slice(0, len(channels)))
         else:
             n_stored = sum(read(image[i : i + 1], slice(c, c + 1)) for i, c in enumerate(channels))
-        return n_stored
+        if n_stored == 0 and self.folder.stored_bytes() == 0:
+            # absent chunks read as zeros, as do empty files in Zarr; if there are no others, the field was not written
+            raise self._error("none of its chunks is stored")
+        return image
 
     def _choose(self, axis: str, size: int, chosen: int | str | None) -> int:
         if chosen is None:
@@ -664,16 +637,6 @@ def _image_folders(folder: Location) -> list[str]:
     """Return the sub-folders that are images, in natural order."""
     names = (name for name in folder.folders() if name != "OME")
     return sorted((n for n in names if "multiscales" in _ome(read_attributes(folder.child(n)))), key=natural_key)
-
-
-def _read_array_metadata(folder: Location, field: Field) -> dict[str, Any]:
-    try:
-        document = _read_json(folder, "zarr.json") or _read_json(folder, ".zarray")
-    except PlateError as error:
-        raise field.error(str(error).rstrip(".")) from error
-    if document is None:
-        raise field.error(f"its array '{folder.name}' does not exist")
-    return document
 
 
 def _shape_and_type(document: dict[str, Any], field: Field) -> tuple[tuple[int, ...], np.dtype]:

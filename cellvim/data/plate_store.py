@@ -327,39 +327,19 @@ def _close_sessions() -> None:
 
 @dataclass(frozen=True)
 class ChunkedArray:
-    """An array on disk whose chunks are decoded here; see `plan_chunks`.
-
-    Attributes
-    ----------
-    folder, root
-        Folders of the array and of the plate. A chunk file that is a link out of the plate is refused.
-    shape, dtype
-        As stored.
-    chunks
-        Shape of a compressed chunk.
-    shards
-        Shape of the pixels in one file: one chunk or several.
-    codec
-        ``"zstd"``, ``"blosc"`` or None.
-    separator, prefix
-        Of the file names: ``c/0/0/0``, ``0.0.0``.
-    index_at_end
-        Position of the index in a shard; None without shards.
-    fill
-        Value of absent chunks.
-    """
+    """An array on disk whose chunks are decoded here; see `plan_chunks`."""
 
     folder: Path
-    root: Path
+    root: Path  # folder of the plate: a chunk file that is a link out of it is refused
     shape: tuple[int, ...]
-    dtype: np.dtype
-    chunks: tuple[int, ...]
-    shards: tuple[int, ...]
-    codec: str | None
-    separator: str
-    prefix: str
-    index_at_end: bool | None
-    fill: Any
+    fill: Any  # value of absent chunks
+    dtype: np.dtype  # as stored
+    chunks: tuple[int, ...]  # shape of a compressed chunk
+    shards: tuple[int, ...]  # shape of the pixels in one file: one chunk or several
+    codec: str | None  # "zstd", "blosc" or None
+    separator: str  # in file names: "/" or "."
+    prefix: str = ""  # of file names: "c/"
+    index_at_end: bool | None = None  # position of the index in a shard; None without shards
 
     @property
     def chunk_bytes(self) -> int:
@@ -488,14 +468,10 @@ def refuse_link_out(path: Path, root: Path) -> None:
 
 
 def _read_bytes(file: Any, offset: int, length: int, name: str) -> np.ndarray:
-    content = np.empty(length, np.uint8)
-    view, done = memoryview(content), 0
     file.seek(offset)
-    while done < length:
-        n = file.readinto(view[done:])
-        if not n:
-            raise ChunkError(f"chunk {name} ends before its {length:,} bytes")
-        done += n
+    content = np.fromfile(file, np.uint8, length)
+    if len(content) < length:
+        raise ChunkError(f"chunk {name} ends before its {length:,} bytes")
     return content
 
 
@@ -510,14 +486,14 @@ def plan_chunks(folder: Path, root: Path, document: dict[str, Any]) -> ChunkedAr
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     sizes = (*array.shape, *array.chunks, *array.shards)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 40 for n in sizes):
+    if (
+        not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 40 for n in sizes)
+        or not len(array.shape) == len(array.chunks) == len(array.shards)
+        or any(s % c for s, c in zip(array.shards, array.chunks, strict=True))
+        or math.prod(-(-n // s) for n, s in zip(array.shape, array.shards, strict=True)) > 1 << 20
+    ):
         return None
-    if not len(array.shape) == len(array.chunks) == len(array.shards):
-        return None
-    if any(s % c for s, c in zip(array.shards, array.chunks, strict=True)):
-        return None
-    n_files = math.prod(-(-n // s) for n, s in zip(array.shape, array.shards, strict=True))
-    return array if n_files <= 1 << 20 else None
+    return array
 
 
 def _layout_v3(document: dict[str, Any]) -> dict[str, Any] | None:
@@ -546,21 +522,12 @@ def _layout_v3(document: dict[str, Any]) -> dict[str, Any] | None:
     for order, itemsize in ((codecs[0], dtype.itemsize), *((c, 8) for c in index_codecs[:1])):
         if itemsize > 1 and order.get("configuration", {}).get("endian") != "little":
             return None
-    return {
-        "dtype": dtype,
-        "chunks": chunks,
-        "shards": shards,
-        "codec": codec,
-        "separator": separator,
-        "prefix": f"c{separator}" if naming["name"] == "default" else "",
-        "index_at_end": index_at_end,
-    }
+    layout = {"dtype": dtype, "chunks": chunks, "shards": shards, "codec": codec, "separator": separator}
+    return {**layout, "prefix": f"c{separator}" if naming["name"] == "default" else "", "index_at_end": index_at_end}
 
 
 def _layout_v2(document: dict[str, Any]) -> dict[str, Any] | None:
-    codec = None if document["compressor"] is None else document["compressor"]["id"]
-    dtype = np.dtype(document["dtype"])
-    separator = document.get("dimension_separator", ".")
+    dtype, chunks = np.dtype(document["dtype"]), tuple(document["chunks"])
     if (
         document["zarr_format"] != 2
         or document["order"] != "C"
@@ -568,16 +535,9 @@ def _layout_v2(document: dict[str, Any]) -> dict[str, Any] | None:
         or dtype.newbyteorder("=").name not in _TYPES
     ):
         return None
-    chunks = tuple(document["chunks"])
-    return {
-        "dtype": dtype,
-        "chunks": chunks,
-        "shards": chunks,
-        "codec": codec,
-        "separator": separator,
-        "prefix": "",
-        "index_at_end": None,
-    }
+    codec = None if document["compressor"] is None else document["compressor"]["id"]
+    separator = document.get("dimension_separator", ".")
+    return {"dtype": dtype, "chunks": chunks, "shards": chunks, "codec": codec, "separator": separator}
 
 
 def _fill_value(value: Any, dtype: np.dtype) -> Any:
