@@ -63,6 +63,7 @@ def run(
         Figures, and the machine.
     """
     from benchmarks.timing import machine
+    from cellvim.embedding.encode import with_batch_size
     from cellvim.embedding.options import DEFAULT_MODEL
     from cellvim.embedding.plan import plan_embedding
 
@@ -84,6 +85,7 @@ def run(
             precision=precision,
             batch_size=batch_size,
         )
+        plan = with_batch_size(plan)
         planning_s = time.perf_counter() - start
         crops = _some_crops(plan)
         passes, alone = [], float("inf")
@@ -187,12 +189,12 @@ def _end_to_end(plan: EmbeddingPlan, output: Path) -> dict[str, Any]:
 @contextmanager
 def _timed(plan: EmbeddingPlan, spent: dict[str, float]) -> Iterator[None]:
     """Count the seconds that pass in the model, in writing rows down and in putting them together."""
-    from cellvim.embedding import encode as encoding
     from cellvim.embedding import run
+    from cellvim.embedding.encode import FieldEmbedder
     from cellvim.embedding.ledger import Ledger
 
     places = [
-        (encoding, "_run", "model"),
+        (FieldEmbedder, "encode_batch", "model"),
         (Ledger, "store", "writing rows"),
         (run, "assemble", "putting together"),
     ]
@@ -235,11 +237,11 @@ def _model_alone(plan: EmbeddingPlan, crops: Any, n: int) -> float:
 
 def _encoder_of(plan: EmbeddingPlan) -> Callable[[Any], list[Any]]:
     """Return what turns a batch into features, as the embedding does."""
-    from cellvim.embedding.encode import _lower, _run
-    from cellvim.models.graphs import replayed
+    from cellvim.embedding.encode import FieldEmbedder
 
-    features_of = replayed(plan.model, autocast=_lower(plan)).forward_features
-    return lambda batch: _run(plan, plan.plates[0], batch, features_of)
+    embedder = FieldEmbedder(plan)
+    features_of = embedder.features_of()
+    return lambda batch: embedder.encode_batch(plan.plates[0], batch, features_of)
 
 
 def _effect_of_bfloat16(plan: EmbeddingPlan, crops: Any) -> dict[str, float]:

@@ -345,7 +345,7 @@ def embed(plates: list[str], *, output: str = "embeddings.zarr", per_plate: bool
     **options
         See `EmbeddingOptions` and `RunOptions`.
     """
-    from cellvim.embedding import embed_plates
+    from cellvim.embedding.run import embed_plates
 
     if options["devices"]:
         options["device"] = options["devices"][0]
@@ -523,7 +523,7 @@ def attribute(
     """
     from cellvim.attribution.crop import explain_crop
     from cellvim.attribution.picture import check_picture, save_picture
-    from cellvim.embedding import plan_embedding
+    from cellvim.embedding.plan import plan_embedding
 
     check_picture(output, overwrite=overwrite)
     plan = plan_embedding(plate, **{name: options.pop(name) for name in ATTRIBUTE_OPTIONS})

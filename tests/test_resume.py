@@ -24,6 +24,7 @@ import cellvim
 from cellvim.cli import main
 from cellvim.embedding import plan_embedding, run_embedding
 from cellvim.embedding import run as embedding
+from cellvim.embedding.encode import FieldEmbedder
 from cellvim.errors import InputError, Interrupted, OutputError
 
 CHANNELS = ["GFP", "DNA"]
@@ -216,12 +217,13 @@ def test_the_batch_size_of_an_interrupted_run_is_used_if_it_matters(plan):
     """On a GPU, where the free memory determines the batch size, and the batch size the last digits."""
     from dataclasses import replace
 
-    assert plan.batch_size_is_automatic and plan.identity["batch_size"] == "any"
-    assert embedding.with_batch_size_of(None, plan) is plan
-    assert embedding.with_batch_size_of({"identity": plan.identity}, plan) is plan
+    assert plan.batch_size is None and plan.identity["batch_size"] == "any"
+    automatic = embedding.with_batch_size_of(None, plan).batch_size
+    assert 1 <= automatic <= 64
+    assert embedding.with_batch_size_of({"identity": plan.identity}, plan).batch_size == automatic
     other = {"identity": {**plan.identity, "batch_size": 7}}
     assert embedding.with_batch_size_of(other, plan).batch_size == 7
-    named = replace(plan, batch_size=3, batch_size_is_automatic=False)
+    named = replace(plan, batch_size=3)
     assert embedding.with_batch_size_of(other, named).batch_size == 3
 
 
@@ -281,7 +283,7 @@ class TestParallel:
         from dataclasses import replace
 
         packed = replace(plan, device="cpu:0", batch_size=4)
-        rows = np.concatenate([rows.embeddings for _, rows in packed.embed(packed.all_keys())])
+        rows = np.concatenate([rows.embeddings for _, rows in FieldEmbedder(packed).embed(packed.all_keys())])
         np.testing.assert_array_equal(rows, anndata.read_zarr(whole).X)
 
     @pytest.mark.slow

@@ -8,7 +8,6 @@ rows is the plan's ``identity``, by which an unfinished run is recognised.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -40,7 +39,7 @@ from cellvim.errors import FieldReadError, InputError, ModelError, OutputError, 
 
 if TYPE_CHECKING:
     from cellvim.data.illumination import Illumination
-    from cellvim.embedding.ledger import Key, Rows
+    from cellvim.embedding.ledger import Key
     from cellvim.models.encoder import Encoder
 
 SEGMENTED = ("nuclei", "cells", "cellpose")  # sources of cells that require a nuclear channel
@@ -202,9 +201,8 @@ class EmbeddingPlan:
         Encoder on the device, its name, and whether its weights are trained.
     input_px
         Side of the model's input; None if fields are embedded at their own resolution.
-    batch_size, batch_size_is_automatic
-        Number of crops per batch. If it was chosen from the available memory, an unfinished run's size takes precedence
-        where the rows depend on it.
+    batch_size
+        Number of crops per batch; None if it is chosen when the run starts, see `cellvim.embedding.encode`.
     device, precision
         Device, and float32 or bfloat16.
     class_names
@@ -220,7 +218,7 @@ class EmbeddingPlan:
     model_name: str
     trained: bool
     input_px: int | None
-    batch_size: int
+    batch_size: int | None
     device: str
     precision: str
     seed: int
@@ -228,7 +226,6 @@ class EmbeddingPlan:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tokens: bool = False
-    batch_size_is_automatic: bool = False
 
     @property
     def plate(self) -> Plate:
@@ -269,22 +266,6 @@ class EmbeddingPlan:
         """Return the names of a field's plate and of the field."""
         plate = self.plates[key[0]]
         return plate.name, plate.fields[key[1]].name
-
-    def on(self, device: str, *, threads: int | None = None) -> EmbeddingPlan:
-        """Return the plan for another device; ``threads`` sets the number of compute threads of this process."""
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
-        if device == self.device:
-            return self
-        return replace(self, model=copy.deepcopy(self.model).to(device), device=device)
-
-    def embed(self, keys: Iterable[Key], *, threads: int = 2) -> Iterator[tuple[Key, Rows | str]]:
-        """Yield each field's rows, or the reason why it failed, see `cellvim.embedding.encode.embed_fields`."""
-        from cellvim.embedding.encode import embed_fields
-
-        return embed_fields(self, keys, threads=threads)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -370,7 +351,7 @@ def make_plan(plates: Plates, options: EmbeddingOptions, *, cache: str | Path | 
         cache=cache,
     )
     precision = _usable_precision(options.precision, device)
-    plan = EmbeddingPlan(
+    return EmbeddingPlan(
         plates=tuple(plans),
         options={**options.record(), "model": model_name, "precision": precision},
         unit=options.unit,
@@ -378,7 +359,7 @@ def make_plan(plates: Plates, options: EmbeddingOptions, *, cache: str | Path | 
         model_name=model_name,
         trained=bool(encoder.is_trained),
         input_px=input_px,
-        batch_size=options.batch_size or 1,
+        batch_size=1 if options.unit == "field" else options.batch_size,
         device=device,
         precision=precision,
         seed=options.seed,
@@ -387,13 +368,6 @@ def make_plan(plates: Plates, options: EmbeddingOptions, *, cache: str | Path | 
         notes=tuple(_differences_to_training(encoder, model_name, plans, options.unit, input_px)),
         tokens=options.tokens,
     )
-    if options.unit == "field":
-        return replace(plan, batch_size=1)
-    if options.batch_size is not None:
-        return plan
-    from cellvim.embedding.encode import automatic_batch_size
-
-    return replace(plan, batch_size=automatic_batch_size(plan), batch_size_is_automatic=True)
 
 
 def inspect_plates(plates: Plates, options: PlateOptions) -> list[PlateSummary]:

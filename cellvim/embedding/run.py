@@ -11,11 +11,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from dataclasses import field as default
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cellvim.embedding.encode import FieldEmbedder, with_batch_size
 from cellvim.embedding.ledger import (
     MARKER,
     Failure,
@@ -195,8 +196,8 @@ def run_embedding(
     run = RunOptions(**options)
     format = format_of(output, run.format)
     shard = None if run.shard is None else Shard.parse(run.shard)
+    plan = with_batch_size_of(None if run.overwrite else read_run(ledger_storage(output)), plan)
     if not run.overwrite:
-        plan = with_batch_size_of(read_run(ledger_storage(output)), plan)
         manifest = finished_before(output, identity_digest(plan.identity), shard=shard is not None)
         if manifest is not None and manifest.get("format", format) == format:
             return _summarize_manifest(plan, output, manifest)
@@ -272,12 +273,13 @@ def _embed_fields(
     isolated: bool,
 ) -> Iterator[FieldResult]:
     """Embed the remaining fields where the options say; with ``isolated``, not in this process in any case."""
+    embedder = FieldEmbedder(plan)
     if run.engine == "ray":
-        return embed_on_ray(plan, ledger, remaining, workers=run.workers, address=run.address)
+        return embed_on_ray(embedder, ledger, remaining, workers=run.workers, address=run.address)
     n_workers = max(run.workers, len(devices))
     if n_workers > 1 or isolated:
-        return embed_in_processes(plan, ledger, remaining, workers=n_workers, devices=devices)
-    return embed_here(plan.on(devices[0]), ledger, remaining)
+        return embed_in_processes(embedder, ledger, remaining, workers=n_workers, devices=devices)
+    return embed_here(embedder.on(devices[0]), ledger, remaining)
 
 
 def _follow(
@@ -403,6 +405,7 @@ def embed_plates(
     for source in plates:
         plan = make_plan(source, options, cache=cache_folder(f"{output}/plates"))
         target = f"{output}/{plan.plates[0].name}.{suffix}"
+        plan = with_batch_size_of(None if run.overwrite else read_run(ledger_storage(target)), plan)
         manifest = None if run.overwrite else finished_before(target, identity_digest(plan.identity), shard=True)
         if manifest is not None:
             yield _summarize_manifest(plan, target, manifest)
@@ -443,7 +446,7 @@ def embed_field(plan: EmbeddingPlan, field: Field) -> tuple[np.ndarray, pd.DataF
         The field cannot be embedded.
     """
     key = next(key for key in plan.all_keys() if plan.plates[key[0]].fields[key[1]] is field)
-    [(_, rows)] = plan.embed([key], threads=1)
+    [(_, rows)] = FieldEmbedder(plan).embed([key], threads=1)
     if not isinstance(rows, Rows):
         raise FieldReadError(rows)
     return rows.embeddings, rows.objects, rows.spatial
@@ -455,8 +458,6 @@ def cache_folder(output: str | Path) -> Path | None:
 
 
 def with_batch_size_of(run: Mapping[str, Any] | None, plan: EmbeddingPlan) -> EmbeddingPlan:
-    """Return the plan with the batch size of an interrupted run: on a GPU the rows depend on it."""
+    """Return the plan with a batch size: that of an interrupted run if the rows depend on it, as on a GPU."""
     size = None if run is None else run["identity"].get("batch_size")
-    if not plan.batch_size_is_automatic or not isinstance(size, int):
-        return plan
-    return replace(plan, batch_size=size)
+    return with_batch_size(plan, size if isinstance(size, int) else None)

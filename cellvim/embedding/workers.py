@@ -35,6 +35,7 @@ from cellvim.embedding.ledger import TRIES, Failure, Key, Ledger, Rows
 from cellvim.errors import CellvimError, InputError
 
 if TYPE_CHECKING:
+    from cellvim.embedding.encode import FieldEmbedder
     from cellvim.embedding.plan import EmbeddingPlan
 
 MAX_FAILED_STARTS = 3  # consecutive workers that die before they are ready
@@ -132,13 +133,15 @@ class RemainingFields:
 Keys = RemainingFields | Sequence[Key]
 
 
-def embed_here(plan: EmbeddingPlan, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2) -> Iterator[FieldResult]:
+def embed_here(
+    embedder: FieldEmbedder, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2
+) -> Iterator[FieldResult]:
     """Embed fields in this process; those that fail are tried again after all others.
 
     Parameters
     ----------
-    plan, ledger
-        The run.
+    embedder, ledger
+        The plan of the run with its model, and the ledger that rows are stored in.
     keys
         Fields to embed, consumed as needed.
     threads
@@ -151,34 +154,34 @@ def embed_here(plan: EmbeddingPlan, ledger: Ledger, keys: Iterable[Key], *, thre
     """
     for attempt in range(1, TRIES + 1):
         again: list[Key] = []
-        for result in _embed_and_store(plan, ledger, keys, attempt, threads):
+        for result in _embed_and_store(embedder, ledger, keys, attempt, threads):
             again += [] if result.final else [result.key]
             yield result
         keys = again
 
 
 def _embed_and_store(
-    plan: EmbeddingPlan, ledger: Ledger, keys: Iterable[Key], attempt: int, threads: int
+    embedder: FieldEmbedder, ledger: Ledger, keys: Iterable[Key], attempt: int, threads: int
 ) -> Iterator[FieldResult]:
-    for key, result in plan.embed(keys, threads=threads):
+    for key, result in embedder.embed(keys, threads=threads):
         if isinstance(result, Rows):
             ledger.store(key, result)
             yield FieldResult(key, len(result))
         elif attempt < TRIES:
             yield FieldResult(key, reason=result, final=False)
         else:
-            ledger.add_failure(key, Failure(*plan.field_name(key), result, attempt))
+            ledger.add_failure(key, Failure(*embedder.field_name(key), result, attempt))
             yield FieldResult(key, reason=result)
 
 
 def embed_in_processes(
-    plan: EmbeddingPlan, ledger: Ledger, keys: Keys, *, workers: int, devices: Sequence[str]
+    embedder: FieldEmbedder, ledger: Ledger, keys: Keys, *, workers: int, devices: Sequence[str]
 ) -> Iterator[FieldResult]:
     """Embed fields in spawned processes of this machine.
 
     Parameters
     ----------
-    plan, ledger, keys
+    embedder, ledger, keys
         As in `embed_here`.
     workers
         Number of processes.
@@ -190,14 +193,14 @@ def embed_in_processes(
     CellvimError
         A worker met an error that concerns all fields, such as a full disk, or workers cannot be started.
     """
-    job = pickle.dumps((plan.on("cpu"), ledger))  # once: it contains the weights
+    job = pickle.dumps((embedder.on("cpu"), ledger))  # once: it contains the weights
     threads = max(1, (os.cpu_count() or 1) // workers)
     device = cycle(devices)
-    yield from _Team(plan, ledger, keys, workers, lambda: ProcessWorker(job, next(device), threads)).run()
+    yield from _Team(embedder, ledger, keys, workers, lambda: ProcessWorker(job, next(device), threads)).run()
 
 
 def embed_on_ray(
-    plan: EmbeddingPlan,
+    embedder: FieldEmbedder,
     ledger: Ledger,
     keys: Keys,
     *,
@@ -208,7 +211,7 @@ def embed_on_ray(
 
     Parameters
     ----------
-    plan, ledger, keys
+    embedder, ledger, keys
         As in `embed_here`.
     workers
         Number of actors.
@@ -238,13 +241,13 @@ def embed_on_ray(
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"Ray cannot be reached at {address or 'this machine'}: {reason}") from error
     try:
-        device = getattr(plan, "device", "cpu")
+        device = embedder.device
         on_gpu = device.startswith("cuda")
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0} | ({"num_gpus": 1} if on_gpu else {})
         actor = ray.remote(**options)(Embedder)
-        job = ray.put(pickle.dumps((plan.on("cpu"), ledger)))
+        job = ray.put(pickle.dumps((embedder.on("cpu"), ledger)))
         device = "cuda" if on_gpu else device  # Ray makes one GPU visible to each actor
-        yield from _Team(plan, ledger, keys, workers, lambda: RayWorker(actor, job, device, os.getcwd())).run()
+        yield from _Team(embedder, ledger, keys, workers, lambda: RayWorker(actor, job, device, os.getcwd())).run()
     finally:
         if started_here:
             ray.shutdown()
@@ -255,24 +258,24 @@ class WorkerDiedError(Exception):
 
 
 class Embedder:
-    """Runs in a worker: holds the plan with its model, and embeds the fields that are submitted."""
+    """Runs in a worker: holds the embedder with its model, and embeds the fields that are submitted."""
 
     def __init__(self, job: bytes, device: str, threads: int, folder: str | None = None) -> None:
         self.job, self.device, self.threads, self.folder = job, device, threads, folder
 
     def load(self) -> None:
-        """Load the plan, and move the model to its device."""
+        """Load the embedder, and move the model to its device."""
         if self.folder is not None:  # paths of plates may be relative
             with suppress(OSError):
                 os.chdir(self.folder)
-        plan, self.ledger = pickle.loads(self.job)
-        self.plan = plan.on(self.device, threads=self.threads)
+        embedder, self.ledger = pickle.loads(self.job)
+        self.embedder = embedder.on(self.device, threads=self.threads)
 
     def embed(self, keys: Sequence[Key], attempt: int) -> tuple[list[FieldResult], float]:
         """Embed fields and write their rows; return the results and the duration in seconds."""
         start = time.perf_counter()
         try:
-            results = list(_embed_and_store(self.plan, self.ledger, keys, attempt, threads=1))
+            results = list(_embed_and_store(self.embedder, self.ledger, keys, attempt, threads=1))
         except MemoryError:
             os._exit(137)  # as if the system had killed the process
         return results, time.perf_counter() - start
@@ -355,13 +358,13 @@ class _Team:
 
     def __init__(
         self,
-        plan: EmbeddingPlan,
+        embedder: FieldEmbedder,
         ledger: Ledger,
         keys: Keys,
         n_workers: int,
         start: Callable[[], Worker],
     ) -> None:
-        self.plan, self.ledger, self.n_workers, self.start = plan, ledger, n_workers, start
+        self.embedder, self.ledger, self.n_workers, self.start = embedder, ledger, n_workers, start
         self.n_left = len(keys)
         self.keys = iter(keys)
         self.next_key = next(self.keys, None)
@@ -453,8 +456,8 @@ class _Team:
                 yield from results
             except WorkerDiedError as error:
                 self._stop_worker(worker)
-                reason = f"Field {self.plan.field_name(key)[1]}: {error} while it was embedded, twice."
-                self.ledger.add_failure(key, Failure(*self.plan.field_name(key), reason))
+                reason = f"Field {self.embedder.field_name(key)[1]}: {error} while it was embedded, twice."
+                self.ledger.add_failure(key, Failure(*self.embedder.field_name(key), reason))
                 yield FieldResult(key, reason=reason)
 
     def _start_isolated(self) -> Worker:

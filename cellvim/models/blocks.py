@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellvim import ops
+import cellvim.ops as ops
 from cellvim.models.config import EncoderConfig
 from cellvim.ops import reference
 from cellvim.ops.scan_plan import ScanPlan

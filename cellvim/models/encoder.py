@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cellvim import ops
+import cellvim.ops as ops
 from cellvim.errors import InputError, ModelError, listing
 from cellvim.models.blocks import ATTENTION_EPS, AttentionBlock, Block, Norm
 from cellvim.models.checkpoints import Pretrained

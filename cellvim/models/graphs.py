@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cellvim import ops
+import cellvim.ops as ops
 from cellvim.errors import BackendError, ModelError
 from cellvim.models.encoder import Encoder
 from cellvim.models.patch_embed import Channels, resolve_channels

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellvim import ops
+import cellvim.ops as ops
 from cellvim.errors import InputError, ModelError
 from cellvim.models.blocks import Block, Norm
 from cellvim.models.checkpoints import load_strictly

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellvim import ops
+import cellvim.ops as ops
 from cellvim.channels import match_channels
 from cellvim.errors import ChannelError, InputError
 from cellvim.models.config import EncoderConfig
