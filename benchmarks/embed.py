@@ -266,7 +266,7 @@ def _some_crops(plan: EmbeddingPlan) -> Any:
     """Return the crops of some fields, on the device and of the model's size."""
     import torch
 
-    from cellvim.data.crops import resize_on_device, stream_crops
+    from cellvim.data.crops import resize_crops, stream_crops
 
     plate = plan.plates[0]
     cut = stream_crops(
@@ -279,7 +279,7 @@ def _some_crops(plan: EmbeddingPlan) -> Any:
         extra_channels=plate.extra_channels,
     )
     found = [c.crops for c in cut if c.failed is None and len(c.crops)]
-    return resize_on_device(torch.cat(found), plan.input_px)
+    return resize_crops(torch.cat(found), plan.input_px)
 
 
 def _wait_for(device: str) -> None:

@@ -94,13 +94,15 @@ def test_positions_are_micrometres_in_x_and_y(adata, plate_path):
 
 def test_channels_meet_the_model_by_name(adata, plate_path, encoder):
     """The plate has (GFP, Hoechst), the model (DNA, GFP, Mito): crops are looked up and embedded by hand."""
-    from cellvim.data.crops import cut_crops
+    from cellvim.data.crops import cut_crops, place_windows
     from cellvim.data.intensity import estimate_intensity_scale
 
     plate = cellvim.open_plate(plate_path)
     centers = adata.obsm["spatial"][:5, ::-1] / 0.5
     scale = estimate_intensity_scale(plate, ["Hoechst", "GFP"], seed=0)
-    crops = torch.from_numpy(cut_crops(scale.apply(plate.fields[0].read(["Hoechst", "GFP"])), centers, 32))
+    image = scale.apply(plate.fields[0].read(["Hoechst", "GFP"]))
+    first, _ = place_windows(centers, 32, image.shape[1:])
+    crops = torch.from_numpy(cut_crops(image, first, 32))
     with torch.inference_mode():
         right = encoder.forward_features(crops, channels=[0, 1]).numpy()
         wrong = encoder.forward_features(crops, channels=[1, 0]).numpy()

@@ -61,7 +61,7 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
     FieldReadError
         The field's pixels cannot be read.
     """
-    from cellvim.data.crops import resize_on_device, stream_crops
+    from cellvim.data.crops import resize_crops, stream_crops
     from cellvim.data.wells import canonical_well
 
     well = canonical_well(well)
@@ -102,7 +102,7 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
             f"Field {field.name} has no {plan.unit} number {number}; it has {numbers.min()} to {numbers.max()}."
         )
     crop = cut.crops[place : place + 1]
-    crop = crop if plan.input_px is None else resize_on_device(crop, plan.input_px)
+    crop = crop if plan.input_px is None else resize_crops(crop, plan.input_px)
     pixel = plate.cutting.um_per_px or field.pixel_size_um
     if pixel is not None and plate.crop_px is not None:
         pixel *= plate.crop_px / plan.input_px

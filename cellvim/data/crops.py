@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numba import njit
 
 from cellvim.errors import ChannelError, FieldReadError, InputError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cellvim.data.plate import Field
 
 BORDERS = ("pad", "reflect", "shift", "drop")
+_COMPILING = Lock()
 
 
 @dataclass(frozen=True)
@@ -191,33 +193,19 @@ def tile_centers(height: int, width: int, size_px: int, stride_px: int | None = 
     return np.stack([y.ravel(), x.ravel()], axis=1).astype(np.float64) + size_px // 2
 
 
-def _compile(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile with numba at the first call; the machine code is cached on disk if a folder for it is writable."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found neither this folder nor the user's cache folder writable
-        return njit(nogil=True)(function)
+def _window_pixels(first: torch.Tensor, size_px: int, length: int, border: str) -> torch.Tensor:
+    """Return (n, S) the pixels that windows starting at ``first`` (n,) read along one axis of a field; -1 for none."""
+    pixels = first[:, None] + torch.arange(size_px, device=first.device)
+    if border == "reflect":  # the edge pixel twice: NumPy's ``symmetric``
+        pixels = pixels % (2 * length)
+        return pixels.minimum(2 * length - 1 - pixels)
+    return pixels.masked_fill((pixels < 0) | (pixels >= length), -1)
 
 
-@njit(nogil=True)
-def _mirrored(index: Any, length: Any) -> Any:
-    """Map an index outside of a field into it, the edge pixels twice: NumPy's ``symmetric``."""
-    index = index % (2 * length)
-    return min(index, 2 * length - 1 - index)
-
-
-@njit(nogil=True)
-def _scaled(value: Any, low: np.float32, factor: np.float32, ceiling: np.float32) -> np.float32:
-    value = (np.float32(value) - low) * factor
-    value = value if value > np.float32(0) else np.float32(0)  # 0 for NaN as well
-    return value if value < ceiling else ceiling
-
-
-@_compile
 def _fill_windows(
     image: np.ndarray,
-    first: np.ndarray,
-    mirror: bool,
+    rows: np.ndarray,
+    columns: np.ndarray,
     low: np.ndarray,
     factor: np.ndarray,
     ceiling: np.float32,
@@ -226,67 +214,118 @@ def _fill_windows(
     out: np.ndarray,
 ) -> None:
     """Fill ``out`` (n, C, S, S) from ``image`` (C, H, W); empty ``low`` or ``labels`` skip the scaling or masking."""
-    n_channels, height, width = image.shape
+    # Unsigned indices: numba would test signed ones for being negative, which prevents vectorization.
     size = out.shape[-1]
-    for n in range(len(first)):
-        y0, x0 = first[n]
-        begin, end = min(max(-x0, 0), size), max(min(width - x0, size), 0)  # the columns inside the field
-        if end - begin < size or y0 < 0 or y0 + size > height:
+    is_foreign = np.zeros((size, size), np.bool_)
+    for n in range(len(rows)):
+        inside = np.flatnonzero(columns[n] >= 0)
+        if len(inside) < size or rows[n].min() < 0:
             out[n] = 0
-        # Unsigned indices: numba would test signed ones for being negative, which prevents vectorization.
-        own = numbers[n] if labels.size else 0
-        columns, shift = (np.uintp(begin), np.uintp(end)), np.uintp(x0)
-        for c in range(n_channels):
+        if not len(inside):
+            continue
+        begin, end = np.uintp(inside[0]), np.uintp(inside[-1] + 1)
+        shift = np.uintp(columns[n, inside[0]] - inside[0])
+        is_mirrored = columns[n, inside[-1]] - columns[n, inside[0]] != inside[-1] - inside[0]
+        if labels.size:
+            own = numbers[n]
             for i in range(size):
-                y = _mirrored(y0 + i, height) if mirror else y0 + i
-                if y < 0 or y >= height:
+                y = np.uintp(max(rows[n, i], 0))
+                for j in range(begin, end):
+                    label = labels[y, np.uintp(columns[n, j])]
+                    is_foreign[i, j] = (label != 0) & (label != own)
+        for c in range(len(image)):
+            for i in range(size):
+                if rows[n, i] < 0:
                     continue
-                row = np.uintp(y)
+                y = np.uintp(rows[n, i])
+                if is_mirrored:
+                    for j in range(begin, end):
+                        out[n, c, i, j] = image[c, y, np.uintp(columns[n, j])]
+                else:
+                    for j in range(begin, end):
+                        out[n, c, i, j] = image[c, y, shift + j]
                 if low.size:
                     low_c, factor_c = low[c], factor[c]
-                    for j in range(columns[0], columns[1]):
-                        out[n, c, i, j] = _scaled(image[c, row, shift + j], low_c, factor_c, ceiling)
-                else:
-                    for j in range(columns[0], columns[1]):
-                        out[n, c, i, j] = image[c, row, shift + j]
+                    for j in range(begin, end):
+                        value = (out[n, c, i, j] - low_c) * factor_c
+                        value = value if value > np.float32(0) else np.float32(0)  # 0 for NaN as well
+                        out[n, c, i, j] = value if value < ceiling else ceiling
                 if labels.size:
-                    for j in range(columns[0], columns[1]):
-                        if (labels[row, shift + j] != 0) & (labels[row, shift + j] != own):
-                            out[n, c, i, j] = 0
-                if mirror and end - begin < size:
-                    for j in range(size):
-                        if begin <= j < end:
-                            continue
-                        x = _mirrored(x0 + j, width)
-                        if labels.size and labels[y, x] != 0 and labels[y, x] != own:
-                            out[n, c, i, j] = 0
-                        elif low.size:
-                            out[n, c, i, j] = _scaled(image[c, y, x], low[c], factor[c], ceiling)
-                        else:
-                            out[n, c, i, j] = image[c, y, x]
+                    for j in range(begin, end):
+                        out[n, c, i, j] = 0 if is_foreign[i, j] else out[n, c, i, j]
 
 
-def _cut(
+@cache
+def _compiled_fill() -> Callable[..., None]:
+    """Compile `_fill_windows` at its first call; numba caches the machine code on disk if a folder is writable."""
+    from numba import njit
+
+    try:
+        return njit(nogil=True, cache=True)(_fill_windows)
+    except RuntimeError:  # numba found neither this folder nor the user's cache folder writable
+        return njit(nogil=True)(_fill_windows)
+
+
+def cut_crops(
     image: np.ndarray,
     first: np.ndarray,
-    out: np.ndarray,
-    scale: IntensityScale | None,
-    border: str,
-    labels: np.ndarray | None,
-    numbers: np.ndarray | None,
+    size_px: int,
+    scale: IntensityScale | None = None,
+    *,
+    border: str = "pad",
+    labels: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Check and convert the arguments of `_fill_windows`, and return ``out`` filled."""
+    """Cut windows from a field on the CPU and scale them, reading and writing each pixel once.
+
+    The result equals that of scaling the entire field first. Runs in the calling thread without holding the GIL, so
+    that several threads can cut at once.
+
+    Parameters
+    ----------
+    image
+        (C, H, W), any numeric type.
+    first
+        (n, 2) top left pixels from `place_windows`.
+    size_px
+        S.
+    scale
+        Scale of these C channels; None keeps the intensities.
+    border
+        ``reflect`` mirrors the field beyond its edge; anything else fills with 0.
+    labels, numbers
+        (H, W) and (n,): pixels of other cells than the window's own become 0.
+
+    Returns
+    -------
+    np.ndarray
+        (n, C, S, S) float32, contiguous.
+
+    Raises
+    ------
+    ValueError
+        A shape does not fit.
+    """
+    if image.ndim != 3 or size_px < 1:
+        raise ValueError(f"expected an image (C, H, W) and a size of at least 1, not {image.shape} and {size_px}")
     low, factor = (np.empty(0, np.float32),) * 2 if scale is None else scale.low_and_factor()
     if low.size and low.shape != (len(image),):
         raise ValueError(f"the scale has {low.size} channels, the image {len(image)}")
     if labels is None:
-        labels, numbers = np.empty((0, 0), np.int32), np.empty(0, np.int32)
+        labels, numbers = np.empty((0, 0)), np.empty(0)
     elif labels.shape != image.shape[1:] or numbers is None or len(numbers) != len(first):
         raise ValueError("masking neighbours needs labels of the field's size and one number per window")
+    if image.dtype not in (np.uint8, np.uint16, np.int16, np.float32):  # compile no more variants than these
+        image = image.astype(np.float32)
+    places = torch.from_numpy(np.asarray(first, np.int64)).T
+    rows, columns = (
+        _window_pixels(*pair, border).numpy() for pair in zip(places, (size_px,) * 2, image.shape[1:], strict=True)
+    )
+    out = np.empty((len(first), len(image), size_px, size_px), np.float32)
     arguments = (
         np.ascontiguousarray(image),
-        np.ascontiguousarray(first, np.int64),
-        border == "reflect",
+        rows,
+        columns,
         low,
         factor,
         np.float32(0 if scale is None else scale.ceiling),
@@ -294,91 +333,13 @@ def _cut(
         np.ascontiguousarray(numbers, np.int32),
         out,
     )
+    with _COMPILING:
+        fill = _compiled_fill()
     try:
-        _fill_windows(*arguments)
+        fill(*arguments)
     except OSError:  # the disk of numba's cache is full; the function itself has been compiled
-        _fill_windows(*arguments)
+        fill(*arguments)
     return out
-
-
-def cut_crops(
-    image: np.ndarray,
-    centers: np.ndarray,
-    size_px: int,
-    *,
-    border: str = "pad",
-    labels: np.ndarray | None = None,
-    numbers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Cut one window around each center; pixels outside of the field are zero.
-
-    Parameters
-    ----------
-    image
-        (C, H, W), any numeric type.
-    centers, size_px
-        See `place_windows`.
-    border
-        One of `BORDERS`. With ``drop`` there may be fewer crops than centers; `place_windows` returns which.
-    labels
-        (H, W) integers: pixels of other cells than the crop's own become 0.
-    numbers
-        (n,) label of each crop's cell.
-
-    Returns
-    -------
-    np.ndarray
-        (n, C, S, S), contiguous, of the image's type.
-
-    Raises
-    ------
-    ValueError
-        A shape does not fit, or a center is not finite.
-    """
-    if image.ndim != 3 or size_px < 1:
-        raise ValueError(f"expected an image (C, H, W) and a size of at least 1, not {image.shape} and {size_px}")
-    first, kept = place_windows(centers, size_px, image.shape[1:], border=border)
-    if numbers is not None and len(numbers) == len(kept):
-        numbers = np.asarray(numbers)[kept]
-    crops = np.empty((len(first), len(image), size_px, size_px), image.dtype)
-    pixels = np.dtype(f"u{image.itemsize}")  # an integer of that size, so that byte orders and half floats work too
-    _cut(np.ascontiguousarray(image).view(pixels), first, crops.view(pixels), None, border, labels, numbers)
-    return crops
-
-
-def cut_and_scale(
-    image: np.ndarray,
-    first: np.ndarray,
-    size_px: int,
-    scale: IntensityScale | None,
-    *,
-    border: str = "pad",
-    labels: np.ndarray | None = None,
-    numbers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Cut windows from a stored field on the CPU and scale them, reading and writing each pixel once.
-
-    The result equals that of scaling the entire field before `cut_crops`. Runs in the calling thread without holding
-    the GIL, so that several threads can cut at once.
-
-    Parameters
-    ----------
-    image
-        (C, H, W) in the stored type.
-    first, size_px, border, labels, numbers
-        As in `cut_on_device`, as arrays.
-    scale
-        Scale of these C channels; None keeps stored intensities.
-
-    Returns
-    -------
-    np.ndarray
-        (n, C, S, S) float32.
-    """
-    if image.dtype not in (np.uint8, np.uint16, np.int16, np.float32):  # compile no more variants than these
-        image = image.astype(np.float32)
-    out = np.empty((len(first), len(image), size_px, size_px), np.float32)
-    return _cut(image, first, out, scale, border, labels, numbers)
 
 
 def cut_on_device(
@@ -390,47 +351,18 @@ def cut_on_device(
     labels: torch.Tensor | None = None,
     numbers: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cut windows from a field on its device with a single gather.
-
-    Parameters
-    ----------
-    image
-        (C, H, W).
-    first
-        (n, 2) int64 top left pixels from `place_windows`, on the same device.
-    size_px
-        S.
-    border
-        ``reflect`` mirrors the field beyond its edge; anything else fills with 0.
-    labels, numbers
-        (H, W) and (n,): pixels of other cells than the window's own become 0.
-
-    Returns
-    -------
-    torch.Tensor
-        (n, C, S, S), equal to the result of `cut_crops`.
-    """
+    """Cut windows from a field on its device with a single gather; see `cut_crops`, whose result it equals."""
     n_channels, height, width = image.shape
     if not len(first):
         return image.new_empty((0, n_channels, size_px, size_px))
-    offset = torch.arange(size_px, device=image.device)
-    y, x = first[:, :1] + offset, first[:, 1:] + offset  # (n, S)
-    blank = None
-    if border == "reflect":
-        y, x = y % (2 * height), x % (2 * width)
-        y, x = y.minimum(2 * height - 1 - y), x.minimum(2 * width - 1 - x)
-    else:
-        out_y, out_x = (y < 0) | (y >= height), (x < 0) | (x >= width)
-        if bool(out_y.any()) or bool(out_x.any()):
-            blank = out_y[:, :, None] | out_x[:, None, :]  # (n, S, S)
-        y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    index = y[:, :, None] * width + x[:, None, :]  # (n, S, S)
+    y, x = _window_pixels(first[:, 0], size_px, height, border), _window_pixels(first[:, 1], size_px, width, border)
+    blank = (y < 0)[:, :, None] | (x < 0)[:, None, :]  # (n, S, S)
+    index = y.clamp(min=0)[:, :, None] * width + x.clamp(min=0)[:, None, :]
     crops = image.reshape(n_channels, -1)[:, index.reshape(-1)].reshape(n_channels, *index.shape).transpose(0, 1)
     if labels is not None:
         found = labels.reshape(-1)[index]
-        foreign = (found != 0) & (found != numbers[:, None, None])
-        blank = foreign if blank is None else blank | foreign
-    if blank is not None:
+        blank |= (found != 0) & (found != numbers[:, None, None])
+    if bool(blank.any()):
         crops = crops.masked_fill(blank[:, None], 0)
     return crops.contiguous()
 
@@ -466,28 +398,8 @@ def resampled_centers(centers: np.ndarray, factors: tuple[float, float]) -> np.n
     return (np.asarray(centers, np.float64) + 0.5) * np.asarray(factors) - 0.5
 
 
-def resize_crops(crops: np.ndarray, size_px: int) -> np.ndarray:
-    """Resize crops to the side that a model expects, with antialiased bilinear interpolation.
-
-    Parameters
-    ----------
-    crops
-        (n, C, S, S) float32.
-    size_px
-        New side.
-
-    Returns
-    -------
-    np.ndarray
-        (n, C, size_px, size_px) float32; the same array if it has that size already.
-    """
-    if crops.shape[-2:] == (size_px, size_px):
-        return crops
-    return resize_on_device(torch.from_numpy(np.ascontiguousarray(crops, dtype=np.float32)), size_px).numpy()
-
-
-def resize_on_device(crops: torch.Tensor, size_px: int) -> torch.Tensor:
-    """Resize crops (n, C, S, S) on their device, see `resize_crops`."""
+def resize_crops(crops: torch.Tensor, size_px: int) -> torch.Tensor:
+    """Resize crops (n, C, S, S) to the side that a model expects, with antialiased bilinear interpolation."""
     if crops.shape[-2:] == (size_px, size_px):
         return crops
     if not len(crops):
@@ -666,7 +578,7 @@ def _cut_field(
         if spec.mask_neighbours:
             labels, numbers = cells.labels, table["object_number"].to_numpy(np.int32)
     if image is None:  # cut before scaling: most pixels of a field may lie in no crop
-        crops = cut_and_scale(raw.numpy(), first, size, scale, border=border, labels=labels, numbers=numbers)
+        crops = cut_crops(raw.numpy(), first, size, scale, border=border, labels=labels, numbers=numbers)
         return torch.from_numpy(crops), table
     if labels is not None:
         labels, numbers = torch.from_numpy(labels).to(device), torch.from_numpy(numbers).to(device)

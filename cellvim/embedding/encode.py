@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cellvim.data.crops import FieldCrops, resize_on_device, stream_crops
+from cellvim.data.crops import FieldCrops, resize_crops, stream_crops
 from cellvim.embedding.ledger import Key, Rows
 from cellvim.embedding.plan import EmbeddingPlan, PlatePlan
 from cellvim.errors import CellvimError, DeviceError
@@ -107,7 +107,7 @@ class FieldEmbedder:
             The memory of the machine does not suffice.
         """
         plan = self.plan
-        images = crops if plan.input_px is None else resize_on_device(crops, plan.input_px)
+        images = crops if plan.input_px is None else resize_crops(crops, plan.input_px)
         lower = plan.precision == "bfloat16"
         try:
             with (
@@ -216,7 +216,7 @@ class FieldEmbedder:
         for cut in stream:
             n_read += len(cut.table) if cut.failed is None else 0
             if cut.failed is None and len(cut.crops):
-                crops.append(resize_on_device(cut.crops, self.plan.input_px))
+                crops.append(resize_crops(cut.crops, self.plan.input_px))
                 cut = FieldCrops(cut.index, cut.field, cut.crops[:0], cut.table)  # releases the crops
             waiting.append((cut, n_read))
             if n_read - n_encoded >= size:

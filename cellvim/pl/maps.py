@@ -279,7 +279,7 @@ def _cut(
     adata: AnnData, plate: str | Path | Plate, chosen: np.ndarray, channels: Sequence[str] | None
 ) -> tuple[np.ndarray, list[str]]:
     """Return (n, C, S, S) from 0 to 1, and the channels' names."""
-    from cellvim.data.crops import cut_crops
+    from cellvim.data.crops import cut_crops, place_windows
     from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate import open_plate
 
@@ -309,7 +309,9 @@ def _cut(
         if (well, site) not in images:
             images = {(well, site): scale.apply(field.read(list(scale.channel_names)))}  # keeps one field in memory
         factor = field.pixel_size_um if in_um else 1.0
-        pictures.append(cut_crops(images[well, site], np.array([[y / factor, x / factor]]), size)[0][shown])
+        image = images[well, site]
+        first, _ = place_windows(np.array([[y / factor, x / factor]]), size, image.shape[1:])
+        pictures.append(cut_crops(image, first, size)[0][shown])
     return np.stack(pictures).clip(0, 1), [scale.channel_names[i] for i in shown]
 
 

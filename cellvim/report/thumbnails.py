@@ -262,7 +262,9 @@ def _cut(
     image: np.ndarray, part: pd.DataFrame, record: CropRecord, side: int | None, pixel_size_um: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(C, H, W) -> (m, C, size, size) float32 in stored intensities, and (n,) which rows are inside the field."""
-    from cellvim.data.crops import cut_crops, resize_crops
+    import torch
+
+    from cellvim.data.crops import cut_crops, place_windows, resize_crops
 
     height, width = image.shape[1:]
     image = image.astype(np.float32)
@@ -271,11 +273,14 @@ def _cut(
         top, left = (length - height) // 2, (length - width) // 2
         square = np.zeros((1, len(image), length, length), np.float32)
         square[0, :, top : top + height, left : left + width] = image
-        return np.repeat(resize_crops(square, MAX_PX), len(part), axis=0), np.ones(len(part), bool)
+        crop = resize_crops(torch.from_numpy(square), MAX_PX).numpy()
+        return np.repeat(crop, len(part), axis=0), np.ones(len(part), bool)
     scale = pixel_size_um if record.spatial_in_um and pixel_size_um else 1.0
     centers = part[["y", "x"]].to_numpy(np.float64) / scale
     inside = ((centers > -1) & (centers < (height, width))).all(1)
-    return resize_crops(cut_crops(image, centers[inside], side), _thumbnail_px(side)), inside
+    first, _ = place_windows(centers[inside], side, (height, width))
+    crops = torch.from_numpy(cut_crops(image, first, side))
+    return resize_crops(crops, _thumbnail_px(side)).numpy(), inside
 
 
 def _to_bytes(crops: Sequence[np.ndarray], record: CropRecord, channels: Sequence[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cellvim.data.cells import open_cells
-from cellvim.data.crops import CropSpec, cut_crops, cut_on_device, stream_crops, tile_centers
+from cellvim.data.crops import CropSpec, cut_crops, cut_on_device, place_windows, stream_crops, tile_centers
 from cellvim.data.intensity import IntensityScale
 from cellvim.data.plate import open_plate
 
@@ -40,8 +40,9 @@ def test_crops_are_those_of_the_scaled_field(with_cells, border, masked):
     for one in seen:
         raw = one.field.read(["RNA", "DNA"])
         found = cells.find(one.field, raw, ["RNA", "DNA"])
-        masks = {"labels": found.labels, "numbers": found.table["object_number"].to_numpy()} if masked else {}
-        expected = cut_crops(SCALE.apply(raw), found.centers, 12, border=border, **masks)
+        first, kept = place_windows(found.centers, 12, raw.shape[1:], border=border)
+        masks = {"labels": found.labels, "numbers": found.table["object_number"].to_numpy()[kept]} if masked else {}
+        expected = cut_crops(SCALE.apply(raw), first, 12, border=border, **masks)
         np.testing.assert_array_equal(one.crops.numpy(), expected)
         assert len(one.table) == len(expected) and one.crops.dtype == torch.float32
     assert any(len(s.crops) < 7 for s in seen) == (border == "drop")
@@ -53,7 +54,8 @@ def test_tiles_and_whole_fields(with_cells):
     spec = CropSpec("tile", 16, overlap=0.5)
     (one,) = stream_crops(plate.fields[2:3], ["RNA", "DNA"], spec, scale=SCALE)
     centers = tile_centers(40, 52, 16, 8)
-    np.testing.assert_array_equal(one.crops.numpy(), cut_crops(SCALE.apply(raw), centers, 16))
+    first, _ = place_windows(centers, 16, (40, 52))
+    np.testing.assert_array_equal(one.crops.numpy(), cut_crops(SCALE.apply(raw), first, 16))
     np.testing.assert_array_equal(one.table[["y_px", "x_px"]], centers)
     (one,) = stream_crops(plate.fields[2:3], ["RNA", "DNA"], CropSpec("field"), scale=SCALE)
     np.testing.assert_array_equal(one.crops.numpy(), SCALE.apply(raw)[None])
