@@ -1,7 +1,7 @@
 """The blocks of every model and the layers inside them: `Mixer`, `Block`, `AttentionBlock` and `Norm`.
 
 Blocks pass on the residual stream as ``(hidden, residual)``: the output of the previous mixer, which has not been added
-yet, and the sum of everything before it. They know nothing of rows, columns, channels or masks; the `ScanPlan`
+yet, and the sum of everything before it. They are independent of rows, columns, channels and masks; the `ScanPlan`
 describes how to visit the tokens.
 """
 

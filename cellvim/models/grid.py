@@ -1,6 +1,6 @@
 """TokenGrid: the position of each token, and the order in which each block visits and pools the tokens.
 
-Blocks know nothing of rows, columns, channels or masks; they mix tokens as described by a `ScanPlan` from this module.
+Blocks are independent of rows, columns, channels and masks: they mix tokens as described by a `ScanPlan` of this module.
 Only code that converts pixels to tokens or tokens to pixels (patch embedding, decoder, dense maps) also uses the grid.
 """
 
