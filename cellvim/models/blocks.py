@@ -72,7 +72,8 @@ class Mixer(nn.Module):
         y = self._scan(pooled)  # (2, B, P, E)
         if self.config.skip == "pooled":
             y, skip = y + skip[:, None, None].to(y.dtype) * pooled, None
-        out = ops.expand_gate(x, z, y, conv, conv_bias, skip, plan, self.config.ssm_norm, *self._norm())  # (B, L, E)
+        norm = (None, None) if self.config.ssm_norm == "none" else (self.layernorm.weight, self.layernorm.bias)
+        out = ops.expand_gate(x, z, y, conv, conv_bias, skip, plan, self.config.ssm_norm, *norm)  # (B, L, E)
         del x, z, y, pooled  # frees their memory at inference
 
         out = ops.linear(out, self.out_proj.weight, self.out_proj.bias)  # (B, L, D)
@@ -107,9 +108,6 @@ class Mixer(nn.Module):
             return ()
         heads = (self.pool_score, self.pool_score_b)
         return torch.stack([h.weight[0] for h in heads]), torch.cat([h.bias for h in heads])
-
-    def _norm(self) -> tuple[Tensor | None, ...]:
-        return (None, None) if self.config.ssm_norm == "none" else (self.layernorm.weight, self.layernorm.bias)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,6 +1,6 @@
 """TokenGrid: the position of each token, and the order in which each block visits and pools the tokens.
 
-Blocks are independent of rows, columns, channels and masks: they mix tokens as described by a `ScanPlan` of this module.
+Blocks are independent of rows, columns, channels and masks: they mix tokens as a `ScanPlan` of this module describes.
 Only code that converts pixels to tokens or tokens to pixels (patch embedding, decoder, dense maps) also uses the grid.
 """
 
@@ -19,44 +19,24 @@ from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 @dataclass(eq=False)
 class TokenGrid:
-    """The tokens of a batch: a full grid or any subset of it per sample, with or without a class token.
-
-    Parameters
-    ----------
-    config
-        The model's configuration.
-    rows, columns, channels
-        Size of the grid, after the transposition for ``scan_path="colwise"``; one channel for joint tokens.
-    kept
-        None for the full grid. Otherwise (B, K) int64: ascending ids of each sample's tokens in the scan order of the
-        full grid, padded with −1 at the end.
-    channel_count
-        With ``kept``: (B,) int64, the number of channels that each sample has. Channels that a sample lacks take no
-        scan steps; masked tokens of its own channels do. None for all channels.
-    class_position
-        Index of the class token in the stored sequence; None without a class token. For a full grid its index in a
-        block's order is the same. In a ragged batch it is stored first and visited at its own position.
-    device
-        Device of the plans' indices.
-    dtype
-        Type of the plans' weights: float32, or float64 for a model in float64.
-
-    Attributes
-    ----------
-    is_ragged
-        Whether some samples have fewer tokens than others.
-    """
+    """The tokens of a batch: a full grid or any subset of it per sample, with or without a class token."""
 
     config: EncoderConfig
-    rows: int
+    rows: int  # after the transposition for scan_path="colwise"
     columns: int
-    channels: int
+    channels: int  # 1 for joint tokens
+    # None for the full grid. Otherwise (B, K) int64: ascending ids of each sample's tokens, in the scan order of the
+    # full grid, padded with −1 at the end.
     kept: Tensor | None = None
+    # With `kept`: (B,) int64, the number of channels of each sample; None for all. Channels that a sample lacks take no
+    # scan steps; masked tokens of its own channels do.
     channel_count: Tensor | None = None
+    # Index of the class token in the stored sequence. For a full grid its index in a block's order is the same. In a
+    # ragged batch it is stored first and visited at its own position.
     class_position: int | None = None
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    is_ragged: bool = field(default=False, init=False)
+    device: torch.device | str = "cpu"  # of the plans' indices
+    dtype: torch.dtype = torch.float32  # of the plans' weights; float64 for a model in float64
+    is_ragged: bool = field(default=False, init=False)  # whether some samples have fewer tokens than others
     _plans: dict[tuple, ScanPlan] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -37,14 +37,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, channels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the tokens as a grid.
 
-        Parameters
-        ----------
-        images
-            (B, C, H, W), zero-padded at the bottom and right to a multiple of the patch size.
-        channels
-            (C,) or (B, C) int64 ids of the channels, for per-channel tokens; None for 0 … C − 1.
-        mask
-            (B, L) bool in the model's order: patches to read. The pixels of the others are ignored, even if NaN.
+        ``channels`` are ids (C,) or (B, C) for per-channel tokens, None for 0 … C − 1. Pixels of patches outside the
+        ``mask`` (B, L) are ignored, even if NaN.
 
         Returns
         -------
@@ -136,19 +130,10 @@ class ChannelSampler:
 
 
 def resolve_channels(channels: Channels, images: Tensor, config: EncoderConfig) -> Tensor | None:
-    """Convert channels given as ids or names, for the batch or per sample, to ids.
+    """Convert the channels of images (B, C, H, W) to ids: None, (C,) int64, or (B, C) int64 with −1 for missing ones.
 
-    Parameters
-    ----------
-    channels
-        None if the images have the model's channels in its order; ids or names of the images' channels; or one such
-        list per sample, which is shorter if the last channels of the sample's image are empty.
-    images
-        (B, C, H, W).
-
-    Returns
-    -------
-    None, (C,) int64, or (B, C) int64 with −1 for missing channels.
+    ``channels`` is None if the images have the model's channels in its order; ids or names of the images' channels; or
+    one such list per sample, which is shorter if the last channels of the sample's image are empty.
 
     Raises
     ------

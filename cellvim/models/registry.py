@@ -16,19 +16,12 @@ from cellvim.models.checkpoints import read_checkpoint, shipped_models
 from cellvim.models.config import EncoderConfig
 from cellvim.models.encoder import Encoder
 
-_MAMBA_SIZES = {  # depth, D
-    "tiny": (24, 192),
-    "small": (24, 384),
-    "base": (24, 768),
-    "large": (48, 1024),
-    "huge": (64, 1280),
-}
-_VIT_SIZES = {  # depth, D, heads
-    "tiny": (12, 192, 3),
-    "small": (12, 384, 6),
-    "base": (12, 768, 12),
-    "large": (24, 1024, 16),
-    "huge": (32, 1280, 16),
+_SIZES = {  # depth and D of Mamba models; depth, D and heads of transformers
+    "tiny": {"mamba": (24, 192), "attention": (12, 192, 3)},
+    "small": {"mamba": (24, 384), "attention": (12, 384, 6)},
+    "base": {"mamba": (24, 768), "attention": (12, 768, 12)},
+    "large": {"mamba": (48, 1024), "attention": (24, 1024, 16)},
+    "huge": {"mamba": (64, 1280), "attention": (32, 1280, 16)},
 }
 _IMAGENET = {"tokens": "joint", "in_channels": 3, "num_classes": 1000}
 _JUMP_CP = {"tokens": "per_channel", "in_channels": 8, "num_classes": 161}
@@ -59,7 +52,7 @@ _NAME = re.compile(r"(?P<family>[a-z]+)_(?P<size>[a-z]+)_patch(?P<patch>\d+)")
 
 def list_models() -> list[str]:
     """Return the names of the architectures that `create_model` makes; other patch sizes work as well."""
-    return [f"{family}_{size}_patch{patch}" for family in FAMILIES for size in _MAMBA_SIZES for patch in (16, 8)]
+    return [f"{family}_{size}_patch{patch}" for family in FAMILIES for size in _SIZES for patch in (16, 8)]
 
 
 def model_config(name: str, **changes: Any) -> EncoderConfig:
@@ -71,24 +64,18 @@ def model_config(name: str, **changes: Any) -> EncoderConfig:
         The name or a value is unknown.
     """
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if not match or match["family"] not in FAMILIES or match["size"] not in _MAMBA_SIZES:
+    if not match or match["family"] not in FAMILIES or match["size"] not in _SIZES:
         known = [*list_models(), *shipped_models()]
         raise ModelError(
             f"Model {name!r} is unknown. Names are FAMILY_SIZE_patchN, with the families {', '.join(FAMILIES)} and the "
-            f"sizes {', '.join(_MAMBA_SIZES)}, or a trained model: {listing(shipped_models())}."
+            f"sizes {', '.join(_SIZES)}, or a trained model: {listing(shipped_models())}."
             f"{suggestion(str(name), known)} `cellvim models` lists them."
         )
     family = FAMILIES[match["family"]]
-    config = EncoderConfig(patch_size=int(match["patch"])).replace(**family)
-    if family.get("mixer") == "attention":
-        depth, width, heads = _VIT_SIZES[match["size"]]
-        config = config.replace(depth=depth, embed_dim=width, num_heads=heads)
-    else:
-        depth, width = _MAMBA_SIZES[match["size"]]
-        config = config.replace(depth=depth, embed_dim=width)
-    if "channel_names" in changes and changes["channel_names"] is not None:
+    size = zip(("depth", "embed_dim", "num_heads"), _SIZES[match["size"]][family.get("mixer", "mamba")], strict=False)
+    if changes.get("channel_names") is not None:
         changes.setdefault("in_channels", len(changes["channel_names"]))
-    return config.replace(**changes)
+    return EncoderConfig(patch_size=int(match["patch"]), **family, **dict(size)).replace(**changes)
 
 
 def create_model(name: str, **changes: Any) -> Encoder:

@@ -52,15 +52,7 @@ class Backend(Protocol):
         """Return what it runs on, or why it is not available."""
 
     def refusal(self, *tokens: Tensor, taps: int = 1, states: int = 1) -> str | None:
-        """Return why it does not support these inputs, None if it does.
-
-        Parameters
-        ----------
-        *tokens
-            The activations, which determine the device and dtype.
-        taps, states
-            Number of convolution taps and of states.
-        """
+        """Return why it does not support activations with these devices, dtypes, taps and states; None if it does."""
 
 
 @dataclass(frozen=True)
@@ -196,22 +188,11 @@ def expand_gate(x, z, y, weight, *args, **kwargs):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``, where each row of the result is independent of the other rows of ``x``.
+    """Return ``x @ weight.T + bias``, (..., K) -> (..., N), where each row is independent of the other rows of ``x``.
 
     CPU matrix libraries change the order of summation when a thread gets three rows or fewer, or when the result has a
     single column, so that an image's embedding would depend on its batch. Few rows are therefore padded, and a single
     column is computed as a plain reduction.
-
-    Parameters
-    ----------
-    x
-        (..., K).
-    weight, bias
-        (N, K) and (N,).
-
-    Returns
-    -------
-    (..., N)
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)

@@ -223,22 +223,11 @@ LIBRARIES: dict[str, Library] = {}  # by type of device; filled by `cellvim.ops.
 def load_library(
     file: str, variable: str, open_library: Callable[[Path], ctypes.CDLL], remedy: str
 ) -> tuple[ctypes.CDLL | None, str]:
-    """Open a compiled library.
+    """Open a compiled library; return it and an empty string, or None and why it is not available.
 
-    Parameters
-    ----------
-    file
-        Its file name. It is next to this module, or where an editable installation puts it.
-    variable
-        Environment variable with the path of another build.
-    open_library
-        Loads the file, or raises an `OSError` or `AttributeError`.
-    remedy
-        How to install the library.
-
-    Returns
-    -------
-    The library and an empty string, or None and why it is not available.
+    The ``file`` is next to this module, or where an editable installation puts it; the environment ``variable`` can
+    name another build. ``open_library`` raises an `OSError` or `AttributeError` if the file cannot be loaded, and
+    ``remedy`` describes how to install it.
     """
     folders = [Path(__file__).parent, *map(Path, sys.modules[__package__].__path__)]
     folders += [Path(entry) / "cellvim" / "ops" for entry in sys.path if entry.endswith("-packages")]

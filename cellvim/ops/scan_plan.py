@@ -15,41 +15,22 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class ScanPlan:
-    """The order in which a block visits and pools its tokens.
+    """The order in which a block visits and pools its tokens."""
 
-    Parameters
-    ----------
-    sizes
-        Lengths (n0, n1, n2) of the axes in the block's order, slowest first. Their product is L for a dense grid.
-    strides
-        Stride of each axis in stored tokens: token (i0, i1, i2) is stored at ``i0*s0 + i1*s1 + i2*s2``.
-    pooled
-        Whether each axis is pooled. The other axes, in order, form the P = ``slots`` steps of the scan.
-    pool_scale
-        Factor on a mean over the pooled axes.
-    order
-        None for a dense grid. Otherwise (B or 1, L) int64: the stored token at each step of the block's order, −1 for
-        the missing tokens of a ragged sample, which come last.
-    slot
-        With ``order``: (2, B or 1, L) int64, the scan step that pools the token in the forward and the backward
-        direction, counted from the start of the grid in both; any valid value where ``order`` is −1.
-    slot_weight
-        With ``order``: (B or 1, P) float32 (float64 for a model in float64), factor on the sum of a slot's tokens.
-    slot_count
-        With ``order``: P. None for a dense grid.
-    stored_axes
-        The block's axes in stored order, slowest first; None to derive it from the strides.
-    """
-
-    sizes: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    pooled: tuple[bool, bool, bool]
-    pool_scale: float = 1.0
+    sizes: tuple[int, int, int]  # lengths of the axes in the block's order, slowest first; their product is L if dense
+    strides: tuple[int, int, int]  # token (i0, i1, i2) is stored at i0·s0 + i1·s1 + i2·s2
+    pooled: tuple[bool, bool, bool]  # the other axes, in order, form the P = `slots` steps of the scan
+    pool_scale: float = 1.0  # factor on a mean over the pooled axes
+    # Indexed plans. (B or 1, L) int64: the stored token at each step of the block's order, −1 for the missing tokens of
+    # a ragged sample, which come last.
     order: torch.Tensor | None = None
+    # (2, B or 1, L) int64: the scan step that pools the token in the forward and the backward direction, counted from
+    # the start of the grid in both; any valid value where `order` is −1.
     slot: torch.Tensor | None = None
+    # (B or 1, P) float32 (float64 for a model in float64): factor on the sum of a slot's tokens.
     slot_weight: torch.Tensor | None = None
-    slot_count: int | None = None
-    stored_axes: tuple[int, int, int] | None = None
+    slot_count: int | None = None  # P of an indexed plan
+    stored_axes: tuple[int, int, int] | None = None  # the block's axes in stored order; None to derive from the strides
 
     def __post_init__(self) -> None:
         if self.stored_axes is None:
