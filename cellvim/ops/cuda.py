@@ -1,7 +1,7 @@
 """The back end "cuda": the ops on NVIDIA GPUs (csrc/cuda), a shared library with a plain C interface.
 
-Importing this module never fails. Without the library, a driver or a GPU, `available` is False and `reason` explains why.
-Tokens are float32, bfloat16 or float16; the arithmetic is in float32. Kernels are enqueued on torch's current stream
+Importing this module never fails. Without the library, a driver or a GPU, `available` is False and `reason` explains
+why. Tokens are float32, bfloat16 or float16; the arithmetic is in float32. Kernels are enqueued on the stream of torch
 without synchronisation, so that they can be captured in a CUDA graph.
 """
 
