@@ -27,13 +27,7 @@ _IDENTIFIERS = {"ImageNumber", "ObjectNumber", "TableNumber"}  # numbers that ar
 
 
 def check_output(output: str | Path, *, overwrite: bool) -> None:
-    """Check that an existing ``output`` may be replaced.
-
-    Raises
-    ------
-    OutputError
-        It exists and ``overwrite`` is False, or it is not an AnnData or Parquet file.
-    """
+    """Raise if an existing ``output`` must not be replaced, or is not an AnnData or Parquet file."""
     if not exists(output):
         return
     if not overwrite:
@@ -253,13 +247,7 @@ def open_embeddings(paths: str | Path | Sequence[str | Path]) -> AnnCollection:
 
 
 def stored_files(source: str | Path, suffixes: Sequence[str] = (".zarr", ".h5ad", ".parquet")) -> list[Path]:
-    """Return the AnnData in a folder, such as the output of ``cellvim embed --per-plate``; or another path as it is.
-
-    Raises
-    ------
-    InputError
-        The folder has none.
-    """
+    """Return the AnnData in a folder, such as the output of ``cellvim embed --per-plate``; or another path as it is."""
     path = Path(source)
     if not path.is_dir() or path.name.lower().endswith(READABLE) or found_format(path):
         return [path]
@@ -270,13 +258,7 @@ def stored_files(source: str | Path, suffixes: Sequence[str] = (".zarr", ".h5ad"
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix of a path if it is one of `READABLE`.
-
-    Raises
-    ------
-    InputError
-        It is not.
-    """
+    """Return the suffix of a path; raise if it is not one of `READABLE`."""
     suffix = next((s for s in sorted(READABLE, key=len, reverse=True) if path.name.lower().endswith(s)), None)
     if suffix is None:
         raise InputError(f"The format of {path} is not supported; expected one of {listing(READABLE)}.")
@@ -284,13 +266,7 @@ def suffix_of(path: Path) -> str:
 
 
 def readable_suffix(path: Path) -> str:
-    """Return the suffix for the format of a file: that of its name, or else found by content.
-
-    Raises
-    ------
-    InputError
-        The file does not exist, or its format is not supported.
-    """
+    """Return the suffix for the format of an existing file: that of its name, or else found by content."""
     if not path.exists():
         raise InputError(f"{path} does not exist.")
     if not path.name.lower().endswith(READABLE) and (found := found_format(path)) is not None:
@@ -372,13 +348,7 @@ def _as_obs_column(values: pd.Series) -> pd.Series:
 
 
 def _read_table(path: Path) -> AnnData:
-    """Read profiles from a table, see `from_pycytominer`; ``uns`` from the metadata of a Parquet file.
-
-    Raises
-    ------
-    CellvimError
-        It cannot be read.
-    """
+    """Read profiles from a table, see `from_pycytominer`; ``uns`` from the metadata of a Parquet file."""
     with _table_errors(path):
         if readable_suffix(path) == ".parquet":
             import pyarrow.parquet

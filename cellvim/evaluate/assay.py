@@ -66,13 +66,30 @@ def distance_scores(features: Features, obs: pd.DataFrame, columns: Columns) -> 
     MetadataError
         There are no negative controls, or no plate has three.
     """
+    from scipy.stats import median_abs_deviation
+
     negative = negative_controls(obs, columns)
 
     def score(rows: np.ndarray) -> np.ndarray | None:
-        return _distances(features.values[rows], negative[rows]) if negative[rows].sum() >= 3 else None
+        values, is_control, n = features.values[rows], negative[rows], int(negative[rows].sum())
+        if n < 3:
+            return None
+        own, mean = values[is_control], values[is_control].mean(axis=0)
+        distance = np.linalg.norm(values - mean, axis=1)
+        distance[is_control] = np.linalg.norm(own - (n * mean - own) / (n - 1), axis=1)
+        spread = MAD_TO_STD * median_abs_deviation(distance[is_control])
+        return (distance - np.median(distance[is_control])) / spread if spread > 0 else np.full(len(rows), np.nan)
 
     kind = np.where(negative, "negative", "")
     return _score_plates(obs, columns, kind, score, "No plate has three negative controls.")
+
+
+def activity_or_distance(features: Features, obs: pd.DataFrame, columns: Columns) -> tuple[pd.DataFrame, bool]:
+    """Return `activity_scores` and False; or `distance_scores` and True, if there are no positive controls."""
+    try:
+        return activity_scores(features, obs, columns), False
+    except MetadataError:
+        return distance_scores(features, obs, columns), True
 
 
 def _score_plates(
@@ -91,17 +108,6 @@ def _score_plates(
     if np.isnan(scores).all():
         raise MetadataError(error)
     return pd.DataFrame({"plate": plate.to_numpy(), "kind": kind, ACTIVITY: scores}, index=obs.index)
-
-
-def _distances(values: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    from scipy.stats import median_abs_deviation
-
-    n, own = int(negative.sum()), values[negative]
-    mean = own.mean(axis=0)
-    distance = np.linalg.norm(values - mean, axis=1)
-    distance[negative] = np.linalg.norm(own - (n * mean - own) / (n - 1), axis=1)
-    spread = MAD_TO_STD * median_abs_deviation(distance[negative])
-    return (distance - np.median(distance[negative])) / spread if spread > 0 else np.full(len(values), np.nan)
 
 
 def _project(values: np.ndarray, negative: np.ndarray, positive: np.ndarray) -> np.ndarray:

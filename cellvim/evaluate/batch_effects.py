@@ -73,9 +73,11 @@ def batch_effects(
     if features.distance == "cosine":  # Euclidean neighbours of unit vectors are neighbours by cosine
         values = unit_rows(values)
     n_batches = int(codes.max()) + 1
-    results = [("batch silhouette", 1 - abs(silhouette_score(values, codes)), 1.0)]
-    results.append(("kBET acceptance", kbet_acceptance(values, codes), 0.95))
-    results.append(("batch LISI", (np.median(_lisi(values, codes)) - 1) / (n_batches - 1), 1.0))
+    results = [
+        ("batch silhouette", 1 - abs(silhouette_score(values, codes)), 1.0),
+        ("kBET acceptance", kbet_acceptance(values, codes), 0.95),
+        ("batch LISI", (np.median(_lisi(values, codes)) - 1) / (n_batches - 1), 1.0),
+    ]
     if label is not None:
         label_codes, _ = pd.factorize(label.to_numpy()[rows])
         known = label_codes >= 0
@@ -89,14 +91,7 @@ def batch_effects(
 def kbet_acceptance(values: np.ndarray, codes: np.ndarray, *, neighbours: int | None = None) -> float:
     """Return the share of rows whose neighbourhood has the batch proportions of all rows (kBET).
 
-    Parameters
-    ----------
-    values
-        (n, D).
-    codes
-        (n,) batch numbers from 0.
-    neighbours
-        Number of neighbours without the row itself; by default a quarter of the mean batch size, at least 5.
+    ``values`` is (n, D), ``codes`` (n,) are batch numbers from 0, and ``neighbours`` does not include the row itself.
     """
     from scipy.stats import chisquare
     from sklearn.neighbors import NearestNeighbors

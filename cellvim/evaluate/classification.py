@@ -47,10 +47,8 @@ def split_by_group(labels: pd.Series, groups: pd.Series, *, n_folds: int = N_FOL
 
     Parameters
     ----------
-    labels
-        (n,) class of each row; rows without a class are ignored.
-    groups
-        (n,) groups that are held out together, such as wells or plates.
+    labels, groups
+        (n,) class of each row, and groups that are held out together, such as wells. Rows without either are ignored.
     n_folds
         Maximum number of folds; fewer if the rarest class occurs in fewer groups.
     seed
@@ -127,26 +125,23 @@ def classify(features: Features, split: Split, *, seed: int = 0) -> pd.DataFrame
         raise InputError("Classification requires scikit-learn: pip install 'cellvim[analysis]'.") from error
 
     values = features.values[split.rows]
-    fewest = min(len(train) for train, _ in split.folds)
-    neighbours = KNeighborsClassifier(min(N_NEIGHBOURS, fewest), metric=features.distance, weights="distance")
-    if features.distance == "cosine":
-        neighbours = KNeighborsClassifier(min(N_NEIGHBOURS, fewest), metric="cosine")
-    models = {
-        CLASSIFIERS[0]: LogisticRegression(class_weight="balanced", max_iter=2000, random_state=seed),
-        CLASSIFIERS[1]: neighbours,
-    }
+    k = min(N_NEIGHBOURS, *(len(train) for train, _ in split.folds))
+    weights = "uniform" if features.distance == "cosine" else "distance"
+    models = (
+        LogisticRegression(class_weight="balanced", max_iter=2000, random_state=seed),
+        KNeighborsClassifier(k, metric=features.distance, weights=weights),
+    )
     results = []
-    for name, model in models.items():
+    for name, model in zip(CLASSIFIERS, models, strict=True):
         predicted = np.full(len(split.rows), -1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # for classes with few replicates
+            # for classes with few replicates, and predicted classes that do not occur in a fold
+            warnings.simplefilter("ignore", UserWarning)
             for train, test in split.folds:
                 fitted = make_pipeline(StandardScaler(), model).fit(values[train], split.target[train])
                 predicted[test] = fitted.predict(values[test])
-        held_out = predicted >= 0
-        truth, guess = split.target[held_out], predicted[held_out]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # for predicted classes that do not occur in a fold
+            held_out = predicted >= 0
+            truth, guess = split.target[held_out], predicted[held_out]
             by_fold = [balanced_accuracy_score(split.target[test], predicted[test]) for _, test in split.folds]
             results.append(
                 {

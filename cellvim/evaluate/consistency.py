@@ -81,21 +81,10 @@ def replicate_consistency(
 
 
 def mean_similarity(values: np.ndarray, distance: str) -> np.ndarray:
-    """Return the mean similarity of all pairs of the m rows of each draw.
+    """Return the mean similarity of all pairs of rows of each draw, (draws, m, D) -> (draws,).
 
-    Computed from sums: for unit vectors z, the sum of the cosines of all pairs is (|Σz|² − m) / 2.
-
-    Parameters
-    ----------
-    values
-        (draws, m, D).
-    distance
-        "cosine", or "euclidean" for the negative mean squared distance.
-
-    Returns
-    -------
-    numpy.ndarray
-        (draws,).
+    It is the cosine, or the negative squared distance. Computed from sums: for unit vectors z, the sum of the cosines
+    of all pairs is (|Σz|² − m) / 2.
     """
     m = values.shape[1]
     if distance == "cosine":

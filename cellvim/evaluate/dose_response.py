@@ -66,25 +66,15 @@ def logistic(dose: np.ndarray, bottom: float, top: float, ec50: float, hill: flo
 
 
 def fit_logistic(dose: np.ndarray, response: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit `logistic` by least squares, starting from the best point of a grid.
+    """Fit `logistic` to ``dose`` and ``response``, (n,), by least squares, starting from the best point of a grid.
 
-    Parameters
-    ----------
-    dose, response
-        (n,) each; at least four doses above 0.
-
-    Returns
-    -------
-    numpy.ndarray
-        (4,) bottom, top, ec50, hill. Bottom may be above top. The EC50 is between a tenth of the lowest and ten times
-        the highest dose.
-    float
-        Standard error of log10(ec50).
+    Returns bottom, top, ec50 and hill, (4,), and the standard error of log10(ec50). Bottom may be above top. The EC50
+    is between a tenth of the lowest and ten times the highest dose.
 
     Raises
     ------
     InputError
-        There are too few doses, or the fit does not converge.
+        There are fewer than four doses above 0, or the fit does not converge.
     """
     from scipy.optimize import OptimizeWarning, curve_fit
 
@@ -131,13 +121,7 @@ def _start(dose: np.ndarray, response: np.ndarray, log_range: tuple[float, float
 
 
 def dosed_wells(scores: pd.DataFrame, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Return ``perturbation``, ``dose`` and ``activity`` of the rows with a dose that are not controls.
-
-    Raises
-    ------
-    MetadataError
-        There are no such rows, or no column of doses.
-    """
+    """Return ``perturbation``, ``dose`` and ``activity`` of the treated rows with a dose; raise if there are none."""
     name = column_of(columns, "dose", obs)
     dose = pd.to_numeric(text(obs[name]), errors="coerce").to_numpy(np.float64)
     if columns.perturbation is not None and columns.perturbation != name:
@@ -179,13 +163,5 @@ def _curve(dose: np.ndarray, response: np.ndarray) -> dict[str, object]:
     p = np.nan
     if freedom > 0:
         p = f_distribution.sf((total - residual) / 3 / (residual / freedom), 3, freedom) if residual > 0 else 0.0
-    return result | {
-        "bottom": bottom,
-        "top": top,
-        "ec50": ec50,
-        "hill": hill,
-        "log10_ec50_se": error,
-        "r_squared": 1 - residual / total,
-        "p_value": p,
-        "in_range": bool(positive[0] <= ec50 <= positive[-1]),
-    }
+    result |= {"bottom": bottom, "top": top, "ec50": ec50, "hill": hill, "log10_ec50_se": error, "p_value": p}
+    return result | {"r_squared": 1 - residual / total, "in_range": bool(positive[0] <= ec50 <= positive[-1])}

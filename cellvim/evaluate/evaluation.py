@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from cellvim.errors import CellvimError, InputError, MetadataError, listing
-from cellvim.evaluate.assay import activity_scores, assay_quality, distance_scores
+from cellvim.evaluate.assay import activity_or_distance, activity_scores, assay_quality, distance_scores
 from cellvim.evaluate.batch_effects import batch_effects
 from cellvim.evaluate.classification import classify, split_by_group
 from cellvim.evaluate.consistency import replicate_consistency
@@ -416,14 +416,10 @@ class _Run:
                 self._note("assay", features, len(known), values)
 
     def dose_response(self) -> None:
-        score, measure = BETWEEN, activity_scores
-        try:
-            activity_scores(self.sets[0], self.obs, self.columns)
-        except CellvimError:
-            score, measure = DISTANCE, distance_scores
-
         def fit(features: Features, obs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-            curves, points = dose_response(measure(features, obs, columns), obs, columns)
+            scores, is_distance = activity_or_distance(features, obs, columns)
+            curves, points = dose_response(scores, obs, columns)
+            score = DISTANCE if is_distance else BETWEEN
             self._keep("dose_points", features, points.assign(score=score))
             return curves.assign(score=score)
 
@@ -438,7 +434,7 @@ class _Run:
                 }
                 self._note("dose response", features, len(fitted), values)
         if found:
-            if score == DISTANCE:
+            if (found[0][1]["score"] == DISTANCE).all():
                 reason = "There are no positive controls: activity is the distance from the negative controls."
                 self.omit("dose response", reason)
             first = found[0][1]

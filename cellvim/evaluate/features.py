@@ -49,29 +49,15 @@ class Features:
 
 
 def feature_sets(adata: AnnData, use: Sequence[str], *, seed: int = 0) -> tuple[list[Features], list[str]]:
-    """Return representations and the baselines.
+    """Return the representations ``use`` and the baselines, and why baselines are missing, one sentence each.
 
-    Parameters
-    ----------
-    adata
-        Profiles.
-    use
-        Names of representations: "X", layers, entries of ``obsm``.
-    seed
-        Random seed.
-
-    Returns
-    -------
-    list[Features]
-        The representations; "mean intensities" (``obs`` columns ``mean_intensity_*``, standardised) and "cell count",
-        if available; and "random", as many normal random numbers as the first representation has features.
-    list[str]
-        Why a baseline is missing, one sentence each.
+    The baselines are "mean intensities" (``obs`` columns ``mean_intensity_*``, standardised) and "cell count", if
+    available; and "random", as many normal random numbers as the first representation has features.
 
     Raises
     ------
     CellvimError
-        A representation does not exist, or none of its features is finite.
+        A representation does not exist, or none of its features is finite and varies.
     """
     sets, reasons = [], []
     for name in use:
@@ -121,23 +107,9 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
 
 
 def sample_rows(groups: np.ndarray, most: int, *, keep: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    """Sample up to ``most`` rows evenly from groups.
+    """Sample up to ``most`` rows evenly from groups, given as codes (n,), and return them in ascending order.
 
-    Parameters
-    ----------
-    groups
-        (n,) codes of the groups (wells), from 0; −1 is a group, too.
-    most
-        Maximum number of rows.
-    keep
-        Rows that are always included; they may exceed ``most``.
-    seed
-        Random seed.
-
-    Returns
-    -------
-    numpy.ndarray
-        Rows, in ascending order.
+    The rows ``keep`` are always included; they may exceed ``most``.
     """
     keep = np.empty(0, np.int64) if keep is None else np.unique(np.asarray(keep, np.int64))
     if len(groups) <= most:

@@ -56,7 +56,13 @@ def nearest_mechanism(features: Features, obs: pd.DataFrame, columns: Columns) -
     if not (other & same_mechanism).any():
         raise MetadataError(f"No mechanism in '{columns.mechanism}' has two compounds, so none can be predicted.")
     result = treatments.table.assign(n_replicates=treatments.counts)
-    schemes = {"nsc": other} | _other_batch(obs, columns, treatments, other)
+    schemes = {"nsc": other}
+    batch = pd.Series("", index=obs.index) if columns.batch is None else text(obs[columns.batch]).fillna("")
+    codes, batches = pd.factorize(batch.to_numpy()[treatments.rows])
+    if len(batches) > 1:
+        member = np.zeros((len(treatments.table), len(batches)))
+        member[treatments.codes, codes] = 1
+        schemes["nsb"] = other & (member @ member.T == 0)
     for name, allowed in schemes.items():
         masked = np.where(allowed, similarity, -np.inf)
         nearest = masked.argmax(axis=1)
@@ -91,12 +97,8 @@ def mechanism_map(
     """
     treatments = _with_mechanism(obs, columns)
     means = replace(features, values=treatments.means(features.values))
-    table = pd.DataFrame(
-        {
-            "mechanism": treatments.table[columns.mechanism].astype(str),
-            "compound": treatments.table[columns.perturbation].astype(str),
-        }
-    )
+    table = treatments.table[[columns.mechanism, columns.perturbation]].astype(str)
+    table.columns = ["mechanism", "compound"]
     precision = average_precision(
         table,
         means,
@@ -120,20 +122,6 @@ def _with_mechanism(obs: pd.DataFrame, columns: Columns) -> Treatments:
     kept = known[treatments.codes]
     table = treatments.table[known].reset_index(drop=True)
     return Treatments(treatments.rows[kept], number[treatments.codes[kept]], table)
-
-
-def _other_batch(
-    obs: pd.DataFrame, columns: Columns, treatments: Treatments, other: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return the pairs for NSB, (treatments, treatments), unless there is only one batch."""
-    if columns.batch is None:
-        return {}
-    codes, batches = pd.factorize(text(obs[columns.batch]).fillna("").to_numpy()[treatments.rows])
-    if len(batches) < 2:
-        return {}
-    member = np.zeros((len(treatments.table), len(batches)))
-    member[treatments.codes, codes] = 1
-    return {"nsb": other & (member @ member.T == 0)}
 
 
 def _similarity(means: np.ndarray, distance: str) -> np.ndarray:

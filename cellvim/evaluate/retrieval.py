@@ -84,12 +84,9 @@ def _pairs_table(obs: pd.DataFrame, columns: Columns, treatments: Treatments) ->
 
 
 def average_precision(table: pd.DataFrame, features: Features, *, required: str, **pairs: list[str]) -> pd.DataFrame:
-    """Run copairs' ``average_precision`` on the rows of a table, whose index contains positions in ``features``.
+    """Run copairs on the rows of a table, whose index contains positions in ``features``.
 
-    Raises
-    ------
-    MetadataError
-        There are no pairs; ``required`` describes the requirement.
+    If there are no pairs, a MetadataError names what is ``required``.
     """
     try:
         from copairs import map as copairs_map

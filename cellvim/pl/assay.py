@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellvim.errors import CellvimError, MetadataError, listing
-from cellvim.evaluate.assay import ACTIVITY, activity_scores, assay_quality, distance_scores
+from cellvim.errors import MetadataError, listing
+from cellvim.evaluate.assay import ACTIVITY, activity_or_distance, activity_scores, assay_quality
 from cellvim.evaluate.dose_response import dose_response as fit_curves
 from cellvim.evaluate.dose_response import dosed_wells, logistic
 from cellvim.evaluate.features import finite_representation
@@ -116,10 +116,8 @@ def dose_response(
     """
     found = find_columns(adata.obs, negative=control, positive=positive, **columns)
     features = finite_representation(adata, use)
-    try:
-        scores, label = activity_scores(features, adata.obs, found), "activity (0 negative, 1 positive control)"
-    except CellvimError:  # no positive controls
-        scores, label = distance_scores(features, adata.obs, found), "distance from negative controls (MADs)"
+    scores, is_distance = activity_or_distance(features, adata.obs, found)
+    label = "distance from negative controls (MADs)" if is_distance else "activity (0 negative, 1 positive control)"
     curves, _ = fit_curves(scores, adata.obs, found)
     curves = curves.set_index("perturbation")
     if perturbations is None:

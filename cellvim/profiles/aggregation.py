@@ -233,24 +233,18 @@ def _order_statistics(
     result = np.empty((len(groups), store.matrices[matrix]))
     n_missing = 0
     for members, start, stop in _batches(groups, 8 * store.matrices[matrix]):
-        place = np.full(len(groups), -1, np.int64)  # position in the buffer for the next row of each group
-        ends = np.cumsum(groups.counts[members])
-        place[members] = ends - groups.counts[members]
-        buffer = None
+        parts = []
         for begin, values in _chunks(store, matrix, start, stop):
             codes = groups.codes[begin : begin + len(values)]
-            chosen = np.flatnonzero(place[codes] >= 0)
-            chosen = chosen[np.argsort(codes[chosen], kind="stable")]
-            codes = codes[chosen]
-            buffer = np.empty((ends[-1], values.shape[1]), values.dtype) if buffer is None else buffer
-            starts = np.flatnonzero(np.r_[True, np.diff(codes) > 0]) if len(codes) else np.zeros(0, np.int64)
-            nth = np.arange(len(codes)) - np.repeat(starts, np.diff(np.r_[starts, len(codes)]))
-            buffer[place[codes] + nth] = values[chosen]
-            place += np.bincount(codes, minlength=len(groups)) * (place >= 0)
-        for member, end in zip(members, ends, strict=True):
-            result[member], bad = _location(buffer[end - groups.counts[member] : end], statistic)
+            chosen = np.isin(codes, members)
+            parts.append((codes[chosen], values[chosen]))
+        codes, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        order = np.argsort(codes, kind="stable")
+        members = np.sort(members)
+        for member, rows in zip(members, np.split(order, np.cumsum(groups.counts[members])[:-1]), strict=True):
+            result[member], bad = _location(values[rows], statistic)
             n_missing += bad
-        advance(int(ends[-1]))
+        advance(len(values))
     return result, n_missing
 
 

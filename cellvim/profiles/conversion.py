@@ -113,13 +113,7 @@ def to_spatialdata_table(adata: AnnData) -> AnnData:
 
 
 def check_profiles_output(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raise if profiles cannot be written to a path.
-
-    Raises
-    ------
-    OutputError
-        The file exists and ``overwrite`` is off, or its folder does not exist.
-    """
+    """Raise if profiles cannot be written to a path: it exists and is not overwritten, or its folder is missing."""
     path = Path(path)
     if suffix_of(path) == ".zarr":
         check_output(path, overwrite=overwrite)
