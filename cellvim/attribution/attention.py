@@ -89,7 +89,9 @@ def attention_scores(model: Encoder, images: Tensor | np.ndarray, *, channels: C
             normed, _ = block.norm(hidden, residual)
             shares.append(_as_image(block.mixer.pooling_shares(normed, plan), grid, model.config.scan_path))
             hidden, residual = block(hidden, residual, plan)
-    pooled = tuple(_pooled_axes(model, grid, i) for i in range(len(shares)))
+    names = {"row": "column", "column": "row"} if model.config.scan_path == "colwise" else {}
+    pooled_axes = [{names.get(axis, axis) for axis in grid.pooled_axes(i)} for i in range(len(shares))]
+    pooled = tuple(tuple(axis for axis in _IMAGE_AXES if axis in axes) for axes in pooled_axes)
     return AttentionScores(torch.stack(shares).float().cpu().numpy(), pooled, model.config.stride)
 
 
@@ -101,11 +103,3 @@ def _as_image(shares: Tensor, grid: TokenGrid, scan_path: str) -> Tensor:
     maps = shares.unflatten(2, [grid.sizes[axis] for axis in grid.axes])
     maps = maps.permute(0, 1, *(2 + grid.axes.index(axis) for axis in _IMAGE_AXES))
     return maps.transpose(3, 4) if scan_path == "colwise" else maps
-
-
-def _pooled_axes(model: Encoder, grid: TokenGrid, block: int) -> tuple[str, ...]:
-    """Return the axes of the image that a block pools together."""
-    pooled = grid.pooled_axes(block)
-    if model.config.scan_path == "colwise":
-        pooled = {{"row": "column", "column": "row"}.get(axis, axis) for axis in pooled}
-    return tuple(axis for axis in _IMAGE_AXES if axis in pooled)

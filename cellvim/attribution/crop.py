@@ -75,16 +75,8 @@ def read_crop(plan: EmbeddingPlan, well: str, site: str | None = None, number: i
         if not fields:
             raise InputError(f"Well {well} has no site '{site}'; it has {listing(known)}.")
     for field in fields:
-        [cut] = stream_crops(
-            [field],
-            plate.channels,
-            plate.cutting,
-            scale=plate.scale,
-            cells=plate.cells,
-            workers=1,
-            extra_channels=plate.extra_channels,
-            illumination=plate.illumination,
-        )
+        options = {"extra_channels": plate.extra_channels, "illumination": plate.illumination, "workers": 1}
+        [cut] = stream_crops([field], plate.channels, plate.cutting, scale=plate.scale, cells=plate.cells, **options)
         if cut.failed is not None:
             raise FieldReadError(cut.failed)
         if len(cut.crops):

@@ -115,13 +115,7 @@ def draw_attribution(
 
 
 def check_picture(path: Path, *, overwrite: bool = False) -> None:
-    """Raise if a picture cannot be written to a path.
-
-    Raises
-    ------
-    OutputError
-        The format is not supported, the file exists and ``overwrite`` is off, or its folder does not exist.
-    """
+    """Raise if a picture cannot be written: unknown format, existing file without ``overwrite``, or missing folder."""
     if path.suffix.lower() not in FORMATS:
         raise OutputError(f"{path} is not a supported picture; expected a name ending in {listing(FORMATS)}.")
     if path.exists() and (path.is_dir() or not overwrite):
@@ -131,13 +125,7 @@ def check_picture(path: Path, *, overwrite: bool = False) -> None:
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:
-    """Write a picture atomically, in the format of the file name.
-
-    Raises
-    ------
-    OutputError
-        The file cannot be written.
-    """
+    """Write a picture atomically, in the format of the file name."""
     with atomic_path(path) as partial:
         figure.savefig(partial, format=partial.suffix.lower().removeprefix("."))
 

@@ -125,7 +125,10 @@ def attribute(
         if method == "occlusion":
             patches, by_channel = _occlusion(inputs, function, output, batch_size)
         else:
-            points, weights = _path(steps) if method == "integrated_gradients" else (np.ones(1), np.ones(1))
+            points, weights = np.ones(1), np.ones(1)
+            if method == "integrated_gradients":
+                points, weights = np.polynomial.legendre.leggauss(steps)  # on [-1, 1]
+                points, weights = (points + 1) / 2, weights / 2
             pixels = _path_gradients(inputs, function, points, weights, batch_size)
             patches = inputs.patch_sums(pixels)
             by_channel = patches.sum((2, 3))
@@ -186,18 +189,7 @@ class Inputs:
 
 
 def check_inputs(model: Encoder, images: Tensor | np.ndarray, channels: Channels, baseline: object) -> Inputs:
-    """Return the images and their baselines in the type and on the device of the model.
-
-    Parameters
-    ----------
-    model, images, channels, baseline
-        As in `cellvim.attribution.attribute`.
-
-    Raises
-    ------
-    InputError, ChannelError
-        The images, their channels or the baseline do not fit the model.
-    """
+    """Return the images and baselines in the type and on the device of the model; raise if they do not fit it."""
     if not isinstance(model, Encoder):
         raise InputError(f"An attribution requires an Encoder; found a {type(model).__name__}.")
     weight = model.patch_embed.proj.weight
@@ -234,78 +226,46 @@ def in_evaluation(model: Encoder) -> Iterator[None]:
 
 
 def target_function(inputs: Inputs, target: Target) -> Function:
-    """Return the function to explain.
-
-    Parameters
-    ----------
-    inputs
-        The model, its images and their baselines.
-    target
-        As in `attribute`.
-
-    Returns
-    -------
-    Callable
-        A function of images (n, C, H, W) and (n,), the numbers of the rows of ``inputs`` that they are variants of.
+    """Return a function of images (n, C, H, W) and of (n,), the rows of ``inputs`` that they are variants of.
 
     Raises
     ------
     InputError, ModelError
-        The target is not valid for the model.
+        The target, as in `attribute`, is not valid for the model.
     """
     model = inputs.model
     if model.config.readout == "tokens":
         raise ModelError("The model returns tokens (readout='tokens'); attribution requires one row per image.")
+
+    def along(direction: Tensor) -> Function:
+        return lambda images, rows: (inputs.features(images) * direction[rows]).sum(1)
+
     if isinstance(target, str):
         if target != "embedding":
             raise InputError(f"The target '{target}' is not known; expected embedding, a class number or a direction.")
-        return _along(inputs, _direction_from_baseline(inputs))
+        with torch.no_grad():
+            difference = inputs.features(inputs.images) - inputs.features(inputs.baseline)
+        length = difference.norm(dim=1, keepdim=True)
+        unit = difference / length.clamp_min(torch.finfo(difference.dtype).tiny)
+        return along(torch.where(length > 0, unit, torch.zeros_like(unit)))
     if isinstance(target, int | np.integer) and not isinstance(target, bool):
-        return _class(inputs, int(target))
+        count = model.config.num_classes
+        if not count:
+            raise ModelError("The model has no classes (num_classes=0); attribute its embedding, or a direction in it.")
+        if not 0 <= target < count:
+            raise InputError(f"The model has no class {target}; expected 0 to {count - 1}.")
+        return lambda images, rows: model(images, channels=inputs.channels)[:, int(target)]
     direction = torch.as_tensor(target).to(inputs.images)
     if direction.shape != (model.config.embed_dim,) or not bool(direction.isfinite().all()):
         raise InputError(
             f"The direction has the shape {tuple(direction.shape)}; expected {model.config.embed_dim} finite numbers, "
             "one per feature of the embedding."
         )
-    return _along(inputs, direction.expand(len(inputs.images), -1))
-
-
-def _direction_from_baseline(inputs: Inputs) -> Tensor:
-    """(B, D): unit vector from the embedding of the baseline to that of the image; zero if they are equal."""
-    with torch.no_grad():
-        difference = inputs.features(inputs.images) - inputs.features(inputs.baseline)
-        length = difference.norm(dim=1, keepdim=True)
-        return torch.where(
-            length > 0, difference / length.clamp_min(torch.finfo(difference.dtype).tiny), torch.zeros_like(difference)
-        )
-
-
-def _along(inputs: Inputs, direction: Tensor) -> Function:
-    return lambda images, rows: (inputs.features(images) * direction[rows]).sum(1)
-
-
-def _class(inputs: Inputs, number: int) -> Function:
-    count = inputs.model.config.num_classes
-    if not count:
-        raise ModelError("The model has no classes (num_classes=0); attribute its embedding, or a direction in it.")
-    if not 0 <= number < count:
-        raise InputError(f"The model has no class {number}; expected 0 to {count - 1}.")
-    return lambda images, rows: inputs.model(images, channels=inputs.channels)[:, number]
-
-
-def _path(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights of the Gauss–Legendre quadrature on [0, 1]."""
-    points, weights = np.polynomial.legendre.leggauss(steps)
-    return (points + 1) / 2, weights / 2
+    return along(direction.expand(len(inputs.images), -1))
 
 
 def _path_gradients(
-    inputs: Inputs,
-    function: Function,
-    points: np.ndarray,
-    weights: np.ndarray,
-    batch_size: int,
+    inputs: Inputs, function: Function, points: np.ndarray, weights: np.ndarray, batch_size: int
 ) -> Tensor:
     """(B, C, H, W) float64: the difference from the baseline times the mean gradient along the path."""
     difference = inputs.images - inputs.baseline

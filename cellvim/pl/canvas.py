@@ -20,13 +20,7 @@ OTHER = "#DDDDDD"  # categories without a colour of their own
 
 
 def new_axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
-    """Return ``ax``, or the axes of a new figure.
-
-    Raises
-    ------
-    InputError
-        matplotlib is not installed.
-    """
+    """Return ``ax``, or the axes of a new figure."""
     if ax is not None:
         return ax
     try:
@@ -43,13 +37,7 @@ def plain(text: object, limit: int = 40) -> str:
 
 
 def values_of(adata: AnnData, color: str) -> pd.Series:
-    """Return a column of ``obs``, or a feature.
-
-    Raises
-    ------
-    MetadataError
-        There is neither.
-    """
+    """Return a column of ``obs``, or a feature; raise if there is neither."""
     if color in adata.obs:
         return adata.obs[color]
     if color in adata.var_names:

@@ -99,26 +99,13 @@ def plate_map(
         axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=7, frameon=False)
     else:
         values = wells.mean()
-        image = axes.imshow(
-            np.ma.masked_invalid(_grid(values, height, width)), cmap=cmap, vmin=vmin, vmax=vmax, aspect="equal"
-        )
+        grid = np.ma.masked_invalid(_grid(values, height, width))
+        image = axes.imshow(grid, cmap=cmap, vmin=vmin, vmax=vmax, aspect="equal")
         axes.figure.colorbar(image, ax=axes, label=plain(color), shrink=0.8)
     missing = values.index[values.isna()]
     if len(missing):
         rows, positions = missing.get_level_values(0), missing.get_level_values(1)
         axes.plot(positions, rows, "x", color="0.5", ms=5, mew=1)
-    _decorate(axes, height, width)
-    axes.set_title(plain(f"{color} · {plate}" if plate else color, 60), fontsize=10)
-    return axes
-
-
-def _grid(values: pd.Series, height: int, width: int) -> np.ndarray:
-    grid = np.full((height, width), np.nan)
-    grid[values.index.get_level_values(0), values.index.get_level_values(1)] = values.to_numpy(float)
-    return grid
-
-
-def _decorate(axes: Axes, height: int, width: int) -> None:
     step = 1 if width <= 24 else 2
     axes.set_xticks(range(0, width, step), [str(c + 1) for c in range(0, width, step)], fontsize=7)
     axes.set_yticks(range(0, height, step), [well_name(r, 0)[:-2] for r in range(0, height, step)], fontsize=7)
@@ -127,6 +114,14 @@ def _decorate(axes: Axes, height: int, width: int) -> None:
     axes.set_yticks(np.arange(-0.5, height), minor=True)
     axes.grid(which="minor", color="0.85", lw=0.5)
     axes.tick_params(which="minor", length=0)
+    axes.set_title(plain(f"{color} · {plate}" if plate else color, 60), fontsize=10)
+    return axes
+
+
+def _grid(values: pd.Series, height: int, width: int) -> np.ndarray:
+    grid = np.full((height, width), np.nan)
+    grid[values.index.get_level_values(0), values.index.get_level_values(1)] = values.to_numpy(float)
+    return grid
 
 
 def _legend(colors: dict[str, Any]) -> dict[str, Any]:
@@ -236,20 +231,22 @@ def crops(
     CellvimError
         The AnnData does not describe its crops, or the plate does not have a field.
     """
-    chosen = _choose(adata, rows, n, seed)
+    if adata.n_obs == 0:
+        raise InputError("There are no cells to plot: the AnnData has no rows.")
+    if rows is None:
+        chosen = np.sort(np.random.default_rng(seed).choice(adata.n_obs, min(n, adata.n_obs), replace=False))
+    else:
+        chosen = adata.obs_names.get_indexer(list(rows))
+        if lost := [str(row) for row, position in zip(rows, chosen, strict=True) if position < 0]:
+            raise MetadataError(f"There are no rows {listing(lost)}; expected names such as {adata.obs_names[0]}.")
     if title is not None:
         values_of(adata, title)
     pictures, names = _cut(adata, plate, chosen, channels)
     import matplotlib.pyplot as plt
 
     columns = len(names) + 1
-    _, axes = plt.subplots(
-        len(chosen),
-        columns,
-        figsize=(1.25 * columns + 0.8, 1.25 * len(chosen) + 0.3),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = 1.25 * columns + 0.8, 1.25 * len(chosen) + 0.3
+    _, axes = plt.subplots(len(chosen), columns, figsize=size, squeeze=False, layout="constrained")
     for i, position in enumerate(chosen):
         for j, name in enumerate(names):
             axes[i, j].imshow(pictures[i, j], cmap="gray", vmin=0, vmax=1)
@@ -262,17 +259,6 @@ def crops(
     for one in axes.flat:
         one.set(xticks=[], yticks=[])
     return axes
-
-
-def _choose(adata: AnnData, rows: Sequence[str] | None, n: int, seed: int) -> np.ndarray:
-    if adata.n_obs == 0:
-        raise InputError("There are no cells to plot: the AnnData has no rows.")
-    if rows is None:
-        return np.sort(np.random.default_rng(seed).choice(adata.n_obs, min(n, adata.n_obs), replace=False))
-    positions = adata.obs_names.get_indexer(list(rows))
-    if lost := [str(r) for r, p in zip(rows, positions, strict=True) if p < 0]:
-        raise MetadataError(f"There are no rows {listing(lost)}; expected names such as {adata.obs_names[0]}.")
-    return positions
 
 
 def _cut(

@@ -77,7 +77,8 @@ def retrieval(
     active = table["active"].astype(bool)
     axes.scatter(table["mean_average_precision"], height, s=18, c=np.where(active, POSITIVE, TREATED), lw=0, alpha=0.8)
     axes.axhline(-np.log10(THRESHOLD), color="0.6", lw=0.8, ls="--")
-    names = _names(table)
+    about = table.columns[: list(table.columns).index("n_replicates")][:2]  # perturbation and dose
+    names = [" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in table[about].to_numpy()]
     for row in range(min(label, len(table))):
         x, y = table["mean_average_precision"].iloc[row], height.iloc[row]
         offset = (-4, -9 * (row + 1)) if x > 0.5 else (4, -9 * (row + 1))  # the best often coincide
@@ -87,12 +88,6 @@ def retrieval(
     axes.set_title(f"{int(active.sum())} of {len(table)} treatments active (q < {THRESHOLD})", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
-
-
-def _names(table: pd.DataFrame) -> list[str]:
-    """Return the names of the treatments: perturbation and dose, the columns before the number of replicates."""
-    about = table.columns[: list(table.columns).index("n_replicates")][:2]
-    return [" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row) for row in table[about].to_numpy()]
 
 
 def mechanisms(

@@ -94,7 +94,22 @@ def aggregate(
 
     with open_anndata(source) as store:
         groups = _groups(store, list(by))
-        results = _summarise(store, groups, statistic, progress)
+        total = store.n_rows * len(store.matrices)
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress is not None:
+                progress(min(done, total), total)
+
+        # profiles of each matrix, (wells, D), and its number of values that are not finite
+        results = {
+            name: _means(store, groups, name, advance)
+            if statistic == "mean"
+            else _order_statistics(store, groups, name, statistic, advance)
+            for name in store.matrices
+        }
         obs, dropped_columns = _obs(store, groups)
         cellvim = store.uns()
     enough = groups.counts >= min_cells
@@ -176,25 +191,6 @@ def _groups(store: StoredAnnData, by: list[str]) -> _Groups:
     return _Groups(codes, table.loc[order].reset_index(drop=True), np.bincount(codes, minlength=n), first[order])
 
 
-def _summarise(
-    store: StoredAnnData, groups: _Groups, statistic: Statistic, progress: Progress | None
-) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the profiles of each matrix, (groups, D), and its number of values that are not finite."""
-    total = store.n_rows * len(store.matrices)
-    results, done = {}, 0
-    for name in store.matrices:
-
-        def advance(rows: int) -> None:
-            nonlocal done
-            done += rows
-            if progress is not None:
-                progress(min(done, total), total)
-
-        work = _means if statistic == "mean" else _order_statistics
-        results[name] = work(store, groups, name, statistic, advance)
-    return results
-
-
 def _chunks(store: StoredAnnData, matrix: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     rows = max(1, CHUNK_BYTES // (8 * max(1, store.matrices[matrix])))
     for begin in range(start, stop, rows):
@@ -202,7 +198,7 @@ def _chunks(store: StoredAnnData, matrix: str, start: int, stop: int) -> Iterato
 
 
 def _means(
-    store: StoredAnnData, groups: _Groups, matrix: str, _statistic: Statistic, advance: Callable[[int], None]
+    store: StoredAnnData, groups: _Groups, matrix: str, advance: Callable[[int], None]
 ) -> tuple[np.ndarray, int]:
     sums = np.zeros((len(groups), store.matrices[matrix]))
     missing = np.zeros(sums.shape, np.int64)

@@ -91,7 +91,13 @@ def profile(
     CellvimError
         An input or option is not valid.
     """
-    steps = [_step(text) for text in normalize]
+    steps = []
+    for step in normalize:
+        method, _, use = step.strip().partition("@")
+        if method not in NORMALIZATIONS:
+            known = f"{listing(NORMALIZATIONS)}.{suggestion(method, NORMALIZATIONS)}"
+            raise InputError(f"There is no normalisation '{method}'; expected {known}")
+        steps.append((method, use or None))
     if output is not None:
         check_profiles_output(output, overwrite=overwrite)
     given = [source] if isinstance(source, str | Path) or hasattr(source, "obs") else list(source)
@@ -100,8 +106,15 @@ def profile(
         sources += stored_files(one) if isinstance(one, str | Path) else [one]
     if not sources:
         raise InputError("There are no embeddings to profile.")
-    parts = [_read(one, aggregate_by, statistic, min_cells, progress) for one in sources]
-    adata = parts[0] if len(parts) == 1 else _concatenate(parts, [_name(one) for one in sources], statistic)
+    if statistic is None:
+        parts = [read_anndata(one) if isinstance(one, Path) else one.copy() for one in sources]
+    else:
+        options = {"by": aggregate_by, "statistic": statistic, "min_cells": min_cells, "progress": progress}
+        parts = [aggregate(one, **options) for one in sources]
+    names = [str(one) if isinstance(one, Path) else "an AnnData" for one in sources]
+    if empty := [name for name, part in zip(names, parts, strict=True) if part.n_obs == 0]:
+        raise InputError(f"{empty[0]} has no rows, so it contains no profiles.")
+    adata = parts[0] if len(parts) == 1 else _concatenate(parts, names, statistic)
     columns = find_columns(adata.obs, negative=control, batch=batch)
     for method, use in steps:
         _normalize(adata, method, use, fit_on, per, columns, seed)
@@ -112,36 +125,6 @@ def profile(
         raise InputError("Features are selected after robustmad or standardize; add one of them to --normalize.")
     if output is not None:
         write_profiles(adata, output, overwrite=overwrite)
-    return adata
-
-
-def _step(text: str) -> tuple[str, str | None]:
-    method, _, use = text.strip().partition("@")
-    if method not in NORMALIZATIONS:
-        raise InputError(
-            f"There is no normalisation '{method}'; expected {listing(NORMALIZATIONS)}."
-            + suggestion(method, NORMALIZATIONS)
-        )
-    return method, use or None
-
-
-def _name(source: Path | AnnData) -> str:
-    return str(source) if isinstance(source, Path) else "an AnnData"
-
-
-def _read(
-    source: Path | AnnData,
-    by: Sequence[str],
-    statistic: Statistic | None,
-    min_cells: int,
-    progress: Callable[[int, int], None] | None,
-) -> AnnData:
-    """Return one profile per well."""
-    if statistic is not None:
-        return aggregate(source, by=by, statistic=statistic, min_cells=min_cells, progress=progress)
-    adata = read_anndata(source) if isinstance(source, Path) else source.copy()
-    if adata.n_obs == 0:
-        raise InputError(f"{_name(source)} has no rows, so it contains no profiles.")
     return adata
 
 
