@@ -1,8 +1,7 @@
 """CellVim turns microscopy plates into embeddings.
 
-``open_plate``, ``embed``, ``profile``, ``evaluate_profiles``, ``create_model`` and ``load_checkpoint`` are what a
-notebook needs. Names are imported
-when they are first used, so that ``import cellvim`` and ``cellvim --help`` answer at once.
+Notebooks use ``open_plate``, ``embed``, ``profile``, ``evaluate_profiles``, ``create_model`` and ``load_checkpoint``.
+Names are imported on first use, so that ``import cellvim`` and ``cellvim --help`` are fast.
 """
 
 from __future__ import annotations

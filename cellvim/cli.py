@@ -124,7 +124,7 @@ def parameters_of(function: Callable[..., Any], *, only_options: bool = False) -
 
 
 def _settings(annotation: str, default: Any) -> dict[str, Any]:
-    """Return the settings of a click parameter for a type."""
+    """Return the settings of a click parameter for an annotation."""
     members = {member.strip() for member in re.sub(r"\[.*\]", "[]", annotation).split("|")} - {"None"}
     choices = re.search(r"Literal\[(.*?)\]", annotation)
     if members == {"bool"}:
@@ -155,7 +155,7 @@ class _List(click.ParamType):
 
 
 class _Plane(click.ParamType):
-    """The number of a plane, or max."""
+    """Number of a plane, or max."""
 
     name = "N|max"
 
@@ -195,13 +195,17 @@ class _Commands(click.Group):
         except CellvimError as error:
             print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
             raise click.exceptions.Exit(error.exit_code) from None
+        except click.UsageError as error:
+            path = "cellvim" if error.ctx is None else error.ctx.command_path
+            print(f"Error: {' '.join(error.format_message().split())} See {path} --help.", file=sys.stderr)
+            raise click.exceptions.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
             raise click.exceptions.Exit(_interrupted(stop)) from None
 
 
 app = _Commands(
     "cellvim",
-    help="Microscopy plates to embeddings: OME-Zarr in, FastChannelVim, AnnData out.",
+    help="Turn microscopy plates (OME-Zarr) into embeddings (AnnData) with FastChannelVim.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     params=[
@@ -326,7 +330,7 @@ def info(plate: str) -> None:
     }.items():
         print(f"{name:<10} {value}")
     for oddity in found["oddities"]:
-        print(f"{'odd':<10} {oddity}")
+        print(f"{'note':<10} {oddity}")
 
 
 @command("embed")
@@ -434,8 +438,14 @@ def evaluate(
         Profiles: .h5ad, .zarr or a table.
     output
         JSON file for the results.
-    perturbation, dose, mechanism, plate, well, batch
-        Column with this information; found by its usual name by default.
+    perturbation
+        Column of perturbations. By default this and the other columns are found by their usual names.
+    dose
+        Column of doses.
+    mechanism
+        Column of mechanisms of action.
+    plate, well, batch
+        Column of plates, wells or batches.
     overwrite
         Replace an existing output.
     """
@@ -485,8 +495,12 @@ def report(
         Output of `cellvim embed` or another .h5ad or .zarr.
     output
         The page.
-    perturbation, dose, mechanism
-        Column with this information; found by its usual name by default.
+    perturbation
+        Column of perturbations. By default this and the other columns are found by their usual names.
+    dose
+        Column of doses.
+    mechanism
+        Column of mechanisms of action.
     """
     from cellvim.report import write_report
 
@@ -535,7 +549,7 @@ def attribute(
 
 
 @command("train", settings={"context_settings": {"ignore_unknown_options": True, "help_option_names": []}})
-def train(arguments: list[str] = ()) -> None:  # has a parser of its own
+def train(arguments: list[str] = ()) -> None:  # parses its own options
     """Train a model: a recipe, a configuration, or your own plate and a column of labels."""
     from cellvim.train.recipes import USAGE, recipe_descriptions
 
@@ -588,7 +602,7 @@ def models(name: str | None = None) -> None:
     print(
         "Operations for one image of 224 × 224 pixels with 3 channels, or 8 with per-channel tokens (docs/models.md)."
     )
-    print("Other patch sizes work as well, as in fastvim_tiny_patch14.")
+    print("Other patch sizes are possible, as in fastvim_tiny_patch14.")
     print("These names give random weights. `cellvim embed --model` takes the path of a trained checkpoint, or the")
     print("name of a trained model that ships with CellVim:")
     for model, path in shipped_models().items():
@@ -597,12 +611,12 @@ def models(name: str | None = None) -> None:
 
 @command("backends")
 def backends() -> None:
-    """List the back ends for the kernels, and which one is used on this machine."""
+    """List the backends of the kernels and their availability on this machine."""
     from cellvim.ops.dispatch import describe_backends
 
     for backend in describe_backends():
-        state = "runs" if backend.selected else "there" if backend.available else "not there"
-        print(f"{backend.name:<12} {state:<10} {backend.reason}")
+        state = "selected" if backend.selected else "available" if backend.available else "not available"
+        print(f"{backend.name:<12} {state:<14} {backend.reason}")
 
 
 @command("datasets")

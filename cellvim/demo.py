@@ -1,4 +1,4 @@
-"""The demo: the main job on a small real plate that comes with CellVim, and a look at what came out."""
+"""The demo: import a small real plate that ships with CellVim, embed its cells, and inspect the result."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from cellvim.data.bundled import bundled_dataset
 from cellvim.data.importers import import_plate
 from cellvim.data.intensity import IntensityScale
 from cellvim.data.plate import open_plate
-from cellvim.embedding import plan_embedding, run_embedding
+from cellvim.embedding.plan import plan_embedding
+from cellvim.embedding.run import run_embedding
 from cellvim.errors import OutputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 CHANNELS = {"Channel1": "GFP", "Channel2": "DNA"}
-MODEL = "fastchannelvim_multichannel"  # comes with CellVim; trained on wells of this plate that are not in the demo
+MODEL = "fastchannelvim_multichannel"  # ships with CellVim; trained on wells of this plate that are not in the demo
 CROP_PX = 48  # nuclei of this plate are 20 to 25 px wide, cells about twice that
 LABEL, NEGATIVE, POSITIVE, DOSE = "Metadata_pert_type", "negcon", "poscon", "SBS_Doses"
 
@@ -31,23 +32,23 @@ Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 
 def run_demo(output: str | Path, *, overwrite: bool, say: Say, warn: Say, progress: Progress) -> Path:
-    """Import the bundled plate, embed its cells, and show what came out; steps that are done already are kept.
+    """Import the bundled plate, embed its cells and inspect the result. Existing results are kept.
 
     Parameters
     ----------
     output
         Folder for ``plate.zarr``, ``embeddings.zarr`` and ``demo.png``.
     overwrite
-        Do all steps anew.
+        Repeat all steps and replace existing results.
     say, warn
-        Take a line for the user.
+        Called with a line for the user.
     progress
         ``progress(what, units)`` opens a progress bar and yields its update function.
 
     Returns
     -------
     Path
-        The AnnData.
+        Path of the AnnData.
 
     Raises
     ------
@@ -55,58 +56,56 @@ def run_demo(output: str | Path, *, overwrite: bool, say: Say, warn: Say, progre
         The folder cannot be used.
     """
     output = Path(output)
-    _make_folder(output)
-    plate, embeddings, picture = (output / name for name in ("plate.zarr", "embeddings.zarr", "demo.png"))
-    if overwrite or not plate.exists():
-        say("1. Import: 58 TIFFs of a translocation screen → OME-Zarr")
-        _import(plate, overwrite, progress)
-    else:
-        say(f"1. Import: {plate} is there already (anew with --overwrite)")
-    if overwrite or not embeddings.exists():
-        say(f"2. Embed: cells of {CROP_PX} x {CROP_PX} px → {MODEL}")
-        _embed(plate, embeddings, overwrite, progress, say, warn)
-    else:
-        say(f"2. Embed: {embeddings} is there already (anew with --overwrite)")
-    if all(map(find_spec, ("scanpy", "umap", "sklearn", "matplotlib"))):
-        say("3. Look: controls told apart, a UMAP of the cells, a dot per well")
-        _look(plate, embeddings, picture, say)
-    else:
-        say("3. Look: left out, it needs scanpy. Install it: pip install 'cellvim[analysis]'")
-    say(_next_steps(embeddings))
-    return embeddings
-
-
-def _make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"The folder {output} cannot be made: {error.strerror}. Choose another --output.") from error
+        raise OutputError(
+            f"The folder {output} cannot be created: {error.strerror}. Choose another --output."
+        ) from error
+    plate, embeddings, picture = (output / name for name in ("plate.zarr", "embeddings.zarr", "demo.png"))
+    if overwrite or not plate.exists():
+        say("1. Import: 58 TIFFs of a translocation screen → OME-Zarr")
+        source = bundled_dataset()
+        with progress("Importing", "") as update:
+            import_plate(
+                source / "images",
+                plate,
+                metadata=source / "platemap.csv",
+                channel_names=CHANNELS,
+                plate_name="FKHR",
+                overwrite=overwrite,
+                progress=update,
+            )
+    else:
+        say(f"1. Import: {plate} exists already (repeat with --overwrite)")
+    if overwrite or not embeddings.exists():
+        say(f"2. Embed: crops of {CROP_PX} x {CROP_PX} pixels around the cells → {MODEL}")
+        plan = plan_embedding(plate, model=MODEL, crop_size=CROP_PX)
+        with progress("Embedding", "cells") as update:
+            summary = run_embedding(plan, embeddings, overwrite=overwrite, progress=update)
+        for remark in summary.remarks():
+            warn(remark)
+        say(f"   {summary}")
+    else:
+        say(f"2. Embed: {embeddings} exists already (repeat with --overwrite)")
+    if all(map(find_spec, ("scanpy", "umap", "sklearn", "matplotlib"))):
+        say("3. Inspect: separation of the controls, a UMAP of the cells, a PCA of the wells")
+        _inspect(plate, embeddings, picture, say)
+    else:
+        say("3. Inspect: skipped, because it requires scanpy. Install it: pip install 'cellvim[analysis]'")
+    say(f"""
+The AnnData is {embeddings}. Continue in scanpy:
+
+    import anndata, scanpy as sc
+    adata = anndata.read_zarr("{embeddings}")
+    sc.pp.pca(adata); sc.pp.neighbors(adata); sc.tl.umap(adata)
+    sc.pl.umap(adata, color=["{LABEL}", "{DOSE}"])
+
+Your own plate: cellvim import FOLDER plate.zarr, then cellvim embed plate.zarr -o embeddings.zarr""")
+    return embeddings
 
 
-def _import(plate: Path, overwrite: bool, progress: Progress) -> None:
-    source = bundled_dataset()
-    with progress("Importing", "") as update:
-        import_plate(
-            source / "images",
-            plate,
-            metadata=source / "platemap.csv",
-            channel_names=CHANNELS,
-            plate_name="FKHR",
-            overwrite=overwrite,
-            progress=update,
-        )
-
-
-def _embed(plate: Path, embeddings: Path, overwrite: bool, progress: Progress, say: Say, warn: Say) -> None:
-    plan = plan_embedding(plate, model=MODEL, crop_size=CROP_PX)
-    with progress("Embedding", "cells") as update:
-        summary = run_embedding(plan, embeddings, overwrite=overwrite, progress=update)
-    for remark in summary.remarks():
-        warn(remark)
-    say(f"   {summary}")
-
-
-def _look(plate: Path, embeddings: Path, picture: Path, say: Say) -> None:
+def _inspect(plate: Path, embeddings: Path, picture: Path, say: Say) -> None:
     import anndata
 
     from cellvim.evaluate.controls import separate_controls
@@ -114,8 +113,8 @@ def _look(plate: Path, embeddings: Path, picture: Path, say: Say) -> None:
     adata = anndata.read_zarr(embeddings)
     results = separate_controls(adata, LABEL, negative=NEGATIVE, positive=POSITIVE)
     say(
-        f"   Positive against negative control, cell by cell ({results[0].n_rows:,} cells of {results[0].n_wells} "
-        "wells; logistic regression, wells held out; chance is 0.5):"
+        f"   Positive against negative control, per cell ({results[0].n_rows:,} cells of {results[0].n_wells} wells; "
+        "logistic regression, wells held out; chance is 0.5):"
     )
     for result in results:
         say(f"     {result}")
@@ -123,20 +122,8 @@ def _look(plate: Path, embeddings: Path, picture: Path, say: Say) -> None:
     say(f"   Picture: {picture}")
 
 
-def _next_steps(embeddings: Path) -> str:
-    return f"""
-The AnnData is {embeddings}. Go on in scanpy:
-
-    import anndata, scanpy as sc
-    adata = anndata.read_zarr("{embeddings}")
-    sc.pp.pca(adata); sc.pp.neighbors(adata); sc.tl.umap(adata)
-    sc.pl.umap(adata, color=["{LABEL}", "{DOSE}"])
-
-Your own plate: cellvim import FOLDER plate.zarr, then cellvim embed plate.zarr -o embeddings.zarr"""
-
-
 def _draw(adata: AnnData, plate: Path, picture: Path) -> None:
-    """Draw cells of both controls, a UMAP of all cells and a dot per well."""
+    """Draw a field of each control, a UMAP of the cells and a PCA of the wells."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -150,7 +137,7 @@ def _draw(adata: AnnData, plate: Path, picture: Path) -> None:
         axes[name].set_title(f"{name} control", fontsize=10)
         axes[name].axis("off")
     umap, wells = _umap(adata), _wells(adata)
-    order = np.random.default_rng(0).permutation(len(umap))  # so that no dose is drawn on top of the others
+    order = np.random.default_rng(0).permutation(len(umap))  # so that no dose hides the others
     axes["cells"].scatter(
         *umap[order].T, c=adata.obs[DOSE].to_numpy()[order], s=3, lw=0, cmap="viridis", rasterized=True
     )
@@ -179,7 +166,7 @@ def _draw(adata: AnnData, plate: Path, picture: Path) -> None:
 
 
 def _composite(adata: AnnData, plate: Path, well: str, size: int = 240) -> np.ndarray:
-    """Return a corner of the well's first field as the model sees it, (size, size, 3): GFP green, DNA blue."""
+    """Return a corner of the first field of a well, scaled as for the model, (size, size, 3): GFP green, DNA blue."""
     scale = IntensityScale.from_dict(adata.uns["cellvim"]["preprocessing"]["intensity"])
     field = next(f for f in open_plate(plate).fields if f.well == well)
     image = dict(zip(scale.channel_names, scale.apply(field.read(scale.channel_names)), strict=True))
@@ -193,7 +180,7 @@ def _umap(adata: AnnData) -> np.ndarray:
     import scanpy
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scanpy and numba; ours are for the user
+        warnings.simplefilter("ignore")  # of scanpy and numba
         copy = adata.copy()
         scanpy.pp.pca(copy, n_comps=50, random_state=0)
         scanpy.pp.neighbors(copy, random_state=0)
@@ -202,7 +189,7 @@ def _umap(adata: AnnData) -> np.ndarray:
 
 
 def _wells(adata: AnnData) -> pd.DataFrame:
-    """Return one row a well: its label, dose, and two principal components of its mean embedding."""
+    """Return one row per well: label, dose, and two principal components of the mean embedding."""
     key = adata.obs["Metadata_Well"].astype(str).to_numpy()
     mean = pd.DataFrame(np.asarray(adata.X), index=key).groupby(level=0).mean()
     about = adata.obs.set_index(key)[[LABEL, DOSE]].groupby(level=0).first().loc[mean.index]

@@ -1,4 +1,4 @@
-"""What comes out is used for real: the demo from TIFFs to scanpy, and the 96-well plate's controls told apart."""
+"""End to end on real images: the demo from TIFFs to scanpy, and the controls of the 96-well plate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cellvim.evaluate.controls import separate_controls
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The demo's folder after one run through the command line, and what it printed."""
+    """The output folder of one run of ``cellvim demo``."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     assert main(["demo", "--output", str(folder)]) == 0
     return folder
@@ -37,36 +37,36 @@ def test_demo_leaves_an_anndata_of_the_plate(folder):
 
 
 def test_demo_draws_cells_and_a_dot_per_well(folder):
-    """UMAP by scanpy, on the AnnData as it is."""
+    """The UMAP is computed by scanpy from the unmodified AnnData."""
     picture = matplotlib.image.imread(folder / "demo.png")
     assert picture.shape[1] > 1000
-    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 1000  # drawn, not blank
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 1000  # not blank
 
 
-def test_demo_tells_the_controls_apart(folder):
+def test_demo_separates_the_controls(folder):
     adata = anndata.read_zarr(folder / "embeddings.zarr")
     embedding, *_ = separate_controls(adata, "Metadata_pert_type", negative="negcon", positive="poscon")
     assert embedding.n_wells == 24
     _above_chance(embedding)
 
 
-def test_demo_again_keeps_what_is_there(folder, capsys):
+def test_repeated_demo_keeps_existing_results(folder, capsys):
     before = os.stat(folder / "embeddings.zarr").st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_look", lambda *_: None)  # looked at above
+        patch.setattr(demo, "find_spec", lambda name: None)  # without the last step, tested above
         assert main(["demo", "--output", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "--overwrite" in out and "read_zarr" in out
     assert os.stat(folder / "embeddings.zarr").st_mtime_ns == before
 
 
-def test_demo_without_scanpy_says_how_to_get_it(folder, capsys, monkeypatch):
+def test_demo_without_scanpy_prints_how_to_install_it(folder, capsys, monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     assert main(["demo", "--output", str(folder)]) == 0
     assert "pip install 'cellvim[analysis]'" in capsys.readouterr().out
 
 
-def test_demo_where_no_folder_can_be(tmp_path, capsys):
+def test_demo_in_a_folder_that_cannot_be_created(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--output", str(tmp_path / "file" / "demo")]) == 2
     assert capsys.readouterr().err.startswith("Error: The folder")

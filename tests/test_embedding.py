@@ -154,7 +154,7 @@ def test_making_a_model_leaves_the_callers_random_numbers_alone(plate_path):
 
 def test_a_field_does_not_depend_on_the_others(plate_path, encoder, adata):
     plan = plan_embedding(plate_path, model=encoder)
-    embeddings, objects, spatial = embed_field(plan, plan.fields[3])
+    embeddings, objects, spatial = embed_field(plan, plan.plates[0].fields[3])
     rows = (adata.obs["Metadata_Well"] == "A02").to_numpy()
     np.testing.assert_array_equal(embeddings, adata.X[rows])
     np.testing.assert_array_equal(spatial, adata.obsm["spatial"][rows])
@@ -167,7 +167,7 @@ def test_batches_off_the_cpu_are_always_full(plate_path, adata):
     features = encoder.forward_features
     encoder.forward_features = lambda images, **options: sizes.add(len(images)) or features(images, **options)
     plan = replace(plan_embedding(plate_path, model=encoder, batch_size=4), device="cpu:0")
-    embeddings, objects, _ = embed_field(plan, plan.fields[3])
+    embeddings, objects, _ = embed_field(plan, plan.plates[0].fields[3])
     assert sizes == {4} and len(objects) == 7
     np.testing.assert_array_equal(embeddings, adata.X[(adata.obs["Metadata_Well"] == "A02").to_numpy()])
 

@@ -124,12 +124,19 @@ def explain_crop(
 
     Parameters
     ----------
-    plan, well, site, number
+    plan, well
         As in `read_crop`.
+    site
+        Name of the site within the well; by default the first with a unit.
+    number
+        Object number of the cell or tile; by default the one nearest to the centre of the field.
     method
-        One of `cellvim.attribution.METHODS`, or "attention" for the scores of attention pooling.
-    target, steps
-        As in `cellvim.attribution.attribute`; a class may be text.
+        Method: integrated_gradients, occlusion or another of `METHODS`, or attention for the scores of attention
+        pooling.
+    target
+        What is explained: the embedding, or the number or name of a class.
+    steps
+        Number of integration steps of integrated gradients.
 
     Raises
     ------

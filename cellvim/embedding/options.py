@@ -102,8 +102,10 @@ class PlateOptions:
     illumination: bool = option(
         False, "Estimate the uneven illumination of the plate and correct it in the embedded images."
     )
-    z: int | str | None = option(None, "Plane of a z-stack, or max for the maximum projection.", metavar="N|max")
-    t: int | None = option(None, "Time point.", metavar="N")
+    z: int | str | None = option(
+        None, "Plane of a z-stack, counted from 0, or max for the maximum projection.", metavar="N|max"
+    )
+    t: int | None = option(None, "Time point, counted from 0.", metavar="N")
     level: int = option(0, "Resolution level of the plate; 0 is the full resolution.", metavar="N")
     seed: int = option(0, "Random seed for untrained weights and for the pixels that intensities are estimated from.")
 
@@ -149,7 +151,7 @@ class EmbeddingOptions(PlateOptions):
         "Also return the probabilities of the model's classes, in ``obsm['probabilities']``. Their names are "
         "``uns['cellvim']['class_names']``.",
     )
-    tokens: bool = option(False, "Also write token maps beside the output; requires the unit field.")
+    tokens: bool = option(False, "Also write token maps beside the output; requires --unit field.")
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Numerical precision; auto selects bfloat16 on GPUs that support it, float32 elsewhere."
     )

@@ -228,21 +228,6 @@ class EmbeddingPlan:
     tokens: bool = False
 
     @property
-    def plate(self) -> Plate:
-        """The first plate."""
-        return self.plates[0].plate
-
-    @property
-    def crop_px(self) -> int | None:
-        """Side of a crop on the first plate; None for an entire field."""
-        return self.plates[0].crop_px
-
-    @property
-    def fields(self) -> list[Field]:
-        """The fields of all plates."""
-        return [field for plate in self.plates for field in plate.fields]
-
-    @property
     def n_fields(self) -> int:
         """Number of fields of all plates."""
         return sum(plate.n_fields for plate in self.plates)
@@ -350,7 +335,12 @@ def make_plan(plates: Plates, options: EmbeddingOptions, *, cache: str | Path | 
         model_name=model_name,
         cache=cache,
     )
-    precision = _usable_precision(options.precision, device)
+    precision = options.precision
+    if precision == "auto":
+        import torch
+
+        supports_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        precision = "bfloat16" if supports_bfloat16 else "float32"
     return EmbeddingPlan(
         plates=tuple(plans),
         options={**options.record(), "model": model_name, "precision": precision},
@@ -558,14 +548,6 @@ def usable_device(device: str) -> str:
         reason = reason if len(reason) < 160 else f"this PyTorch does not support {kind} here"
         raise InputError(f"The device '{device}' cannot be used ({reason}). Leave --device out, or use cpu.") from error
     return device
-
-
-def _usable_precision(precision: str, device: str) -> str:
-    if precision != "auto":
-        return precision
-    import torch
-
-    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
 def _inspect_plate(source: str | Path | Plate, options: PlateOptions) -> PlateSummary:

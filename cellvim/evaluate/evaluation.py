@@ -173,11 +173,13 @@ def evaluate_profiles(
     use
         Representations to evaluate: "X", layers, entries of ``obsm``. By default the latest.
     tasks
-        Tasks to compute, of `TASKS`.
+        Tasks to compute.
     label
         Column of ``obs`` to classify; by default the treatment.
-    control, positive
-        Values of the control column for negative and positive controls, or COLUMN:VALUE.
+    control
+        Value of the control column for negative controls, or COLUMN:VALUE.
+    positive
+        Value of the control column for positive controls, or COLUMN:VALUE.
     null_size
         Number of random ranks and draws for p values.
     seed

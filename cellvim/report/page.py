@@ -89,17 +89,19 @@ def write_report(
     plate
         Plates to cut crops from, if they are no longer at the path where they were embedded.
     profiles
-        Well profiles made by `cellvim.profile`; computed from the embeddings if None.
+        Well profiles made by `cellvim.profile`; computed from the embeddings by default.
     evaluation
-        Result of ``cellvim evaluate``; computed from the profiles if None.
+        Result of ``cellvim evaluate``; computed from the profiles by default.
     color_by
         Column of ``obs`` that initially colours the map.
     title
         Title of the page; the name of the plate by default.
     max_cells
         Maximum number of cells for UMAP; 20,000 by default. Coordinates in ``obsm["X_umap"]`` are used as they are.
-    control, positive
-        Values of the column of controls, or COLUMN:VALUE.
+    control
+        Value of the control column for negative controls, or COLUMN:VALUE.
+    positive
+        Value of the control column for positive controls, or COLUMN:VALUE.
     seed
         Random seed for samples and for UMAP.
     overwrite

@@ -100,27 +100,29 @@ def import_plate(
     target
         Folder of the new plate, such as ``plate.zarr``.
     metadata
-        Plate map: a table with a column of wells, see `cellvim.data.platemap.read_platemap`.
+        Plate map: a table with a column of wells (CSV, TSV or Excel). See `cellvim.data.platemap.read_platemap`.
     compounds
-        Tables of the perturbations in the plate map, see `cellvim.data.platemap.join_perturbations`.
+        Tables with details of the perturbations in the plate map. See `cellvim.data.platemap.join_perturbations`.
     format
-        One of `FORMATS`; ``auto`` detects it.
+        Format of the files; auto detects it. The formats are those of `FORMATS`.
     load_data
         CellProfiler's LoadData CSV, which lists the well, site and channel of each file; images are searched for by
         name below ``source``.
     pattern
-        Pattern of the file names, see `cellvim.data.importers.tiff_folder.plan_tiff_folder`.
+        Regular expression for the file names. See `cellvim.data.importers.tiff_folder.plan_tiff_folder`.
     pixel_size_um
-        Pixel size; overrides the one in the source.
+        Pixel size in µm; overrides the one in the source.
     channel_names
-        Channel names by the key in the file names: ``{"ch5": "DNA"}``, the same as text ``"ch5=DNA,ch4=ER"``, or
-        ``"jump"`` for the eight channels of JUMP-CP. Other channels keep the name in the source.
+        Names of the channels by their key in the file names, such as ``ch5=DNA,ch4=ER``, or ``jump`` for the eight
+        channels of JUMP-CP. A dictionary (``{"ch5": "DNA"}``) in Python. Other channels keep the name in the source.
     plate_name
         Name of the plate; overrides the one in the source. By default the name of the target.
     pert_type
         Rule for a column ``Metadata_pert_type``, such as ``"SBS_Controls:-1=negcon,0=trt,1=poscon"``.
-    z, t
-        z plane and time point to import, counted from 0, if there are several; ``z="max"`` projects.
+    z
+        Plane of a z-stack to import, counted from 0, or ``max`` for the maximum projection.
+    t
+        Time point to import, counted from 0.
     overwrite
         Replace an existing plate at ``target``.
     resume
