@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,18 @@ class Checkpoints(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
             return
-        partial = f"{filepath}.partial"  # if the run is killed here, the last checkpoint stays complete
+        # If the run is killed here, the last checkpoint stays complete. Only the first process of a training writes.
+        writing = atomic_path(filepath) if trainer.is_global_zero else nullcontext(filepath)
         try:
-            super()._save_checkpoint(trainer, partial)
-            if trainer.is_global_zero:
-                os.replace(partial, filepath)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if its writer fails
-            Path(partial).unlink(missing_ok=True)
+            with writing as partial:
+                super()._save_checkpoint(trainer, str(partial))
+        except (OutputError, RuntimeError) as error:  # torch raises RuntimeError if its writer fails
             before = (
                 f"The last one, {self.last_good}, is kept." if self.last_good else "There is no earlier checkpoint."
             )
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise OutputError(f"The checkpoint {filepath} cannot be written: {reason}. {before}") from error
+            reason = str(error).splitlines()[0]
+            failed = reason if isinstance(error, OutputError) else f"{filepath} cannot be written: {reason}."
+            raise OutputError(f"{failed} {before}") from error
         self.last_good = filepath
 
     def on_train_batch_end(
