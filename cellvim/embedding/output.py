@@ -19,8 +19,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,12 +210,8 @@ def assemble(
                 write_token_maps(plan, ledger, output, load)
             storage.write(RENAMING, b"")
 
-        folder = None
-        if storage.path is not None:
-            for abandoned in storage.path.glob("output-*"):  # by a session that was killed
-                remove(abandoned)
-            folder = storage.path / f"output-{session.id}"
-            folder.mkdir()
+        for abandoned in [] if storage.path is None else storage.path.glob(".output-*"):  # by a killed session
+            remove(abandoned)
         try:
             n_rows = write_embeddings(
                 output,
@@ -222,7 +219,7 @@ def assemble(
                 plan.n_features,
                 describe_run(plan, failures, spatialdata=spatialdata),
                 format=format,
-                folder=folder,
+                folder=storage.path,
                 overwrite=replaces,
                 before_rename=before_rename,
             )
@@ -237,17 +234,7 @@ def assemble(
 
 
 def describe_run(plan: EmbeddingPlan, failures: Sequence[Failure], *, spatialdata: bool = False) -> dict[str, Any]:
-    """Return ``uns``: everything needed to reproduce the rows.
-
-    Parameters
-    ----------
-    plan
-        The plan of the run.
-    failures
-        Fields without rows.
-    spatialdata
-        Whether to add the attributes that SpatialData requires.
-    """
+    """Return ``uns``: everything needed to reproduce the rows, and with ``spatialdata`` what SpatialData requires."""
     first = plan.plates[0]
     config = plan.model.config
     about: dict[str, Any] = {
@@ -263,7 +250,23 @@ def describe_run(plan: EmbeddingPlan, failures: Sequence[Failure], *, spatialdat
         "seed": plan.seed,
         "spatial_unit": "pixel" if any(p.pixel_size_um is None for p in plan.plates) else "micrometer",
         "versions": plan.versions,
-        "plates": _plates_table(plan),
+        "plates": pd.DataFrame(
+            [
+                {
+                    "name": p.name,
+                    "path": p.path,
+                    "n_fields": p.n_fields,
+                    "pixel_size_um": np.nan if p.pixel_size_um is None else p.pixel_size_um,
+                    "channels": json.dumps(dict(zip(p.channels, p.meanings, strict=True))),
+                    "model_ids": json.dumps(p.channel_ids),
+                    "nuclei": p.dna or "not used",
+                    "cells": p.cells_name,
+                    "crop": json.dumps(_crop(plan, p)),
+                    "intensity": json.dumps(p.scale.to_dict()),
+                }
+                for p in plan.plates
+            ]
+        ),
         "failed_fields": pd.DataFrame(
             {
                 name: np.array([getattr(failure, name) for failure in failures], dtype=object)
@@ -318,40 +321,22 @@ def untrained_remark(plan: EmbeddingPlan) -> str | None:
 
 
 def _crop(plan: EmbeddingPlan, plate: PlatePlan) -> dict[str, Any]:
+    """Describe how crops were cut; values that do not differ from the defaults are omitted."""
     cutting = plate.cutting
+    pixel_um = cutting.um_per_px or plate.pixel_size_um
     if plate.crop_px is None:
-        return {"size_px": "whole field", **({"um_per_px": cutting.um_per_px} if cutting.um_per_px else {})}
-    crop: dict[str, Any] = {"size_px": plate.crop_px, "input_px": plan.input_px}
-    pixel = cutting.um_per_px or plate.pixel_size_um
-    if pixel is not None:
-        crop["size_um"] = plate.crop_px * pixel
-    if cutting.um_per_px:
-        crop["um_per_px"] = cutting.um_per_px
-    if cutting.overlap:
-        crop["overlap"] = cutting.overlap
-    if cutting.border != "pad":
-        crop["border"] = cutting.border
-    if cutting.mask_neighbours:
-        crop["mask_neighbours"] = True
-    return crop
-
-
-def _plates_table(plan: EmbeddingPlan) -> pd.DataFrame:
-    """Return one row per plate: how it was processed."""
-    return pd.DataFrame(
-        {
-            "name": [p.name for p in plan.plates],
-            "path": [p.path for p in plan.plates],
-            "n_fields": [p.n_fields for p in plan.plates],
-            "pixel_size_um": [np.nan if p.pixel_size_um is None else p.pixel_size_um for p in plan.plates],
-            "channels": [json.dumps(dict(zip(p.channels, p.meanings, strict=True))) for p in plan.plates],
-            "model_ids": [json.dumps(p.channel_ids) for p in plan.plates],
-            "nuclei": [p.dna or "not used" for p in plan.plates],
-            "cells": [p.cells_name for p in plan.plates],
-            "crop": [json.dumps(_crop(plan, p)) for p in plan.plates],
-            "intensity": [json.dumps(p.scale.to_dict()) for p in plan.plates],
+        crop = {"size_px": "whole field", "um_per_px": cutting.um_per_px}
+    else:
+        crop = {
+            "size_px": plate.crop_px,
+            "input_px": plan.input_px,
+            "size_um": None if pixel_um is None else plate.crop_px * pixel_um,
+            "um_per_px": cutting.um_per_px,
+            "overlap": cutting.overlap,
+            "border": None if cutting.border == "pad" else cutting.border,
+            "mask_neighbours": cutting.mask_neighbours,
         }
-    )
+    return {name: value for name, value in crop.items() if value}
 
 
 def field_table(plan: PlatePlan, *, regions: bool = False) -> pd.DataFrame:
@@ -385,7 +370,7 @@ def region_names(plan: PlatePlan) -> list[str]:
 
 def write_embeddings(
     output: str | Path,
-    plates: Sequence[Callable[[], PlateRows]],
+    plates: Plates,
     n_features: int,
     uns: Mapping[str, Any],
     *,
@@ -410,7 +395,7 @@ def write_embeddings(
     format
         "zarr", "h5ad" or "parquet".
     folder
-        Folder for temporary files, on the file system of the output; by default a temporary folder beside it.
+        Folder for a temporary copy, on the file system of the output; by default that of the output.
     overwrite
         Whether the output may be replaced.
     before_rename
@@ -426,34 +411,23 @@ def write_embeddings(
     OutputError
         The output exists and may not be replaced, or cannot be written.
     """
-    if folder is None:
-        beside = None if is_url(output) else Path(output).absolute().parent
-        with tempfile.TemporaryDirectory(dir=beside, prefix=".cellvim-") as temporary:
-            return write_embeddings(
-                output,
-                plates,
-                n_features,
-                uns,
-                format=format,
-                folder=Path(temporary),
-                overwrite=overwrite,
-                before_rename=before_rename,
-            )
+    if folder is None and not is_url(output):
+        folder = Path(output).absolute().parent
+    layout = Layout.of(plates)
     try:
-        written = folder / f"output.{format}"
-        layout = Layout.of(plates)
-        WRITERS[format](written, plates, layout, n_features, uns)
-        if exists(output):  # perhaps created in the meantime
-            check_output(output, overwrite=overwrite)
-        before_rename()
-        if is_url(output):
-            upload(written, str(output))
-            remove(written)
-        else:
-            replace_path(written, output, aside=folder / "replaced")
-        return layout.n_rows
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".output-") as temporary:
+            written = Path(temporary) / f"output.{format}"
+            WRITERS[format](written, plates, layout, n_features, uns)
+            if exists(output):  # perhaps created in the meantime
+                check_output(output, overwrite=overwrite)
+            before_rename()
+            if is_url(output):
+                upload(written, str(output))
+            else:
+                replace_path(written, output, aside=Path(temporary) / "replaced")
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror or error}.") from error
+    return layout.n_rows
 
 
 @dataclass(frozen=True)
@@ -481,114 +455,114 @@ class PlateRows:
         return [f for f in range(len(self.fields)) if self.counts.get(f, 0) > 0]
 
 
-@dataclass
-class Column:
-    """One column of the table: its common type in all plates."""
-
-    dtype: np.dtype | None  # None for text, stored as categorical
-    of_objects: bool
-    categories: list[str] = field(default_factory=list)
+Plates = Sequence[Callable[[], PlateRows]]
 
 
 @dataclass
 class Layout:
     """Columns, arrays and length of the table."""
 
-    columns: dict[str, Column]
+    columns: dict[str, np.dtype | pd.CategoricalDtype]  # text is categorical
     obsm: dict[str, tuple[int, np.dtype]]  # name -> width and type
     n_rows: int
 
     @classmethod
-    def of(cls, plates: Sequence[Callable[[], PlateRows]]) -> Layout:
-        """Open every plate once, and derive the columns that the table needs."""
-        dtypes: dict[str, list[np.dtype | None]] = {}
-        of_objects: dict[str, bool] = {}
+    def of(cls, plates: Plates) -> Layout:
+        """Open every plate once, and derive columns whose types suit the values of all plates."""
+        samples: list[pd.DataFrame] = []  # one row with the types of each plate
         categories: dict[str, set[str]] = {}
         obsm: dict[str, tuple[int, np.dtype]] = {"spatial": (2, np.dtype(np.float64))}
-        n_rows = n_plates = 0
+        n_rows = 0
         for open_plate in plates:
             plate = open_plate()
             used = plate.with_rows
             n_rows += sum(plate.counts[f] for f in used)
-            shown = plate.fields.iloc[used] if used else plate.fields
-            seen: dict[str, tuple[np.dtype | None, bool]] = {}
-            for name, column in shown.items():
-                dtype = _constant_type(column)
-                seen[str(name)] = (dtype, False)
-                if dtype is None and used:
-                    categories.setdefault(str(name), set()).update(column.dropna().astype(str).unique())
+            types: dict[str, Any] = {}
+            for name, column in (plate.fields.iloc[used] if used else plate.fields).items():
+                types[name] = _type_of(column)
+                if types[name].kind == "O" and used:
+                    categories.setdefault(name, set()).update(column.dropna().astype(str).unique())
             sample = next(iter(used or sorted(plate.counts)), None)
             if sample is not None:
                 rows = plate.load(sample)
-                seen |= {str(n): (rows.objects[n].dtype, True) for n in rows.objects.columns}
-                obsm |= {n: (values.shape[1], values.dtype) for n, values in rows.obsm.items()}
+                types |= dict(rows.objects.dtypes)
+                obsm |= {name: (values.shape[1], values.dtype) for name, values in rows.obsm.items()}
             if used or not n_rows:
-                n_plates += 1
-                for name, (dtype, own) in seen.items():
-                    dtypes.setdefault(name, []).append(dtype)
-                    of_objects[name] = own
-        columns = {}
-        first = [*KEY_COLUMNS, OBJECT_COLUMN]
-        dtypes.setdefault(OBJECT_COLUMN, [np.dtype(np.int64)])
-        of_objects.setdefault(OBJECT_COLUMN, True)
-        for name in first + [n for n in dtypes if n not in first]:
-            dtype = _common(dtypes[name], everywhere=len(dtypes[name]) >= n_plates)
-            if dtype is None and not all(d is None for d in dtypes[name]):  # numbers in some plates, text in others
-                categories[name] = _values_as_text(plates, name)
-            columns[name] = Column(dtype, of_objects[name], sorted(categories.get(name, ())))
+                samples.append(pd.DataFrame({name: np.zeros(1, dtype) for name, dtype in types.items()}))
+        # pandas finds the common type: numbers that a plate does not have become floating-point, and booleans objects.
+        common = dict(pd.concat(samples, ignore_index=True).dtypes)
+        common.setdefault(OBJECT_COLUMN, np.dtype(np.int64))
+        columns: dict[str, np.dtype | pd.CategoricalDtype] = {}
+        for name in dict.fromkeys([*KEY_COLUMNS, OBJECT_COLUMN, *common]):
+            kinds = {sample[name].dtype.kind for sample in samples if name in sample}
+            columns[name] = common[name]
+            if common[name].kind == "O" or (len(kinds) > 1 and "b" in kinds):
+                if kinds != {"O"}:  # numbers in some plates
+                    categories[name] = _values_as_text(plates, name)
+                columns[name] = pd.CategoricalDtype(sorted(categories.get(name, ())))
         return cls(columns, obsm, n_rows)
 
     def empty_obs(self) -> pd.DataFrame:
         """Return ``obs`` without rows, with the type and categories of every column."""
-        return pd.DataFrame(
-            {
-                name: pd.Categorical([], categories=c.categories) if c.dtype is None else np.zeros(0, c.dtype)
-                for name, c in self.columns.items()
-            },
-            index=pd.Index([], dtype=object),
-        )
+        columns = {name: pd.Series([], dtype=dtype) for name, dtype in self.columns.items()}
+        return pd.DataFrame(columns, index=pd.Index([], dtype=object))
 
 
-def blocks(plates: Sequence[Callable[[], PlateRows]], layout: Layout, n_features: int) -> Iterator[Block]:
+def _type_of(column: pd.Series) -> np.dtype:
+    """Return the NumPy type of a column of the table of fields; object for text."""
+    is_bool = pd.api.types.is_bool_dtype(column)
+    if is_bool and not column.isna().any():
+        return np.dtype(bool)
+    if pd.api.types.is_numeric_dtype(column) and not is_bool:
+        return np.dtype(np.float64) if column.isna().any() else column.to_numpy().dtype
+    return np.dtype(object)
+
+
+def _values_as_text(plates: Plates, name: str) -> set[str]:
+    found: set[str] = set()
+    for open_plate in plates:
+        plate = open_plate()
+        if name in plate.fields:
+            parts = [plate.fields.iloc[plate.with_rows]]
+        else:
+            parts = (plate.load(number).objects for number in plate.with_rows)
+        for part in parts:
+            found |= set(part[name].dropna().astype(str)) if name in part else set()
+    return found
+
+
+Block = dict[str, np.ndarray]  # some rows of each array, by its path in the file; categorical codes for text
+
+
+def blocks(plates: Plates, layout: Layout, n_features: int) -> Iterator[Block]:
     """Yield the table in blocks of `ROWS_PER_BLOCK` rows; the last one may be shorter."""
     waiting: list[Block] = []
     n = 0
     for open_plate in plates:
         plate = open_plate()
-        constants = _constants(plate.fields, layout)
+        constants = {
+            name: _stored(values, layout.columns[name])
+            for name, values in plate.fields.items()
+            if name in layout.columns
+        }
         for number in plate.with_rows:
-            block = _block(plate, number, constants, layout, n_features)
-            waiting.append(block)
-            n += len(block.X)
+            waiting.append(_block(plate, number, constants, layout, n_features))
+            n += plate.counts[number]
             while n >= ROWS_PER_BLOCK:
                 joined = _joined(waiting)
-                yield joined[:ROWS_PER_BLOCK]
-                rest = joined[ROWS_PER_BLOCK:]
-                n = len(rest.X)
-                waiting = [rest] if n else []
-    if waiting:
+                yield {name: values[:ROWS_PER_BLOCK] for name, values in joined.items()}
+                waiting = [{name: values[ROWS_PER_BLOCK:] for name, values in joined.items()}]
+                n -= ROWS_PER_BLOCK
+    if n:
         yield _joined(waiting)
 
 
-@dataclass
-class Block:
-    """Some rows of the table: names, columns (categorical codes for text), embeddings and further arrays."""
-
-    names: np.ndarray
-    columns: dict[str, np.ndarray]
-    X: np.ndarray
-    obsm: dict[str, np.ndarray]
-
-    def __getitem__(self, rows: slice) -> Block:
-        return Block(
-            self.names[rows],
-            {n: v[rows] for n, v in self.columns.items()},
-            self.X[rows],
-            {n: v[rows] for n, v in self.obsm.items()},
-        )
+def _joined(parts: list[Block]) -> Block:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _block(plate: PlateRows, number: int, constants: dict[str, np.ndarray], layout: Layout, n_features: int) -> Block:
+def _block(plate: PlateRows, number: int, constants: Block, layout: Layout, n_features: int) -> Block:
+    """Return the rows of one field."""
     rows = plate.load(number)
     n = plate.counts[number]
     if rows.embeddings.shape != (n, n_features) or rows.spatial.shape != (n, 2) or len(rows.objects) != n:
@@ -596,104 +570,30 @@ def _block(plate: PlateRows, number: int, constants: dict[str, np.ndarray], layo
             f"field {number}: embeddings {rows.embeddings.shape}, objects {rows.objects.shape} and spatial "
             f"{rows.spatial.shape} do not match; expected {n} rows and {n_features} features"
         )
-    columns = {}
-    for name, column in layout.columns.items():
-        if column.of_objects and name in rows.objects:
-            values = rows.objects[name].to_numpy()
-            columns[name] = _coded(pd.Series(values), column) if column.dtype is None else values.astype(column.dtype)
+    keys = "__".join(str(plate.fields[name].iloc[number]) for name in KEY_COLUMNS)
+    numbers = rows.objects[OBJECT_COLUMN].to_numpy().astype(str).astype(object)
+    block = {"X": rows.embeddings, "obs/_index": f"{keys}__" + numbers}
+    for name, dtype in layout.columns.items():
+        if name in rows.objects:
+            values = _stored(rows.objects[name], dtype)
         elif name in constants:
-            columns[name] = np.repeat(constants[name][number : number + 1], n)
+            values = np.repeat(constants[name][number : number + 1], n)
         else:
-            columns[name] = _missing(column, n)
-    obsm = {}
+            values = _stored(pd.Series(np.full(n, np.nan)), dtype)
+        block[f"obs/{name}"] = values
     for name, (width, dtype) in layout.obsm.items():
         values = rows.spatial if name == "spatial" else rows.obsm.get(name)
-        obsm[name] = np.full((n, width), np.nan, dtype) if values is None else values.astype(dtype)
-    keys = [str(plate.fields[name].iloc[number]) for name in KEY_COLUMNS]
-    objects = rows.objects[OBJECT_COLUMN].to_numpy()
-    names = "__".join(keys) + "__" + objects.astype(str).astype(object)
-    return Block(names, columns, rows.embeddings, obsm)
+        block[f"obsm/{name}"] = np.full((n, width), np.nan, dtype) if values is None else values.astype(dtype)
+    return block
 
 
-def _constants(fields: pd.DataFrame, layout: Layout) -> dict[str, np.ndarray]:
-    found = {}
-    for name, values in fields.items():
-        column = layout.columns.get(str(name))
-        if column is None:
-            continue
-        if column.dtype is None:
-            found[str(name)] = _coded(values, column)
-        elif column.dtype.kind == "f":
-            found[str(name)] = pd.to_numeric(values).to_numpy(np.float64, na_value=np.nan).astype(column.dtype)
-        elif values.isna().any():  # of fields without rows, whose values are not used
-            found[str(name)] = values.fillna(0).to_numpy().astype(column.dtype)
-        else:
-            found[str(name)] = values.to_numpy().astype(column.dtype)
-    return found
-
-
-def _coded(values: pd.Series, column: Column) -> np.ndarray:
-    text = values.where(values.isna(), values.astype(str))
-    coded = pd.Categorical(text, categories=column.categories).codes
-    return coded.astype(_code_type(len(column.categories)))
-
-
-def _code_type(n: int) -> np.dtype:
-    """Return the type that pandas, and so anndata, uses for the codes of n categories."""
-    return pd.Categorical.from_codes([], categories=pd.RangeIndex(n)).codes.dtype
-
-
-def _missing(column: Column, n: int) -> np.ndarray:
-    if column.dtype is None:
-        return np.full(n, -1, _code_type(len(column.categories)))
-    return np.full(n, np.nan, column.dtype)  # columns missing in a plate are floating-point
-
-
-def _joined(parts: list[Block]) -> Block:
-    if len(parts) == 1:
-        return parts[0]
-    return Block(
-        np.concatenate([p.names for p in parts]),
-        {n: np.concatenate([p.columns[n] for p in parts]) for n in parts[0].columns},
-        np.concatenate([p.X for p in parts]),
-        {n: np.concatenate([p.obsm[n] for p in parts]) for n in parts[0].obsm},
-    )
-
-
-def _constant_type(column: pd.Series) -> np.dtype | None:
-    if pd.api.types.is_bool_dtype(column) and not column.isna().any():
-        return np.dtype(bool)
-    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-        return np.dtype(np.float64) if column.isna().any() else np.dtype(column.to_numpy().dtype)
-    return None
-
-
-def _common(dtypes: list[np.dtype | None], *, everywhere: bool) -> np.dtype | None:
-    """Return the common type of a column in all plates; None for text."""
-    if any(d is None for d in dtypes):  # not `None in dtypes`: to NumPy, None is float64
-        return None
-    kinds = {d.kind == "b" for d in dtypes}
-    if len(kinds) > 1 or (kinds == {True} and not everywhere):
-        return None
-    dtype = np.result_type(*dtypes)
-    return dtype if everywhere or dtype.kind == "f" else np.dtype(np.float64)
-
-
-def _values_as_text(plates: Sequence[Callable[[], PlateRows]], name: str) -> set[str]:
-    found: set[str] = set()
-    for open_plate in plates:
-        plate = open_plate()
-        if name in plate.fields:
-            found |= set(plate.fields.iloc[plate.with_rows][name].dropna().astype(str))
-        else:
-            for number in plate.with_rows:
-                rows = plate.load(number)
-                if name in rows.objects:
-                    found |= set(rows.objects[name].dropna().astype(str))
-    return found
-
-
-Plates = Sequence[Callable[[], PlateRows]]
+def _stored(values: pd.Series, dtype: np.dtype | pd.CategoricalDtype) -> np.ndarray:
+    """Return a column as it is stored: codes of categories, or numbers."""
+    if isinstance(dtype, pd.CategoricalDtype):
+        return pd.Categorical(values.where(values.isna(), values.astype(str)), dtype=dtype).codes
+    if dtype.kind == "f":
+        return pd.to_numeric(values).to_numpy(np.float64, na_value=np.nan).astype(dtype)
+    return values.fillna(0).to_numpy().astype(dtype)  # missing only for fields without rows, whose values are not used
 
 
 def write_zarr(path: Path, plates: Plates, layout: Layout, n_features: int, uns: Mapping[str, Any]) -> None:
@@ -733,19 +633,16 @@ def hdf5_size(layout: Layout, n_features: int) -> int:
 
 
 def _fill(group: Any, plates: Plates, layout: Layout, n_features: int) -> None:
-    arrays = {name: group[f"obsm/{name}"] for name in layout.obsm} | {"": group["X"], "_index": group["obs/_index"]}
-    for name, column in layout.columns.items():
-        arrays[f"obs/{name}"] = group[f"obs/{name}/codes" if column.dtype is None else f"obs/{name}"]
+    """Add the rows to an AnnData without rows."""
+    arrays = {name: group[name] for name in (*(f"obsm/{name}" for name in layout.obsm), "X", "obs/_index")}
+    for name, dtype in layout.columns.items():
+        arrays[f"obs/{name}"] = group[f"obs/{name}{'/codes' if isinstance(dtype, pd.CategoricalDtype) else ''}"]
     for array in arrays.values():
         array.resize((layout.n_rows, *array.shape[1:]))
     first = 0
     for block in blocks(plates, layout, n_features):
-        rows = slice(first, first + len(block.X))
-        arrays[""][rows] = block.X
-        arrays["_index"][rows] = block.names
-        for name, values in block.columns.items():
-            arrays[f"obs/{name}"][rows] = values
-        for name, values in block.obsm.items():
+        rows = slice(first, first + len(block["X"]))
+        for name, values in block.items():
             arrays[name][rows] = values
         first = rows.stop
 
@@ -792,42 +689,36 @@ def write_parquet(path: Path, plates: Plates, layout: Layout, n_features: int, u
         import pyarrow.parquet
     except ImportError as error:
         raise OutputError("--format parquet requires pyarrow: pip install 'cellvim[tables]'.") from error
-    schema = None
-    metadata = {key: json.dumps(_plain(value), sort_keys=True) for key, value in uns.items()}
-    with open(path, "wb") as file:
-        writer = None
-        for block in blocks(plates, layout, n_features):
-            table = pyarrow.Table.from_pandas(_frame(block, layout, n_features), preserve_index=False)
-            if writer is None:
-                schema = table.schema.with_metadata(metadata)
-                writer = pyarrow.parquet.ParquetWriter(file, schema)
+    metadata = {key: json.dumps(value, sort_keys=True, default=_plain) for key, value in uns.items()}
+    tables = (
+        pyarrow.Table.from_pandas(_frame(block, layout, n_features), preserve_index=False)
+        for block in blocks(plates, layout, n_features)
+    )
+    first = next(tables, None)
+    if first is None:
+        features = pd.DataFrame(np.zeros((0, n_features), np.float32), columns=_features(n_features))
+        empty = pd.concat([layout.empty_obs().rename(columns=_metadata_name), features], axis=1)
+        schema = pyarrow.Table.from_pandas(empty, preserve_index=False).schema
+    else:
+        schema = first.schema
+    schema = schema.with_metadata(metadata)
+    with pyarrow.parquet.ParquetWriter(str(path), schema) as writer:
+        for table in () if first is None else chain([first], tables):
             writer.write_table(table.cast(schema))
-        if writer is None:
-            empty = layout.empty_obs().rename(columns=_metadata_name)
-            features = pd.DataFrame(np.zeros((0, n_features), np.float32), columns=_features(n_features))
-            table = pyarrow.Table.from_pandas(pd.concat([empty, features], axis=1), preserve_index=False)
-            writer = pyarrow.parquet.ParquetWriter(file, table.schema.with_metadata(metadata))
-        writer.close()
 
 
-def _frame(block: Any, layout: Layout, n_features: int) -> pd.DataFrame:
+def _frame(block: Block, layout: Layout, n_features: int) -> pd.DataFrame:
     columns: dict[str, Any] = {}
-    for name, values in block.columns.items():
-        column = layout.columns[name]
-        coded = column.dtype is None
-        columns[_metadata_name(name)] = (
-            pd.Categorical.from_codes(values, categories=pd.Index(column.categories, dtype=object)) if coded else values
-        )
-    for name, values in block.obsm.items():
-        axes = (
-            ("x", "y")
-            if name == "spatial"
-            else tuple(f"{name.removeprefix('X_')}_{i:04d}" for i in range(values.shape[1]))
-        )
-        for i, axis in enumerate(axes):
-            columns[f"Metadata_spatial_{axis}" if name == "spatial" else axis] = values[:, i]
-    features = pd.DataFrame(block.X, columns=_features(n_features))
-    return pd.concat([pd.DataFrame(columns), features], axis=1)
+    for name, dtype in layout.columns.items():
+        values = block[f"obs/{name}"]
+        if isinstance(dtype, pd.CategoricalDtype):
+            values = pd.Categorical.from_codes(values, categories=dtype.categories)
+        columns[_metadata_name(name)] = values
+    for name, (width, _) in layout.obsm.items():
+        base = "Metadata_spatial" if name == "spatial" else name.removeprefix("X_")
+        axes = ("x", "y") if name == "spatial" else [f"{i:04d}" for i in range(width)]
+        columns |= {f"{base}_{axis}": block[f"obsm/{name}"][:, i] for i, axis in enumerate(axes)}
+    return pd.concat([pd.DataFrame(columns), pd.DataFrame(block["X"], columns=_features(n_features))], axis=1)
 
 
 def _features(n: int) -> list[str]:
@@ -839,14 +730,8 @@ def _metadata_name(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can represent."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, pd.DataFrame):
-        return value.to_dict(orient="list")
-    if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(v) for v in value]
-    return value.item() if isinstance(value, np.generic) else value
+    """Return a value that JSON can represent, for `json.dumps`."""
+    return value.to_dict(orient="list") if isinstance(value, pd.DataFrame) else value.tolist()
 
 
 WRITERS = {"zarr": write_zarr, "h5ad": write_h5ad, "parquet": write_parquet}
