@@ -127,7 +127,7 @@ def _what_is_there(output: Path) -> str:
         return "output complete, ledger left" if partial.exists() else "done"
     if not partial.exists():
         return "nothing"
-    if any(partial.glob("output-*")):
+    if any(partial.glob(".output-*")):
         return "writing the output"
     n = sum(1 for _ in partial.glob("fields-*/*/*.rows"))
     return f"{n} fields done"

@@ -47,8 +47,8 @@ def exists(path: str | Path) -> bool:
 
 def read_bytes(path: str | Path) -> bytes | None:
     """Return the content of a file at a path or URL, or None if there is no such file."""
-    folder, name = _split(path) if is_url(path) else (Path(path).parent, Path(path).name)
-    return storage_at(folder).read(name)
+    storage, name = _place(path)
+    return storage.read(name)
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -61,18 +61,18 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     """
     content = content.encode() if isinstance(content, str) else content
     if is_url(path):
-        folder, name = _split(path)
-        Storage(folder).write(name, content)
-        return
-    with atomic_path(path) as partial:
-        partial.write_bytes(content)
+        storage, name = _place(path)
+        storage.write(name, content)
+    else:
+        with atomic_path(path) as partial:
+            partial.write_bytes(content)
 
 
 def remove(path: str | Path) -> None:
     """Remove a file, a folder with its content, or a link, if it exists; of URLs, files only."""
     if is_url(path):
-        folder, name = _split(path)
-        Storage(folder).remove(name)
+        storage, name = _place(path)
+        storage.remove(name)
     elif os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -199,7 +199,19 @@ class Storage:
         if self._opened is None:
             self._opened = open_filesystem(self.name)
         filesystem, root = self._opened
+        filesystem.invalidate_cache()  # other processes write here, too
         return filesystem, f"{root.rstrip('/')}/{name}" if name else root
+
+    def _call(self, method: str, name: str, **options: Any) -> Any:
+        """Call a method of the file system, and return its result; None if the file or folder does not exist."""
+        filesystem, path = self._locate(name)
+        try:
+            return getattr(filesystem, method)(path, **options)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # each file system has its own exceptions
+            verb = "removed" if method == "rm_file" else "read"
+            raise OutputError(f"{self.name}/{name} cannot be {verb}: {_reason(error)}.") from error
 
     def make_folders(self, *folders: str) -> None:
         """Create the folder itself and folders in it. Object stores need none, so this does nothing for URLs."""
@@ -212,13 +224,7 @@ class Storage:
         OutputError
             The file cannot be read.
         """
-        filesystem, path = self._locate(name)
-        try:
-            return filesystem.cat_file(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Exception as error:  # each file system has its own exceptions
-            raise OutputError(f"{self.name}/{name} cannot be read: {_reason(error)}.") from error
+        return self._call("cat_file", name)
 
     def names(self, folder: str = "") -> list[str]:
         """Return the sorted names of the files and folders in a folder, without temporary files.
@@ -228,32 +234,21 @@ class Storage:
         OutputError
             The folder cannot be read.
         """
-        filesystem, path = self._locate(folder)
-        filesystem.invalidate_cache()
-        try:
-            names = (PurePosixPath(n).name for n in filesystem.ls(path, detail=False))
-            return sorted(n for n in names if not n.startswith("."))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except Exception as error:  # each file system has its own exceptions
-            raise OutputError(f"{self.name}/{folder} cannot be read: {_reason(error)}.") from error
+        paths = (PurePosixPath(path).name for path in self._call("ls", folder, detail=False) or ())
+        return sorted(name for name in paths if not name.startswith("."))
 
-    def exists(self) -> bool:
-        """Return whether there is anything at this place."""
-        filesystem, path = self._locate()
-        filesystem.invalidate_cache()
+    def exists(self, name: str = "") -> bool:
+        """Return whether there is a file with this name, or by default anything at this place."""
+        filesystem, path = self._locate(name)
         return bool(filesystem.exists(path))
 
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
-        filesystem, path = self._locate(name)
-        with suppress(FileNotFoundError):
-            filesystem.rm_file(path)
+        self._call("rm_file", name)
 
     def remove_all(self, last: str) -> None:
         """Remove everything, and the file ``last`` after all others: it marks the rest as ours."""
         filesystem, root = self._locate()
-        filesystem.invalidate_cache()
         if filesystem.exists(root):
             others = [n for n in filesystem.find(root) if n != self._locate(last)[1]]
             filesystem.rm(others) if others else None
@@ -261,17 +256,14 @@ class Storage:
         if filesystem.exists(root):  # the folders of a file system
             filesystem.rm(root, recursive=True)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file atomically, replacing an existing one.
+    def write(self, name: str, content: bytes, *, mode: str = "overwrite") -> None:
+        """Write a file atomically, replacing an existing one unless the ``mode`` is "create".
 
         Raises
         ------
         OutputError
             The file cannot be written.
         """
-        self._put(name, content, "overwrite")
-
-    def _put(self, name: str, content: bytes, mode: str) -> None:
         filesystem, path = self._locate(name)
         try:
             _make_parent(filesystem, path)
@@ -285,15 +277,12 @@ class Storage:
         Of several callers exactly one gets True in local folders, S3 and Google Cloud Storage (which write on the
         condition that the object does not exist); with other stores several may.
         """
-        filesystem, path = self._locate(name)
-        filesystem.invalidate_cache()
-        if filesystem.exists(path):
+        if self.exists(name):
             return False
         try:
-            self._put(name, content, "create")
+            self.write(name, content, mode="create")
         except OutputError:
-            filesystem.invalidate_cache()
-            if filesystem.exists(path):  # created by another caller in the meantime
+            if self.exists(name):  # created by another caller in the meantime
                 return False
             raise
         return True
@@ -308,7 +297,6 @@ class Storage:
         from datetime import UTC, datetime
 
         filesystem, path = self._locate(name)
-        filesystem.invalidate_cache()
         try:
             written = filesystem.modified(path)
         except (FileNotFoundError, NotImplementedError):
@@ -328,10 +316,6 @@ class LocalStorage(Storage):
         from fsspec.implementations.local import LocalFileSystem
 
         return LocalFileSystem(), str(self.path / name)
-
-    def exists(self) -> bool:
-        """Return whether there is anything at this place."""
-        return self.path.exists()
 
     def make_folders(self, *folders: str) -> None:
         """Create the folder itself and folders in it.
@@ -415,9 +399,10 @@ class LocalStorage(Storage):
         return max(0.0, now - written)
 
 
-def _split(url: str | Path) -> tuple[str, str]:
-    folder, _, name = str(url).rstrip("/").rpartition("/")
-    return folder, name
+def _place(path: str | Path) -> tuple[Storage, str]:
+    """Return the storage of a file's folder, and the name of the file."""
+    folder, _, name = str(path).rstrip("/").rpartition("/")
+    return (Storage(folder), name) if is_url(path) else (LocalStorage(Path(path).parent), Path(path).name)
 
 
 def _make_parent(filesystem: Any, path: str) -> None:

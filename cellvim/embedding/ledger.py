@@ -139,20 +139,7 @@ class Ledger:
         self._failed = f"failed-{self.digest[:12]}"
 
     def begin(self, *, replaces: bool, form: Mapping[str, Any] | None = None) -> None:
-        """Create the ledger, or continue an existing one of the same run.
-
-        Parameters
-        ----------
-        replaces
-            Whether the run may replace an existing output.
-        form
-            Options such as the format, which do not affect the rows but must be the same for all sessions.
-
-        Raises
-        ------
-        OutputError
-            The existing folder was not created by CellVim, or belongs to another run; the message lists differences.
-        """
+        """Create the ledger, or continue an existing one of the same run; see `open_ledger`."""
         if self.storage.exists():
             check_ours(self.storage)
             self._check_same_run(form)
@@ -396,7 +383,6 @@ class Session:
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self._lines: list[str] = []
-        self._lock = threading.Lock()
         self._writing = threading.Lock()  # the heartbeat and the main thread must not both append the same lines
         for other in read_sessions(self.storage):
             if other["alive"] and not (shard and other["shard"] and shard != other["shard"]):
@@ -412,8 +398,7 @@ class Session:
     def log(self, event: str, **values: Any) -> None:
         """Add a line to the log: time, event and values, as JSON."""
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
-        with self._lock:
-            self._lines.append(json.dumps(line, default=str))
+        self._lines.append(json.dumps(line, default=str))
 
     def count(self, *, fields: int = 0, rows: int = 0, failed: int = 0) -> None:
         """Add to the counts of the session; the first field is recorded at once, see `needs_isolation`."""
@@ -442,21 +427,14 @@ class Session:
         # A failure here must not stop the run: a full disk is reported when rows are written.
         with self._writing, suppress(OutputError, OSError):
             self.storage.write(f"sessions/{self.id}.json", json.dumps(self.record, default=str).encode())
-            self._write_log()
-
-    def _write_log(self) -> None:
-        with self._lock:
-            lines = list(self._lines)
-        if not lines:
-            return
-        text = "".join(f"{line}\n" for line in lines)
-        if self.storage.path is None:  # objects cannot be appended to
-            self.storage.write(f"log/{self.id}.jsonl", text.encode())
-            return
-        with open(self.storage.path / "log" / f"{self.id}.jsonl", "a", encoding="utf-8") as file:
-            file.write(text)
-        with self._lock:
-            del self._lines[: len(lines)]
+            lines = self._lines.copy()
+            text = "".join(f"{line}\n" for line in lines)
+            if lines and self.storage.path is None:  # objects cannot be appended to
+                self.storage.write(f"log/{self.id}.jsonl", text.encode())
+            elif lines:
+                with open(self.storage.path / "log" / f"{self.id}.jsonl", "a", encoding="utf-8") as file:
+                    file.write(text)
+                del self._lines[: len(lines)]  # `log` may have added more
 
 
 def read_sessions(storage: Storage) -> list[dict[str, Any]]:
@@ -505,23 +483,18 @@ def locked(storage: Storage, session: Session) -> Iterator[bool]:
     The lock of a dead session is void. On object stores without conditional writes several sessions may get the lock:
     they must write the same bytes.
     """
-    held = _acquire(storage, session)
+    held = False
+    for _ in range(3):
+        held = storage.create(LOCK, session.id.encode())
+        holder = b"" if held else storage.read(LOCK) or b""
+        if held or any(s["alive"] and s["id"] == holder.decode() for s in read_sessions(storage)):
+            break
+        storage.remove_if_equal(LOCK, holder)
     try:
         yield held
     finally:
         if held and storage.read(LOCK) == session.id.encode():
             storage.remove(LOCK)
-
-
-def _acquire(storage: Storage, session: Session) -> bool:
-    for _ in range(3):
-        if storage.create(LOCK, session.id.encode()):
-            return True
-        holder = (storage.read(LOCK) or b"").decode()
-        if any(s["alive"] and s["id"] == holder for s in read_sessions(storage)):
-            return False
-        storage.remove_if_equal(LOCK, holder.encode())
-    return False
 
 
 def _process_start(pid: int) -> str | None:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -44,6 +45,7 @@ from cellvim.embedding.ledger import (
 )
 from cellvim.errors import InputError, OutputError, listing, suggestion
 from cellvim.files import (
+    Storage,
     check_folder_writable,
     exists,
     is_url,
@@ -93,35 +95,30 @@ def format_of(output: str | Path, format: str | None = None) -> str:
 
 
 def check_free(output: str | Path, *, overwrite: bool, plates: Sequence[str] = ()) -> bool:
-    """Check that an output can be written, and return whether it may replace an existing one.
-
-    Parameters
-    ----------
-    output
-        Path or URL of the output.
-    overwrite
-        Whether existing embeddings may be replaced.
-    plates
-        Names of the plates whose token maps are written beside the output.
+    """Check that an output, and the token maps of ``plates``, can be written; return whether they may be replaced.
 
     Raises
     ------
     InputError
         Token maps are requested for an output at a URL.
     OutputError
-        The output or the token maps exist and ``overwrite`` is False, or something else exists at their path, or the
-        folder is not writable.
+        Something exists at one of the paths and may not be replaced, or the folder is not writable.
     """
     if not is_url(output):
         check_folder_writable(Path(output).absolute().parent)
     storage = ledger_storage(output)
-    before = None if overwrite else read_run(storage)
-    replaces = overwrite or bool(before and (before.get("replaces") or storage.read(RENAMING) is not None))
+    replaces = overwrite or _replaces(storage)
     if exists(output):
         check_output(output, overwrite=replaces)
     if plates:
         check_token_maps(output, plates, overwrite=replaces or storage.read(RENAMING_MAPS) is not None)
     return replaces
+
+
+def _replaces(storage: Storage) -> bool:
+    """Return whether an unfinished run may replace an existing output, which may be its own."""
+    run = read_run(storage)
+    return run is not None and bool(run.get("replaces") or storage.read(RENAMING) is not None)
 
 
 def finished_before(output: str | Path, digest: str, *, shard: bool) -> dict[str, Any] | None:
@@ -184,23 +181,15 @@ def assemble(
                 damaged.append(key)
                 raise
 
-        def plate_rows(number: int) -> Callable[[], PlateRows]:
-            """Return a function that opens the rows of a plate; its table of fields is not kept in memory."""
+        def open_rows(number: int) -> PlateRows:
+            plate = plan.plates[number]
+            counts = {key[1]: n for key, n in ledger.done([number]).items()}
+            rows = PlateRows(field_table(plate, regions=spatialdata), counts, lambda i: load((number, i), counts[i]))
+            if len(plan.plates) > 1:
+                plate.close()
+            return rows
 
-            def open_rows() -> PlateRows:
-                plate = plan.plates[number]
-                counts = {key[1]: n for key, n in ledger.done([number]).items()}
-                rows = PlateRows(
-                    field_table(plate, regions=spatialdata), counts, lambda i: load((number, i), counts[i])
-                )
-                if len(plan.plates) > 1:
-                    plate.close()
-                return rows
-
-            return open_rows
-
-        run = read_run(storage) or {}
-        replaces = bool(run.get("replaces")) or storage.read(RENAMING) is not None
+        replaces = _replaces(storage)
 
         def before_rename() -> None:
             if plan.tokens:
@@ -215,7 +204,7 @@ def assemble(
         try:
             n_rows = write_embeddings(
                 output,
-                [plate_rows(number) for number in range(len(plan.plates))],
+                [partial(open_rows, number) for number in range(len(plan.plates))],
                 plan.n_features,
                 describe_run(plan, failures, spatialdata=spatialdata),
                 format=format,
@@ -383,21 +372,15 @@ def write_embeddings(
 
     Parameters
     ----------
-    output
-        Path or URL of the output.
+    output, format, overwrite
+        As in `RunOptions`.
     plates
         Functions that open the rows of one plate each. They are called more than once; nothing of a plate is kept when
         the next one is opened.
-    n_features
-        Width of the embeddings, D.
-    uns
-        Description of the run, see `describe_run`.
-    format
-        "zarr", "h5ad" or "parquet".
+    n_features, uns
+        Width of the embeddings, and description of the run, see `describe_run`.
     folder
         Folder for a temporary copy, on the file system of the output; by default that of the output.
-    overwrite
-        Whether the output may be replaced.
     before_rename
         Called when everything is written, before the output is renamed to its final name.
 
@@ -415,7 +398,7 @@ def write_embeddings(
         folder = Path(output).absolute().parent
     layout = Layout.of(plates)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".output-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".output-", ignore_cleanup_errors=True) as temporary:
             written = Path(temporary) / f"output.{format}"
             WRITERS[format](written, plates, layout, n_features, uns)
             if exists(output):  # perhaps created in the meantime
@@ -601,8 +584,7 @@ def write_zarr(path: Path, plates: Plates, layout: Layout, n_features: int, uns:
     import zarr
 
     group = zarr.open_group(path, mode="w", zarr_format=2)
-    _write_empty(group, layout, n_features, uns)
-    _fill(group, plates, layout, n_features)
+    _write_anndata(group, plates, layout, n_features, uns)
     zarr.consolidate_metadata(group.store)
 
 
@@ -620,8 +602,7 @@ def write_h5ad(path: Path, plates: Plates, layout: Layout, n_features: int, uns:
     if free < needed:
         raise OSError(errno.ENOSPC, f"about {needed / 1e6:,.0f} MB are needed, and {free / 1e6:,.1f} MB are free")
     with h5py.File(path, "w") as file:
-        _write_empty(file, layout, n_features, uns)
-        _fill(file, plates, layout, n_features)
+        _write_anndata(file, plates, layout, n_features, uns)
 
 
 def hdf5_size(layout: Layout, n_features: int) -> int:
@@ -632,35 +613,16 @@ def hdf5_size(layout: Layout, n_features: int) -> int:
     return filled * row + 60 * layout.n_rows + 300_000  # 60: the name of a row
 
 
-def _fill(group: Any, plates: Plates, layout: Layout, n_features: int) -> None:
-    """Add the rows to an AnnData without rows."""
-    arrays = {name: group[name] for name in (*(f"obsm/{name}" for name in layout.obsm), "X", "obs/_index")}
-    for name, dtype in layout.columns.items():
-        arrays[f"obs/{name}"] = group[f"obs/{name}{'/codes' if isinstance(dtype, pd.CategoricalDtype) else ''}"]
-    for array in arrays.values():
-        array.resize((layout.n_rows, *array.shape[1:]))
-    first = 0
-    for block in blocks(plates, layout, n_features):
-        rows = slice(first, first + len(block["X"]))
-        for name, values in block.items():
-            arrays[name][rows] = values
-        first = rows.stop
-
-
-def _write_empty(group: Any, layout: Layout, n_features: int, uns: Mapping[str, Any]) -> None:
-    """Write an AnnData without rows with anndata itself, so that the file has anndata's own format."""
+def _write_anndata(group: Any, plates: Plates, layout: Layout, n_features: int, uns: Mapping[str, Any]) -> None:
+    """Write an AnnData without rows with anndata itself, so that it has anndata's own format; then add the rows."""
     import anndata
     from anndata.experimental import write_dispatched
 
-    in_hdf5 = type(group).__module__.startswith("h5py")
-
     def with_chunks(write, store, name, element, *, dataset_kwargs, iospec):
-        if iospec.encoding_type in ("array", "string-array") and len(element) == 0:
-            # rows are added later: use the chunks that they need
-            rest = element.shape[1:]
-            dataset_kwargs = {**dataset_kwargs, "chunks": (ROWS_PER_BLOCK, *rest)}
-            if in_hdf5:
-                dataset_kwargs["maxshape"] = (None, *rest)
+        if iospec.encoding_type in ("array", "string-array") and len(element) == 0:  # rows are added later
+            dataset_kwargs = {**dataset_kwargs, "chunks": (ROWS_PER_BLOCK, *element.shape[1:])}
+            if type(group).__module__.startswith("h5py"):
+                dataset_kwargs["maxshape"] = (None, *element.shape[1:])
         write(store, name, element, dataset_kwargs=dataset_kwargs)
 
     empty = anndata.AnnData(
@@ -672,6 +634,17 @@ def _write_empty(group: Any, layout: Layout, n_features: int, uns: Mapping[str, 
     )
     group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
     write_dispatched(group, "/", empty, with_chunks)
+    arrays = {name: group[name] for name in (*(f"obsm/{name}" for name in layout.obsm), "X", "obs/_index")}
+    for name, dtype in layout.columns.items():
+        arrays[f"obs/{name}"] = group[f"obs/{name}{'/codes' if isinstance(dtype, pd.CategoricalDtype) else ''}"]
+    for array in arrays.values():
+        array.resize((layout.n_rows, *array.shape[1:]))
+    first = 0
+    for block in blocks(plates, layout, n_features):
+        rows = slice(first, first + len(block["X"]))
+        for name, values in block.items():
+            arrays[name][rows] = values
+        first = rows.stop
 
 
 def write_parquet(path: Path, plates: Plates, layout: Layout, n_features: int, uns: Mapping[str, Any]) -> None:
@@ -689,7 +662,10 @@ def write_parquet(path: Path, plates: Plates, layout: Layout, n_features: int, u
         import pyarrow.parquet
     except ImportError as error:
         raise OutputError("--format parquet requires pyarrow: pip install 'cellvim[tables]'.") from error
-    metadata = {key: json.dumps(value, sort_keys=True, default=_plain) for key, value in uns.items()}
+
+    def plain(value: Any) -> Any:
+        return value.to_dict(orient="list") if isinstance(value, pd.DataFrame) else value.tolist()
+
     tables = (
         pyarrow.Table.from_pandas(_frame(block, layout, n_features), preserve_index=False)
         for block in blocks(plates, layout, n_features)
@@ -701,7 +677,7 @@ def write_parquet(path: Path, plates: Plates, layout: Layout, n_features: int, u
         schema = pyarrow.Table.from_pandas(empty, preserve_index=False).schema
     else:
         schema = first.schema
-    schema = schema.with_metadata(metadata)
+    schema = schema.with_metadata({key: json.dumps(value, sort_keys=True, default=plain) for key, value in uns.items()})
     with pyarrow.parquet.ParquetWriter(str(path), schema) as writer:
         for table in () if first is None else chain([first], tables):
             writer.write_table(table.cast(schema))
@@ -727,11 +703,6 @@ def _features(n: int) -> list[str]:
 
 def _metadata_name(name: str) -> str:
     return name if name.startswith("Metadata_") else f"Metadata_{name}"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can represent, for `json.dumps`."""
-    return value.to_dict(orient="list") if isinstance(value, pd.DataFrame) else value.tolist()
 
 
 WRITERS = {"zarr": write_zarr, "h5ad": write_h5ad, "parquet": write_parquet}

@@ -9,6 +9,7 @@ from typing import Any
 from cellvim.embedding.ledger import Ledger, check_ours, ledger_storage, read_run, read_sessions
 from cellvim.embedding.output import manifest_name, read_manifest
 from cellvim.errors import InputError
+from cellvim.files import is_url
 
 _SHOWN = ("host", "pid", "command", "shard", "started", "state", "alive", "fields", "rows", "failed", "seconds")
 
@@ -64,12 +65,7 @@ def read_status(output: str | Path) -> dict[str, Any]:
 def outputs_of(output: str | Path) -> list[str | Path]:
     """Return the outputs in a folder written by ``cellvim embed --per-plate``; else the output itself."""
     folder = Path(output)
-    if (
-        "://" in str(output)
-        or not folder.is_dir()
-        or ledger_storage(output).exists()
-        or read_manifest(output) is not None
-    ):
+    if is_url(output) or not folder.is_dir() or ledger_storage(output).exists() or read_manifest(output) is not None:
         return [output]
     ends = (".partial", ".manifest.json")
     names = {p.name.removesuffix(end) for p in folder.iterdir() for end in ends if p.name.endswith(end)}

@@ -136,16 +136,7 @@ Keys = RemainingFields | Sequence[Key]
 def embed_here(
     embedder: FieldEmbedder, ledger: Ledger, keys: Iterable[Key], *, threads: int = 2
 ) -> Iterator[FieldResult]:
-    """Embed fields in this process; those that fail are tried again after all others.
-
-    Parameters
-    ----------
-    embedder, ledger
-        The plan of the run with its model, and the ledger that rows are stored in.
-    keys
-        Fields to embed, consumed as needed.
-    threads
-        Number of threads that read fields and find cells.
+    """Embed fields in this process, with ``threads`` that read fields and find cells; retry failed fields at the end.
 
     Raises
     ------
@@ -177,16 +168,7 @@ def _embed_and_store(
 def embed_in_processes(
     embedder: FieldEmbedder, ledger: Ledger, keys: Keys, *, workers: int, devices: Sequence[str]
 ) -> Iterator[FieldResult]:
-    """Embed fields in spawned processes of this machine.
-
-    Parameters
-    ----------
-    embedder, ledger, keys
-        As in `embed_here`.
-    workers
-        Number of processes.
-    devices
-        Devices, assigned to the processes in turn.
+    """Embed fields in ``workers`` spawned processes of this machine, to which ``devices`` are assigned in turn.
 
     Raises
     ------
@@ -200,24 +182,11 @@ def embed_in_processes(
 
 
 def embed_on_ray(
-    embedder: FieldEmbedder,
-    ledger: Ledger,
-    keys: Keys,
-    *,
-    workers: int,
-    address: str | None = None,
+    embedder: FieldEmbedder, ledger: Ledger, keys: Keys, *, workers: int, address: str | None = None
 ) -> Iterator[FieldResult]:
-    """Embed fields in actors of a Ray cluster. The ledger and the plates must be accessible from every node.
+    """Embed fields in ``workers`` actors of a Ray cluster. Every node must have access to the ledger and the plates.
 
-    Parameters
-    ----------
-    embedder, ledger, keys
-        As in `embed_here`.
-    workers
-        Number of actors.
-    address
-        Address of the cluster, or "auto". By default Ray is started on this machine unless it is already running in
-        this process.
+    Without an address, Ray is started on this machine unless it is already running in this process.
 
     Raises
     ------
