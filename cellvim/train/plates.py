@@ -7,8 +7,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -104,15 +104,24 @@ class PlateCrops(TrainingData):
         plates = [open_plate(path) for path in self.plates]
         where = listing((Path(plate.path).name for plate in plates), 3)
         wells = [self._labelled_wells(plate) for plate in plates]
-        names: tuple[str, ...] = ()
-        if self.label is not None:
-            names = self._check_labels(wells, where)
+        names = () if self.label is None else self._check_labels(wells, where)
         if not self.unlabelled:
             wells = [table[table["label"] != ""] for table in wells]
-        summaries = [self._inspect(plate, table) for plate, table in zip(plates, wells, strict=True)]
+        summaries = []
+        for plate, table in zip(plates, wells, strict=True):
+            channels = self.options.channels
+            if isinstance(channels, Mapping):  # of several plates, each has some of the channels
+                channels = {name: c for name, c in channels.items() if c in plate.channel_names} or channels
+            summaries += inspect_plates(plate, replace(self.options, wells=list(table.index), channels=channels))
         channel_names = tuple(dict.fromkeys(name for summary in summaries for name in self._model_channels(summary)))
-        size, options = self._size(plates, summaries), self.options
-        if options.unit != "field":
+        options = self.options
+        if options.unit == "field":
+            sides = {side for plate in plates for f in plate.fields if f.is_readable for side in f.shape[1:]}
+            if len(sides) != 1:
+                raise InputError("Training on entire fields requires squares of one size; use --data.unit tile.")
+            size = sides.pop()
+        else:
+            size = default_input_size(summaries[0], options)
             options = replace(options, crop_size=size, crop_um=None)  # of the first plate, in pixels, for all plates
         plans = plan_plates(summaries, options, channel_names=channel_names)
         store = CropStore(self._folder(), sum(plan.n_fields for plan in plans))
@@ -132,7 +141,7 @@ class PlateCrops(TrainingData):
             pixel_size_um=plates[0].pixel_size_um,
             unit=options.unit,
             intensity={"method": "percentile", "of": RULES[options.scale_by], **PERCENTILES},
-            source=where,
+            training_data=where,
         )
 
     def clear(self) -> None:
@@ -140,8 +149,8 @@ class PlateCrops(TrainingData):
         if self.cache is None and self.run_folder is not None:
             folder = self._folder()
             for key in self._keys:
-                for suffix in ("npy", "npz"):
-                    (folder / f"{key}.{suffix}").unlink(missing_ok=True)
+                (folder / f"{key}.npy").unlink(missing_ok=True)
+                (folder / f"{key}.npz").unlink(missing_ok=True)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -181,12 +190,6 @@ class PlateCrops(TrainingData):
             check_groups(joined, self.split, val=self.val, test=self.test, where=where)
         return names
 
-    def _inspect(self, plate: Plate, wells: pd.DataFrame) -> PlateSummary:
-        channels = self.options.channels
-        if isinstance(channels, Mapping):  # of several plates, each has some of the channels
-            channels = {name: c for name, c in channels.items() if c in plate.channel_names} or channels
-        return inspect_plates(plate, replace(self.options, wells=list(wells.index), channels=channels))[0]
-
     def _model_channels(self, summary: PlateSummary) -> list[str]:
         """Return the model's names for the channels of a plate: those given, or their stains."""
         channels = self.options.channels
@@ -198,15 +201,6 @@ class PlateCrops(TrainingData):
         names = [canonical_name(channel) or channel for channel in summary.channels]
         return [c if names.count(n) > 1 else n for c, n in zip(summary.channels, names, strict=True)]
 
-    def _size(self, plates: Sequence[Plate], summaries: Sequence[PlateSummary]) -> int:
-        """Return the side of the model's input in pixels."""
-        if self.options.unit != "field":
-            return default_input_size(summaries[0], self.options)
-        sides = {side for plate in plates for f in plate.fields if f.is_readable for side in f.shape[1:]}
-        if len(sides) != 1:
-            raise InputError("Training on entire fields requires squares of one size; use --data.unit tile.")
-        return sides.pop()
-
     def _cut(self, plan: PlatePlan, wells: pd.DataFrame, store: CropStore) -> tuple[CropGroup, pd.DataFrame]:
         """Return the crops of a plate, cut or from the cache, and one row per crop."""
         spec, source, fields = plan.cutting, plan.cells, plan.fields
@@ -215,50 +209,43 @@ class PlateCrops(TrainingData):
         stored = next((f.dtype.newbyteorder("=") for f in fields if f.is_readable), np.dtype(np.float16))
         is_integer = stored in (np.uint8, np.uint16)  # other crops are scaled when they are cut
         scale, dtype = (None, stored) if is_integer else (plan.scale, np.dtype(np.float16))
-        key = cache_key(
-            plan.plate,
-            plan.channels,
-            {
-                "spec": repr(spec),
-                "cells": source and source.name,
-                "dna": plan.dna,
-                "fields": [f.name for f in fields],
-                "scale": None if scale is None else scale.to_dict(),
-            },
-        )[:16]
+        parameters = {
+            "spec": repr(spec),
+            "cells": source and source.name,
+            "dna": plan.dna,
+            "fields": [f.name for f in fields],
+            "scale": None if scale is None else scale.to_dict(),
+        }
+        key = cache_key(plan.plate, plan.channels, parameters)[:16]
         self._keys.append(key)
-        found = store.find(key, len(fields))
-        if found is None:
-            tables, failed = [], []
-            streamed = stream_crops(
+        tables: list[pd.DataFrame] = []
+        failed: list[str] = []
+
+        def cut_fields() -> Iterator[np.ndarray]:
+            for crops in stream_crops(
                 fields, plan.channels, spec, scale=scale, cells=source, extra_channels=plan.extra_channels
-            )
-            with store.writing(key):
-                for crops in streamed:
-                    if crops.failed is not None:
-                        failed.append(f"{crops.field.name} ({crops.failed})")
-                        continue
-                    if is_integer and not np.can_cast(crops.field.dtype, dtype):
-                        raise InputError(
-                            f"{crops.field.name} of {plan.plate.name} has pixels of type {crops.field.dtype}, others "
-                            f"{dtype}; expected one type. Import the plate again."
-                        )
-                    store.append(crops.crops.numpy().astype(dtype))
-                    tables.append(
-                        crops.table[["object_number", "y_px", "x_px"]].assign(
-                            Metadata_Well=crops.field.well, Metadata_Site=str(crops.field.site)
-                        )
+            ):
+                field = crops.field
+                if crops.failed is not None:
+                    failed.append(f"{field.name} ({crops.failed})")
+                    continue
+                if is_integer and not np.can_cast(field.dtype, dtype):
+                    raise InputError(
+                        f"{field.name} of {plan.plate.name} has pixels of type {field.dtype}, others {dtype}; expected "
+                        "one type. Import the plate again."
                     )
-                columns = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-                found = store.finish(columns)
-            if failed:
-                warnings.warn(
-                    f"{len(failed)} of {len(fields)} fields of {plan.plate.name} could not be read and are left out: "
-                    f"{listing(failed, 3)}.",
-                    CellvimWarning,
-                    stacklevel=2,
-                )
-        images, table = found
+                table = crops.table[["object_number", "y_px", "x_px"]]
+                tables.append(table.assign(Metadata_Well=field.well, Metadata_Site=str(field.site)))
+                yield crops.crops.numpy().astype(dtype)
+
+        images, table = store.find(key, len(fields)) or store.add(key, cut_fields(), tables)
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(fields)} fields of {plan.plate.name} could not be read and are left out: "
+                f"{listing(failed, 3)}.",
+                CellvimWarning,
+                stacklevel=2,
+            )
         if len(table):
             table = table.join(wells.drop(columns="Metadata_Well"), on="Metadata_Well")
         return CropGroup(images, tuple(plan.channel_ids), plan.scale if is_integer else None), table
@@ -279,14 +266,11 @@ class CropFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapped: np.memmap | None = None
 
-    @property
+    @cached_property
     def mapped(self) -> np.memmap:
         """The memory-mapped file."""
-        if self._mapped is None:
-            self._mapped = np.lib.format.open_memmap(self.path, mode="r")
-        return self._mapped
+        return np.lib.format.open_memmap(self.path, mode="r")
 
     def __len__(self) -> int:
         return len(self.mapped)
@@ -295,31 +279,22 @@ class CropFile:
         return np.asarray(self.mapped[rows])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_mapped": None}
+        return {"path": self.path}
 
 
 class CropStore:
-    """Collects the crops of one plate after another: in memory, or in files once they exceed `MEMORY_BYTES`.
+    """Stores the crops of one plate after another: in memory, or in files once they exceed `MEMORY_BYTES`.
 
-    Parameters
-    ----------
-    folder
-        Folder for the files; created when needed.
-    n_fields
-        Number of fields of all plates, to estimate the size of the files.
+    ``n_fields`` is the number of fields of all plates, to estimate the size of the files.
     """
 
     def __init__(self, folder: Path, n_fields: int) -> None:
         self.folder, self.n_fields = Path(folder), n_fields
         self.bytes = self.fields = 0  # cut so far
         self.uses_files = False
-        self.key, self.rows = "", 0
-        self.parts: list[np.ndarray] = []  # of the current plate, in memory
-        self.file: BinaryIO | None = None
-        self.dtype, self.shape = np.dtype(np.float16), (0, 0, 0)  # of the crops in the file
 
     def find(self, key: str, n_fields: int) -> tuple[CropFile, pd.DataFrame] | None:
-        """Return the crops and the table of a plate from the cache; None if they are not there."""
+        """Return the crops and the table of a plate from the cache; None if they are missing or incomplete."""
         images = CropFile(self.folder / f"{key}.npy")
         try:
             with np.load(self.folder / f"{key}.npz", allow_pickle=False) as stored:
@@ -327,63 +302,62 @@ class CropStore:
             if len(images) != len(table):
                 return None
         except (OSError, ValueError, KeyError):
-            return None  # missing or incomplete
+            return None
         self.uses_files = True
         self.n_fields -= n_fields
         return images, table
 
-    @contextmanager
-    def writing(self, key: str) -> Iterator[None]:
-        """Start a plate; an unfinished file is removed at the end.
+    def add(
+        self, key: str, crops: Iterator[np.ndarray], tables: list[pd.DataFrame]
+    ) -> tuple[np.ndarray | CropFile, pd.DataFrame]:
+        """Store the crops of a plate, and the tables that ``crops`` appends with each field; return both.
 
         Raises
         ------
         OutputError
             The crops cannot be written.
         """
-        self.key, self.rows, self.parts = key, 0, []
+        parts: list[np.ndarray] = []  # in memory
+        rows, file, stored = 0, None, self.folder / f"{key}.npy"
+        partial = self.folder / f"{key}.{os.getpid()}.partial"
         try:
-            yield
+            for part in crops:
+                self.fields += 1
+                self.bytes += part.nbytes
+                self.uses_files |= self.bytes > MEMORY_BYTES
+                rows += len(part)
+                parts += [part] if len(part) or not parts else []
+                if self.uses_files and rows:
+                    if file is None:
+                        self._check_space()
+                        file, first = partial.open("wb"), parts[-1]
+                        _write_header(file, first, 0)
+                    for waiting in parts:
+                        waiting.tofile(file)
+                    parts = []
+            table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+            if file is None:
+                parts = [part for part in parts if len(part)] or parts
+                return np.concatenate(parts) if parts else np.zeros((0, 0, 0, 0), np.float16), table
+            file.seek(0)
+            _write_header(file, first, rows)
+            file.close()
+            os.replace(partial, stored)
+            with atomic_path(stored.with_suffix(".npz")) as target:
+                np.savez(target, **{n: v.to_numpy(str if v.dtype == object else None) for n, v in table.items()})
+            return CropFile(stored), table
         except OSError as error:
             raise OutputError(
                 f"The crops cannot be written to {self.folder}: {error.strerror or error}. Choose a --data.cache on "
                 "another disk."
             ) from error
         finally:
-            if self.file is not None:
-                self.file.close()
-                Path(self.file.name).unlink(missing_ok=True)
-                self.file = None
+            if file is not None:
+                file.close()
+                partial.unlink(missing_ok=True)
 
-    def append(self, crops: np.ndarray) -> None:
-        """Add the crops of a field."""
-        self.fields += 1
-        self.bytes += crops.nbytes
-        self.rows += len(crops)
-        self.uses_files |= self.bytes > MEMORY_BYTES
-        if not self.uses_files:
-            self.parts.append(crops)
-        elif len(crops):
-            if self.file is None:
-                self._open_file(crops)
-            crops.tofile(self.file)
-
-    def finish(self, table: pd.DataFrame) -> tuple[np.ndarray | CropFile, pd.DataFrame]:
-        """Return the crops of the plate and their table, which is stored with them."""
-        if self.file is None:
-            parts = [part for part in self.parts if len(part)] or self.parts[:1]
-            return np.concatenate(parts) if parts else np.zeros((0, 0, 0, 0), np.float16), table
-        self.file.seek(0)
-        self._write_header(self.rows)
-        self.file.close()
-        os.replace(self.file.name, self.folder / f"{self.key}.npy")
-        self.file = None
-        with atomic_path(self.folder / f"{self.key}.npz") as partial:
-            np.savez(partial, **{n: v.to_numpy(str if v.dtype == object else None) for n, v in table.items()})
-        return CropFile(self.folder / f"{self.key}.npy"), table
-
-    def _open_file(self, crops: np.ndarray) -> None:
-        """Open a file with the crops in memory, if the disk has space for all that are to come."""
+    def _check_space(self) -> None:
+        """Create the folder; raise if its disk has too little space for all crops."""
         needed = int(self.bytes / self.fields * self.n_fields)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -399,17 +373,12 @@ class CropStore:
             CellvimWarning,
             stacklevel=2,
         )
-        self.file = (self.folder / f"{self.key}.{os.getpid()}.partial").open("wb")
-        self.dtype, self.shape = crops.dtype, crops.shape[1:]
-        self._write_header(0)
-        for part in self.parts:
-            part.tofile(self.file)
-        self.parts = []
 
-    def _write_header(self, rows: int) -> None:
-        """Write the header of the .npy file; its length does not depend on the number of crops."""
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (rows, *self.shape)}
-        np.lib.format.write_array_header_2_0(self.file, header)
+
+def _write_header(file: BinaryIO, crops: np.ndarray, rows: int) -> None:
+    """Write the header of an .npy file of such crops; its length does not depend on the number of rows."""
+    header = {"descr": crops.dtype.str, "fortran_order": False, "shape": (rows, *crops.shape[1:])}
+    np.lib.format.write_array_header_2_0(file, header)
 
 
 def _gigabytes(n: int) -> str:
