@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cellvim.errors import InputError
 
+Operation = Callable[[Tensor, Tensor], Tensor]  # of RandAugment: images (B, 3, H, W) and level, (B, 1, 1, 1) in ± 0.3
+
 
 @dataclass
 class Augmentation:
@@ -86,8 +88,10 @@ class Augment(nn.Module):
             images = random_resized_crop(images, self.size, settings.resized_crop)
         else:
             images = random_window(pad_to_size(images, max(settings.pad_to or 0, self.size)), self.size)
-        for axis, chosen in ((-1, settings.flips), (-2, settings.vertical_flips)):
-            images = random_flips(images, axis) if chosen else images
+        if settings.flips:
+            images = random_flips(images, -1)
+        if settings.vertical_flips:
+            images = random_flips(images, -2)
         if settings.quarter_turns:
             images = random_quarter_turns(images)
         if settings.intensity:
@@ -237,23 +241,20 @@ def rand_augment(images: Tensor, operations: int) -> Tensor:
     return images
 
 
-def _affine(entry: tuple[int, int], maximum: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _affine(*, degrees: float = 0, shear: tuple = (0, 0), shift: tuple = (0, 0)) -> Operation:
+    """Return an operation that rotates, shears (x, y) and shifts (x, y) by the level times these values."""
+
     def operation(images: Tensor, level: Tensor) -> Tensor:
-        matrix = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
-        matrix[:, entry[0], entry[1]] = maximum * level.flatten()
-        return _warp(images, matrix)
+        level = level.flatten()
+        angle = torch.deg2rad(degrees * level)
+        cosine, sine = angle.cos(), angle.sin()
+        rows = [cosine, shear[0] * level - sine, shift[0] * level, shear[1] * level + sine, cosine, shift[1] * level]
+        return _warp(images, torch.stack(rows, 1).view(-1, 2, 3))
 
     return operation
 
 
-def _rotate(images: Tensor, level: Tensor) -> Tensor:
-    angle = torch.deg2rad(30 * level.flatten())
-    zero = torch.zeros_like(angle)
-    matrix = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1)
-    return _warp(images, matrix.view(-1, 2, 3))
-
-
-def _blend(other: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _blend(other: Callable[[Tensor], Tensor]) -> Operation:
     """Return an operation that moves images away from, or towards, a degenerate version of them."""
     return lambda images, level: (degenerate := other(images)) + (1 + 0.9 * level) * (images - degenerate)
 
@@ -284,18 +285,18 @@ def _auto_contrast(images: Tensor, level: Tensor) -> Tensor:
     return torch.where(high > low, (images - low) / (high - low).clamp_min(1e-6), images)
 
 
-OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (  # of images (B, 3, H, W) and the level, ± 0.3
+OPERATIONS: tuple[Operation, ...] = (
     lambda images, level: images,
     lambda images, level: 1 - images,
     lambda images, level: torch.where(images >= 1 - level.abs(), 1 - images, images),  # solarize
     lambda images, level: (images * 255).div(2, rounding_mode="floor") * 2 / 255,  # posterize: 7 bits
     _auto_contrast,
     _equalize,
-    _rotate,
-    _affine((0, 1), 0.3),  # shear
-    _affine((1, 0), 0.3),
-    _affine((0, 2), 0.9),  # translate, by at most 45% of the side at magnitude 30
-    _affine((1, 2), 0.9),
+    _affine(degrees=30),
+    _affine(shear=(0.3, 0)),
+    _affine(shear=(0, 0.3)),
+    _affine(shift=(0.9, 0)),  # by at most 45% of the side at magnitude 30
+    _affine(shift=(0, 0.9)),
     _blend(_grey),  # saturation
     _blend(lambda images: _grey(images).mean((2, 3), keepdim=True)),  # contrast
     _blend(torch.zeros_like),  # brightness
