@@ -152,7 +152,11 @@ class WellCells(TrainingData):
         self.groups = [CropGroup(images, (0, 1))]
         counts = np.bincount(self.labels[np.flatnonzero(labelled)], minlength=len(classes))
         self.description = DataDescription(
-            CHANNELS, classes, crop_px=CROP, source="FKHR", class_counts=tuple(int(n) for n in counts)
+            channel_names=CHANNELS,
+            class_names=classes,
+            crop_px=CROP,
+            training_data="FKHR",
+            class_counts=tuple(counts.tolist()),
         )
 
     def _shots(self, table: pd.DataFrame, label: np.ndarray) -> list[str]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from cellvim.data.wells import natural_key
 from cellvim.errors import InputError, MetadataError
@@ -25,51 +24,18 @@ if TYPE_CHECKING:
 UNLABELLED = -1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataDescription:
-    """Description of training data that a model requires; stored with its weights.
+    """Description of training data that a model requires; stored in the card of its checkpoint."""
 
-    Attributes
-    ----------
-    channel_names
-        Names of the model's channels, (C,).
-    class_names
-        Names of the classes in the order of the labels; empty without labels.
-    crop_px
-        Side of the model's input in pixels.
-    pixel_size_um
-        Side of a pixel in µm, or None if unknown.
-    unit
-        cell, tile or field.
-    intensity
-        Scaling of intensities: ``IntensityScale.to_dict()``, or the rule by which a scale is estimated per plate.
-    source
-        Name of the data, for messages.
-    class_counts
-        Number of training crops of each class.
-    """
-
-    channel_names: tuple[str, ...]
-    class_names: tuple[str, ...] = ()
-    crop_px: int = 0
+    class_names: tuple[str, ...] = ()  # in the order of the labels; empty without labels
+    channel_names: tuple[str, ...]  # of the model, (C,)
+    crop_px: int = 0  # side of the model's input
     pixel_size_um: float | None = None
-    unit: str = "cell"
-    intensity: dict[str, Any] = field(default_factory=dict)
-    source: str = ""
-    class_counts: tuple[int, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entries of the checkpoint's card."""
-        return {
-            "class_names": list(self.class_names),
-            "channel_names": list(self.channel_names),
-            "crop_px": self.crop_px,
-            "pixel_size_um": self.pixel_size_um,
-            "unit": self.unit,
-            "intensity": self.intensity,
-            "training_data": self.source,
-            "class_counts": list(self.class_counts),
-        }
+    unit: str = "cell"  # or tile or field
+    intensity: dict[str, Any] = field(default_factory=dict)  # IntensityScale.to_dict(), or a rule to estimate it
+    training_data: str = ""  # name, for messages
+    class_counts: tuple[int, ...] = ()  # training crops per class
 
 
 @dataclass
@@ -100,12 +66,7 @@ class CropSet(Dataset):
         rows = self.rows[np.asarray(items)]
         number = int(self.group_of[items[0]])
         images = self.groups[number].images[rows - self.first[number]]
-        return {
-            "images": torch.from_numpy(np.ascontiguousarray(images)),
-            "labels": torch.from_numpy(self.labels[rows]),
-            "rows": torch.from_numpy(rows),
-            "group": number,
-        }
+        return {"images": np.ascontiguousarray(images), "labels": self.labels[rows], "rows": rows, "group": number}
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -114,22 +75,10 @@ class EpochBatches(Sampler[list[int]]):
     Several processes share each batch: together they see the crops that one process with their total batch size would
     see, in the same order, and no crop twice.
 
-    Parameters
-    ----------
-    groups
-        (n,) number of each crop's group; the crops of a batch belong to one group.
-    batch_size
-        Crops per batch and process.
-    seed
-        Random seed for the order.
-    shuffle
-        False for evaluation: crops in the order of the rows. A process may then have fewer batches than another.
-    drop_last
-        Leave out a group's last batch if it is incomplete, unless it is the group's only one.
-    rank, world
-        Number of this process, and number of processes. In training, all processes get equally many crops of a batch:
-        of a group with a single, incomplete batch, the remainder waits for another epoch, and fewer crops than
-        processes are repeated.
+    ``groups`` (n,) contains the number of each crop's group; ``batch_size`` counts crops per process. ``drop_last``
+    leaves out a group's last batch if it is incomplete, unless it is the only one. If shuffled, as for training, all
+    processes get equally many crops of a batch: of a group with a single, incomplete batch, the remainder waits for
+    another epoch, and fewer crops than processes are repeated. Otherwise, a process may have fewer batches.
     """
 
     def __init__(
@@ -271,7 +220,7 @@ class TrainingData(LightningDataModule):
         self.read()
         description = self.description
         self.rows = split_rows(
-            self.table, self.split, val=self.val, test=self.test, seed=self.seed, where=description.source
+            self.table, self.split, val=self.val, test=self.test, seed=self.seed, where=description.training_data
         )
         self.labels = number_labels(self.table["label"].to_numpy(object), description.class_names)
         known = self.labels[self.rows["train"]]
@@ -325,25 +274,15 @@ class TrainingData(LightningDataModule):
         return ResumableLoader(
             crops,
             batch_sampler=batches,
-            collate_fn=_as_is,
+            collate_fn=default_convert,  # crops are read as batches
             num_workers=self.workers,
             multiprocessing_context="spawn" if self.workers else None,
             persistent_workers=bool(self.workers),
         )
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
 def class_names_of(labels: np.ndarray, *, column: str, where: str) -> tuple[str, ...]:
-    """Return the sorted class names among labels; empty values are not a class.
-
-    Raises
-    ------
-    MetadataError
-        There are fewer than two classes.
-    """
+    """Return the sorted class names among labels, at least two; empty values are not a class."""
     names = sorted({str(v) for v in labels if v is not None and v == v and str(v) != ""}, key=natural_key)
     if len(names) < 2:
         found = f"is '{names[0]}' everywhere" if names else "is empty"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,7 @@ from cellvim.train.recipes import SHORT_OPTIONS
 
 
 class TrainingCLI(LightningCLI):
-    """Read a configuration and instantiate its trainer, model and data; runs nothing.
-
-    Parameters
-    ----------
-    options
-        Options of the parser, among them ``--config``.
-    output
-        Folder of the run.
-    """
+    """Read a configuration and instantiate its trainer, model and data; runs nothing."""
 
     def __init__(self, options: list[str], output: Path) -> None:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -66,8 +57,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Add loggers and checkpoints unless the configuration has its own, and the learning curves."""
         if self._get(self.config_init, "trainer.logger") in (None, True):
-            loggers = (CSVLogger(self.output, name="logs/csv"), TensorBoardLogger(self.output, name="logs/tensorboard"))
-            kwargs["logger"] = list(loggers)
+            tensorboard = TensorBoardLogger(self.output, name="logs/tensorboard")
+            kwargs["logger"] = [CSVLogger(self.output, name="logs/csv"), tensorboard]
         callbacks = self._get(self.config_init, "trainer.callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         saves = self._get(self.config_init, "trainer.enable_checkpointing") in (None, True)
@@ -82,13 +73,7 @@ def _seed(value: Any) -> int:
 
 
 def parse_configuration(options: list[str], output: Path) -> TrainingCLI | None:
-    """Instantiate the trainer, model and data of a configuration; None if the options only print something.
-
-    Raises
-    ------
-    CellvimError
-        An option or its value is not valid.
-    """
+    """Instantiate the trainer, model and data of a configuration; None if the options only print something."""
     try:
         return TrainingCLI(options, output)
     except SystemExit as stop:  # --print_config, --help_all and --model.help
@@ -142,10 +127,8 @@ def _known_options() -> set[str]:
     """Names of options of all trainings and data modules, for suggestions."""
     from cellvim.train import folders, joint, masked, plates, probe, supervised
 
-    known = {field.name for cls in (Optimization, Augmentation) for field in fields(cls)}
-    for cls in (
+    classes = (
         supervised.Supervised, masked.Masked, joint.Joint, probe.LinearProbe, folders.LabelledCrops, plates.PlateCrops,
-        TrainingModule,
-    ):  # fmt: skip
-        known |= set(inspect.signature(cls).parameters)
-    return known
+        TrainingModule, Optimization, Augmentation,
+    )  # fmt: skip
+    return {name for cls in classes for name in inspect.signature(cls).parameters}

@@ -6,16 +6,16 @@ import csv
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 
 from cellvim.data.intensity import IntensityScale
 from cellvim.errors import InputError, MetadataError, listing, suggestion
 from cellvim.train.batches import CropGroup, DataDescription, TrainingData, class_names_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _IMAGES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp", ".npy")
 _PATHS = ("path", "file", "filename", "image", "image_path", "crop")  # columns that name a crop's file
@@ -114,7 +114,7 @@ class LabelledCrops(TrainingData):
             class_names=classes,
             crop_px=self.crop_size or images.shape[-1],
             pixel_size_um=self.pixel_size_um,
-            source=where,
+            training_data=where,
         )
         self.groups = [CropGroup(images, tuple(range(len(channels))))]
 
@@ -146,12 +146,10 @@ class LazyCrops:
         return len(self.paths)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        return np.stack([self._read(self.paths[i]) for i in rows])
+        return np.stack([self.read(self.paths[i]) for i in rows])
 
-    def _read(self, path: str) -> np.ndarray:
-        import torch
-        import torch.nn.functional as F
-
+    def read(self, path: str) -> np.ndarray:
+        """Read an image as (C, S, S) float32."""
         image = read_crop(path)
         if image.shape[0] != self.shape[1]:
             channels = self.shape[1]
@@ -167,17 +165,7 @@ class LazyCrops:
 
 
 def find_crops(folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:
-    """Return one row per image of a folder with one folder per class: ``path``, ``label``, and groups of ``pattern``.
-
-    Raises
-    ------
-    InputError
-        The folder does not exist or contains no images.
-    MetadataError
-        A file name does not match ``pattern``.
-    """
-    import pandas as pd
-
+    """Return one row per image of a folder with one folder per class: path, label, and the groups of ``pattern``."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder} of labelled crops; expected one folder per class.")
@@ -193,15 +181,7 @@ def find_crops(folder: str | Path, *, pattern: str | None = None) -> pd.DataFram
 
 
 def read_crop_table(table: str | Path, folder: str | Path, *, pattern: str | None = None) -> pd.DataFrame:
-    """Read a table of crops; its column of file names becomes ``path``.
-
-    Raises
-    ------
-    MetadataError
-        The table cannot be read, or has no column of file names.
-    """
-    import pandas as pd
-
+    """Read a table of crops; its column of file names becomes ``path``."""
     path = Path(table)
     if not path.is_file():
         raise InputError(f"There is no table {path} of crops.")
@@ -240,13 +220,7 @@ def _named(table: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
 
 
 def read_crops(paths: Any) -> np.ndarray:
-    """Read images of the same shape into an array (n, C, H, W) of their stored type.
-
-    Raises
-    ------
-    InputError
-        An image is missing, cannot be read, or differs in shape from the first.
-    """
+    """Read images of the same shape into an array (n, C, H, W) of their stored type."""
     images: np.ndarray | None = None
     for number, path in enumerate(paths):
         image = read_crop(path)
@@ -263,7 +237,7 @@ def read_crops(paths: Any) -> np.ndarray:
 
 
 def _check_memory(needed: int, n_crops: int) -> None:
-    """Raise if the crops exceed the memory of the machine, where the system reports it."""
+    """Raise if the crops exceed 80% of the machine's memory, where the system reports it."""
     try:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
@@ -276,13 +250,7 @@ def _check_memory(needed: int, n_crops: int) -> None:
 
 
 def read_crop(path: str | Path) -> np.ndarray:
-    """Read one image as (C, H, W).
-
-    Raises
-    ------
-    InputError
-        The file does not exist or cannot be read.
-    """
+    """Read one image as (C, H, W)."""
     path = Path(path)
     try:
         if path.suffix.lower() == ".npy":

@@ -63,7 +63,7 @@ class TrainingModule(LightningModule):
         self.optimization = optimization or Optimization()
         self.augmentation = augmentation or Augmentation()
         self.weights, self.gradient_checkpointing, self.seed = weights, gradient_checkpointing, seed
-        self.config_of(DataDescription(("a channel",)))  # raises for unknown names before the data are read
+        self.config_of(DataDescription(channel_names=("a channel",)))  # raises for unknown names
         self.model: nn.Module | None = None
         self.augment: Augment | None = None
         self.last_losses: dict[str, Tensor] = {}
@@ -114,17 +114,16 @@ class TrainingModule(LightningModule):
         if self.model is not None:
             return
         config = self.config_of(self.description)
+        if isinstance(config.image_size, tuple):
+            raise ModelError(f"Training requires square images, but image_size is {config.image_size}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.model = self.make_model(config)
         self.model.gradient_checkpointing = self.gradient_checkpointing
-        sampler = getattr(self.model, "channel_sampler", None)
-        if sampler is not None:
+        if (sampler := getattr(self.model, "channel_sampler", None)) is not None:
             sampler.seed(self.seed)
         if self.weights is not None:
             self.load_pretrained(self.weights)
-        if isinstance(config.image_size, tuple):
-            raise ModelError(f"Training requires square images, but image_size is {config.image_size}.")
         self.augment = Augment(self.augmentation, config.image_size)
 
     def load_pretrained(self, path: str) -> None:
@@ -158,18 +157,13 @@ class TrainingModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Evaluate the centres of the crops, without augmentation."""
-        self._evaluation_step(batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Evaluate the centres of the test crops."""
-        self._evaluation_step(batch, batch_idx)
-
-    def _evaluation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images, labels, channels = self.prepare(batch)
         with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
             torch.manual_seed(batch_idx)  # the same masks in every epoch
             mean, count = self.evaluate(middle_window(images, self.model.config.image_size), labels, channels)
         self._evaluated += torch.stack([mean.detach().float() * count, mean.new_tensor(count, dtype=torch.float32)])
+
+    test_step = validation_step
 
     def on_validation_epoch_start(self) -> None:
         """Reset the evaluation."""
@@ -196,10 +190,8 @@ class TrainingModule(LightningModule):
     def prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the images (scaled on the device unless scaled before), labels and channel ids (C,) of a batch."""
         group = self.trainer.datamodule.groups[batch["group"]]
-        images = batch["images"]
-        images = images.float() if group.scale is None else group.scale.apply_on_device(images)
-        channels = torch.tensor(group.channel_ids, device=images.device)
-        return images, batch["labels"], channels
+        images = group.scaled(batch["images"])
+        return images, batch["labels"], torch.tensor(group.channel_ids, device=images.device)
 
     def _not_finite(self, value: float, batch: dict[str, Any], batch_idx: int) -> TrainingError:
         rows = batch["rows"].tolist()

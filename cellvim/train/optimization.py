@@ -87,12 +87,7 @@ class Optimization:
 
 
 def parameter_groups(model: nn.Module, settings: Optimization) -> list[dict[str, Any]]:
-    """Group the trainable parameters by learning rate and weight decay.
-
-    Returns
-    -------
-    list of dict
-        ``params``, ``names``, ``lr_scale`` (from layer decay), and ``decayed``: whether weight decay applies.
+    """Group the trainable parameters by ``lr_scale`` (from layer decay) and ``decayed`` (whether weight decay applies).
 
     References
     ----------
@@ -124,20 +119,9 @@ def _layers_below_head(name: str, depth: int) -> int:
 def cosine_schedule(
     first: float, last: float, steps: int, *, warmup_steps: int = 0, warmup_from: float = 0.0
 ) -> np.ndarray:
-    """Return one value per step: a linear warm-up to ``first``, then half a cosine to ``last``.
+    """Return one value per step, (steps,) float64: a linear warm-up to ``first``, then half a cosine to ``last``.
 
-    Parameters
-    ----------
-    first, last
-        Values at the start of the cosine, and one step after its end.
-    steps
-        Number of steps, including the warm-up.
-    warmup_steps, warmup_from
-        Number of steps of the warm-up, and the value of its first step.
-
-    Returns
-    -------
-    (steps,) float64
+    ``steps`` includes the warm-up, which starts at ``warmup_from``; ``last`` is reached one step after the end.
 
     References
     ----------

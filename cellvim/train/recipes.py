@@ -43,13 +43,7 @@ def recipe_descriptions() -> dict[str, str]:
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """Return the settings of a recipe, with those that it extends.
-
-    Raises
-    ------
-    InputError
-        There is no such recipe.
-    """
+    """Return the settings of a recipe, with those that it extends."""
     recipes = _entries()["recipes"]
     if name not in recipes:
         raise InputError(
@@ -77,34 +71,16 @@ def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
 
 @dataclass
 class CommandLine:
-    """Parsed arguments of `cellvim train`.
+    """Parsed arguments of `cellvim train`."""
 
-    Attributes
-    ----------
-    options
-        Options for the configuration parser, ``--config`` first.
-    name
-        Name of the recipe, configuration or plate.
-    output
-        Folder of the run.
-    resume
-        Checkpoint to resume from: "" for that of the output folder, None for a new training.
-    """
-
-    options: list[str]
-    name: str
-    output: Path
-    resume: str | None
+    options: list[str]  # for the configuration parser, --config first
+    name: str  # of the recipe, configuration or plate
+    output: Path  # folder of the run
+    resume: str | None  # checkpoint to resume from: "" for that of the output folder, None for a new training
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Expand the short forms of the command line into options of the configuration parser.
-
-    Raises
-    ------
-    InputError
-        A recipe or file does not exist, or an option has no value.
-    """
+    """Expand the short forms of the command line into options of the configuration parser."""
     rest, options, name = list(arguments), [], ""
     output: str | None = None
     resume: str | None = None

@@ -33,13 +33,7 @@ _NOT_OF_THE_WEIGHTS = {
 
 
 def checkpoint_path(resume: str | None, output: Path) -> str | None:
-    """Return the checkpoint to resume from: the given one, that of the output folder for "", or None for None.
-
-    Raises
-    ------
-    InputError
-        The file does not exist.
-    """
+    """Return the checkpoint to resume from: the given one, that of the output folder for "", or None for None."""
     if resume is None:
         return None
     path = Path(resume) if resume else output / "checkpoints" / "last.ckpt"
@@ -51,14 +45,7 @@ def checkpoint_path(resume: str | None, output: Path) -> str | None:
 def settings_of(config: dict[str, Any], data: Any, world_size: int) -> dict[str, Any]:
     """Return the settings that determine the weights, by their names on the command line.
 
-    Parameters
-    ----------
-    config
-        The configuration, as plain values.
-    data
-        The data module, set up.
-    world_size
-        Number of processes.
+    ``config`` contains plain values, ``data`` is a `TrainingData` after its setup, ``world_size`` counts processes.
     """
     found = {"seed_everything": config.get("seed_everything")}
     for part in ("model", "data"):
@@ -81,13 +68,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_training(path: str, settings: dict[str, Any]) -> None:
-    """Check that a checkpoint belongs to a training with the same settings; warn if only the length differs.
-
-    Raises
-    ------
-    InputError
-        The checkpoint cannot be read, or settings that determine the weights differ; the message lists them.
-    """
+    """Raise `InputError` unless a checkpoint belongs to a training with the same settings; its length may differ."""
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["cellvim"]
     except Exception as error:  # torch raises many types
@@ -130,7 +111,7 @@ def check_same_model(saved: dict[str, Any], model: Any) -> None:
 def stopped_by_ctrl_c(module: Any) -> Iterator[None]:
     """Within the block, the first Ctrl-C stops the training after the current batch, the second one immediately."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(*_: Any) -> None:
         if module.stop_requested:
             raise KeyboardInterrupt
         module.stop_requested = True
@@ -148,23 +129,13 @@ def stopped_by_ctrl_c(module: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@torch.no_grad()
 def start_from(model: Encoder, path: str | Path) -> None:
-    """Load trained weights into a model of the same architecture, matching channels by name.
+    """Load the weights of a checkpoint or a shipped model into a model of the same architecture.
 
-    Parameters
-    ----------
-    model
-        An `Encoder` or `MaskedAutoencoder`; left unchanged if the weights do not fit.
-    path
-        A CellVim checkpoint, or the name of a shipped model. The head is loaded if it has as many classes. Of a
-        `MaskedAutoencoder`, an `Encoder` takes all but the decoder, and the position table is resized.
-
-    Raises
-    ------
-    ModelError
-        The checkpoint does not exist or has another architecture; the message lists the differences.
-    ChannelError
-        The checkpoint lacks a channel of the model.
+    Channels are matched by name. The head is loaded if it has as many classes. Of a `MaskedAutoencoder`, an `Encoder`
+    takes all but the decoder; its position table is resized. If the weights do not fit, the model is left unchanged
+    and `ModelError` is raised, or `ChannelError` for a missing channel.
     """
     path = weights_path(path)
     source = load_checkpoint(path)
@@ -184,7 +155,13 @@ def start_from(model: Encoder, path: str | Path) -> None:
     weights = {k: v for k, v in source.state_dict().items() if not k.endswith("_extra_state")}
     weights = _match_channels(weights, source, model, str(path))
     if "pos_embed" in weights and weights["pos_embed"].shape != own["pos_embed"].shape:
-        weights["pos_embed"] = _resized(weights["pos_embed"], source, model)
+        if source.config.class_token != "none":
+            raise ModelError(
+                f"The position table is for images of {source.config.image_size} pixels, the model for "
+                f"{model.config.image_size}; it cannot be resized with a class token. Train at the same size."
+            )
+        table = weights["pos_embed"].unflatten(1, source.built_grid)
+        weights["pos_embed"] = resize_positions(table, *model.built_grid).flatten(1, 2)
     head = {k: v for k, v in own.items() if k.startswith("head.")}
     if {k: v.shape for k, v in weights.items() if k.startswith("head.")} != {k: v.shape for k, v in head.items()}:
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | head
@@ -192,13 +169,7 @@ def start_from(model: Encoder, path: str | Path) -> None:
 
 
 def weights_path(weights: str | Path) -> Path:
-    """Return the file of initial weights, given by its path or by the name of a shipped model.
-
-    Raises
-    ------
-    ModelError
-        The file does not exist.
-    """
+    """Return the file of initial weights, given by its path or by the name of a shipped model."""
     if not str(weights):
         raise ModelError("This training requires initial weights: --model.weights model.safetensors.")
     path = shipped_models().get(str(weights), Path(weights))
@@ -221,14 +192,3 @@ def _match_channels(weights: dict[str, Tensor], source: Encoder, model: Encoder,
         return weights | {"patch_embed.proj.weight": weights["patch_embed.proj.weight"][:, ids]}
     names = ("patch_embed.channel_embed.weight", "decoder_channel_embed.weight")
     return weights | {name: weights[name][ids] for name in names if name in weights}
-
-
-@torch.no_grad()
-def _resized(table: Tensor, source: Encoder, model: Encoder) -> Tensor:
-    """Return the position table for another image size."""
-    if source.config.class_token != "none":
-        raise ModelError(
-            f"The position table is for images of {source.config.image_size} pixels, the model for "
-            f"{model.config.image_size}; it cannot be resized with a class token. Train at the same size."
-        )
-    return resize_positions(table.unflatten(1, source.built_grid), *model.built_grid).flatten(1, 2)

@@ -112,13 +112,7 @@ def _given(table: pd.DataFrame, column: str, where: str) -> dict[str, np.ndarray
 def check_groups(
     table: pd.DataFrame, by: str, *, val: float, test: float, label: str = "label", where: str = "the data"
 ) -> np.ndarray:
-    """Return the number of each row's well (plate, source), (n,) int64; see `split_rows`.
-
-    Raises
-    ------
-    MetadataError
-        A split into the parts is not possible.
-    """
+    """Return the number of each row's well (plate, source), (n,) int64; raise if `split_rows` is not possible."""
     if by not in GROUPS:
         known = [*GROUPS, LEAKY]
         raise InputError(
@@ -161,15 +155,11 @@ def _hold_out(groups: np.ndarray, classes: np.ndarray, share: float, seed: int) 
     unique, first = np.unique(groups, return_index=True)
     if len(unique) == len(groups):  # groups of single rows
         return np.isin(np.arange(len(groups)), _draw_from_each_class(classes, share, seed))
-    if (
-        classes == classes[first][np.searchsorted(unique, groups)]
-    ).all():  # one class per group, as is common for wells
+    if (classes == classes[first][np.searchsorted(unique, groups)]).all():  # one class per group, as in most wells
         return np.isin(groups, unique[_draw_from_each_class(classes[first], share, seed, at_least=1)])
     folds = int(np.clip(round(1 / share), 2, len(unique)))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # about classes with fewer members than folds; _warn_of_absent_classes covers it
+        warnings.simplefilter("ignore")  # small classes: _warn_of_absent_classes warns if they are absent
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         _, held_out = next(splitter.split(np.zeros(len(groups)), classes, groups))
     mask = np.zeros(len(groups), bool)

@@ -47,7 +47,9 @@ class Supervised(TrainingModule):
     def config_of(self, description: DataDescription) -> EncoderConfig:
         """Return the model's configuration for these data."""
         if self._trainer is not None and len(description.class_names) < 2:
-            raise MetadataError(f"{description.source} has no labels; supervised training requires a label column.")
+            raise MetadataError(
+                f"{description.training_data} has no labels; supervised training requires a label column."
+            )
         return super().config_of(description)
 
     def make_model(self, config: EncoderConfig) -> nn.Module:

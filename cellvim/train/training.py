@@ -6,15 +6,17 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from itertools import combinations
 from math import comb
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,17 +31,8 @@ from cellvim.train.augment import middle_window
 from cellvim.train.callbacks import LearningCurves
 from cellvim.train.configuration import TrainingCLI, in_one_line, parse_configuration
 from cellvim.train.recipes import parse_command_line
-from cellvim.train.resuming import (
-    check_same_training,
-    checkpoint_path,
-    settings_of,
-    stopped_by_ctrl_c,
-    weights_path,
-)
+from cellvim.train.resuming import check_same_training, checkpoint_path, settings_of, stopped_by_ctrl_c, weights_path
 from cellvim.train.supervised import classification_scores, confusion_matrix
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _HIDDEN_WARNINGS = (  # of Lightning, about which the user of a recipe can do nothing
     ".*does not have many workers.*", ".*GPU available but not used.*", ".*log_every_n_steps.*",
@@ -97,9 +90,13 @@ def train(arguments: Sequence[str]) -> Path | None:
         try:
             return _run(cli, output, resume, config, command.name)
         except SystemExit as stop:  # raised by Lightning for an interrupted training
-            if _is_first_process():
-                raise Interrupted(_how_to_resume(output)) from stop
-            return None
+            if not _is_first_process():
+                return None
+            checkpoint = output / "checkpoints" / "last.ckpt"
+            if not checkpoint.is_file():
+                raise Interrupted(f"Interrupted before a checkpoint was written to {output}.") from stop
+            command_line = f"cellvim train --resume --output {quote(str(output))}"
+            raise Interrupted(f"Interrupted; {checkpoint} is kept. Resume with: {command_line}") from stop
         except MisconfigurationException as error:
             raise InputError(in_one_line(error)) from error
         except OSError as error:
@@ -141,13 +138,6 @@ def _is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _how_to_resume(output: Path) -> str:
-    checkpoint = output / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
-        return f"Interrupted before a checkpoint was written to {output}."
-    return f"Interrupted; {checkpoint} is kept. Resume with: cellvim train --resume --output {quote(str(output))}"
-
-
 def _print_warning(message: Any, *_: Any, **__: Any) -> None:
     if _is_first_process():
         print(f"Warning: {in_one_line(message)}", file=sys.stderr)
@@ -175,39 +165,27 @@ def _evaluate(cli: TrainingCLI, output: Path) -> dict[str, Any]:
         found = trainer.test(cli.model, datamodule=data, verbose=False)
         metrics |= {k: float(v) for k, v in found[0].items()}
     metrics = {k: round(v, 6) for k, v in metrics.items()}
-    if _is_first_process() and _takes_channel_subsets(model := cli.model.finished_model(), data):
-        batches = evaluation_batches(cli.model, data, "test" if len(data.rows["test"]) else "val")
-        if batches:
-            table = evaluate_channel_subsets(model, batches)
-            with atomic_path(output / "channels.csv") as partial:
-                table.to_csv(partial, index=False)
-            means = table.groupby("n_channels")["accuracy"].mean()
-            metrics["accuracy_by_channels"] = {str(n): round(float(mean), 4) for n, mean in means.items()}
-    return metrics
-
-
-def _takes_channel_subsets(model: nn.Module, data: Any) -> bool:
-    """Return whether a model is a classifier of several channels with per-channel tokens."""
+    model = cli.model.finished_model()
     config = model.config
-    return (
-        type(model) is Encoder
-        and config.num_classes > 0
-        and config.tokens == "per_channel"
-        and config.in_channels > 1
-        and len(data.groups) == 1
-    )
-
-
-def evaluation_batches(module: Any, data: Any, part: str) -> list[tuple[Tensor, Tensor, list[int]]]:
-    """Return the labelled crops of a part of the split, scaled and centred, as (images, labels, channel ids)."""
+    is_classifier = type(model) is Encoder and config.num_classes > 0
+    if not (_is_first_process() and is_classifier and config.tokens == "per_channel" and config.in_channels > 1):
+        return metrics
+    part = "test" if len(data.rows["test"]) else "val"
+    if len(data.groups) > 1 or not len(data.rows[part]):
+        return metrics
     batches = []
-    for batch in data.whole_loader(part) if len(data.rows[part]) else ():
-        images, labels, channels = module.prepare(batch)
+    for batch in data.whole_loader(part):
+        images, labels, channels = cli.model.prepare(batch)
         known = labels >= 0
         if bool(known.any()):
-            size = module.model.config.image_size
-            batches.append((middle_window(images, size)[known], labels[known], channels.tolist()))
-    return batches
+            batches.append((middle_window(images, config.image_size)[known], labels[known], channels.tolist()))
+    if batches:
+        table = evaluate_channel_subsets(model, batches)
+        with atomic_path(output / "channels.csv") as partial:
+            table.to_csv(partial, index=False)
+        means = table.groupby("n_channels")["accuracy"].mean()
+        metrics["accuracy_by_channels"] = {str(n): round(float(mean), 4) for n, mean in means.items()}
+    return metrics
 
 
 @torch.inference_mode()
@@ -218,36 +196,15 @@ def evaluate_channel_subsets(
     max_subsets: int = 256,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Classify with every subset of the channels.
+    """Return the classification scores of an `Encoder` with per-channel tokens for every subset of the channels.
 
-    Parameters
-    ----------
-    model
-        An `Encoder` with per-channel tokens and a head; set to evaluation mode.
-    batches
-        (images (B, C, H, W), labels (B,), channel ids (C,)), all with the same channels.
-    max_subsets
-        Maximum number of subsets of each size; if there are more, they are drawn at random.
-    seed
-        Random seed for the draw.
-
-    Returns
-    -------
-    DataFrame
-        One row per subset: ``n_channels``, ``channels`` (names or numbers), ``accuracy``, ``balanced_accuracy``,
-        ``macro_f1``, ``weighted_f1``.
-
-    Raises
-    ------
-    ModelError
-        The model has joint tokens and requires all of its channels.
+    ``batches`` are (images (B, C, H, W), labels (B,), channel ids (C,)), all with the same channels. Of each size, at
+    most ``max_subsets`` subsets are evaluated, drawn with ``seed``. Raises `ModelError` for a model with joint tokens.
 
     References
     ----------
     Bao et al., Channel Vision Transformers (2024), Table 2.
     """
-    import pandas as pd
-
     if model.config.tokens != "per_channel":
         raise ModelError(
             "The model has joint tokens and requires all of its channels; subsets need per-channel tokens."
@@ -258,7 +215,13 @@ def evaluate_channel_subsets(
     names = model.config.channel_names or tuple(map(str, range(model.config.in_channels)))
     rows = []
     for size in range(1, len(ids) + 1):
-        for chosen in _subsets(len(ids), size, max_subsets, generator):
+        subsets: Iterable[tuple[int, ...]] = combinations(range(len(ids)), size)
+        if comb(len(ids), size) > max_subsets:
+            drawn: dict[tuple[int, ...], None] = {}  # ordered
+            while len(drawn) < max_subsets:
+                drawn[tuple(sorted(generator.choice(len(ids), size, replace=False).tolist()))] = None
+            subsets = drawn
+        for chosen in subsets:
             confusion = sum(
                 confusion_matrix(model(images[:, list(chosen)], channels=[ids[i] for i in chosen]), labels)
                 for images, labels, _ in batches
@@ -268,30 +231,17 @@ def evaluate_channel_subsets(
     return pd.DataFrame(rows)
 
 
-def _subsets(count: int, size: int, maximum: int, generator: np.random.Generator) -> list[tuple[int, ...]]:
-    if comb(count, size) <= maximum:
-        return list(combinations(range(count), size))
-    drawn: dict[tuple[int, ...], None] = {}
-    while len(drawn) < maximum:
-        drawn[tuple(sorted(generator.choice(count, size, replace=False).tolist()))] = None
-    return list(drawn)
-
-
 def export_model(module: Any, data: Any, path: str | Path, *, metrics: dict[str, Any], recipe: str) -> Path:
     """Save the trained model for `cellvim embed --model`, with the description of its data and training as its card."""
     model = module.finished_model()
     model.is_trained = True
     card = {
-        **data.description.to_dict(),
+        **asdict(data.description),
         "recipe": recipe,
         "encoder": module.encoder_name,
         "split": data.split,
         "metrics": metrics,
         "seed": module.seed,
-        "versions": {
-            "cellvim": metadata.version("cellvim"),
-            "torch": str(torch.__version__),
-            "python": sys.version.split()[0],
-        },
+        "versions": {"cellvim": version("cellvim"), "torch": str(torch.__version__), "python": sys.version.split()[0]},
     }
     return save_checkpoint(model, path, card=card)

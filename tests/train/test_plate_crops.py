@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def trained(data: PlateCrops, path: Path) -> Path:
         num_classes=0, depth=1, embed_dim=16,
     )  # fmt: skip
     model.is_trained = True
-    return save_checkpoint(model, path, card=description.to_dict())
+    return save_checkpoint(model, path, card=asdict(description))
 
 
 def in_training(data: PlateCrops, group: int = 0) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -170,7 +171,7 @@ def test_probabilities_are_those_of_the_model(labelled_plate, tmp_path, readout)
     ).eval()  # fmt: skip
     torch.nn.init.normal_(model.head.weight)
     model.is_trained = True
-    path = save_checkpoint(model, tmp_path / "m.safetensors", card=data.description.to_dict())
+    path = save_checkpoint(model, tmp_path / "m.safetensors", card=asdict(data.description))
     adata = cellvim.embed(labelled_plate, tmp_path / "out.zarr", model=path, probabilities=True, wells=["A01", "A02"])
     images, ids = in_training(data)
     chosen = data.table["Metadata_Well"].isin(["A01", "A02"]).to_numpy()

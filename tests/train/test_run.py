@@ -197,7 +197,7 @@ def test_the_summary_lists_channels_classes_and_split():
                     "label": [name for name in ("dmso", "drug") for _ in range(3)] * 5,
                 }
             )
-            self.description = DataDescription(("DNA", "GFP"), ("dmso", "drug"), crop_px=48)
+            self.description = DataDescription(channel_names=("DNA", "GFP"), class_names=("dmso", "drug"), crop_px=48)
 
     data = Wells(batch_size=4, split="well", val=0.2, test=0.2, seed=0)
     data.read()
