@@ -640,7 +640,8 @@ def _expand_gate_save(ctx, inputs, output):
 
 
 def _expand_gate_grad(ctx, grad):
-    tensors, plan = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    saved = ctx.saved_tensors  # once: gradient checkpointing recomputes them
+    tensors, plan = saved[:8], saved[8:]
     grads = torch.ops.cellvim_native.expand_gate_backward(grad, *tensors, *ctx.rest, *plan, *ctx.plan)
     if tensors[5] is None:  # no skip
         grads = (None, *grads[1:3], None, None, None, *grads[6:])
