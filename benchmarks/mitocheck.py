@@ -120,7 +120,7 @@ def probabilities(model, data, part: str, *, features: bool = False) -> np.ndarr
     found = []
     with torch.inference_mode():
         for batch in data.whole_loader(part):
-            images = middle_window(data.groups[0].scale.apply_on_device(batch["images"]), CROP)
+            images = middle_window(data.groups[0].scaled(batch["images"]), CROP)
             found.append(model.model.forward_features(images) if features else model.model(images).softmax(1))
     return torch.cat(found).numpy()
 
@@ -143,7 +143,7 @@ def scores(probability: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 
 
 def hog_trees(data, seed: int) -> np.ndarray:
-    """HOG and intensity statistics with ExtraTrees, the published baseline of the data set."""
+    """Return the probabilities of the published baseline: ExtraTrees on HOG and intensity statistics."""
     from sklearn.ensemble import ExtraTreesClassifier
 
     features = hog_features(data.groups[0].images[:, 0])
@@ -153,7 +153,7 @@ def hog_trees(data, seed: int) -> np.ndarray:
 
 
 def hog_features(images: np.ndarray) -> np.ndarray:
-    """(n, H, W) uint8 -> (n, F): histograms of gradients in cells of 8 pixels, and percentiles of intensity."""
+    """Return histograms of gradients in cells of 8 pixels and intensity statistics, (n, H, W) uint8 -> (n, F)."""
     from skimage.feature import hog
 
     shapes = [hog(i, orientations=8, pixels_per_cell=(8, 8), cells_per_block=(2, 2)) for i in images]
@@ -163,7 +163,7 @@ def hog_features(images: np.ndarray) -> np.ndarray:
 
 
 def random_regression(data, seed: int) -> np.ndarray:
-    """Logistic regression on the features of an untrained FastVim."""
+    """Return the probabilities of logistic regression on the features of an untrained FastVim."""
     from lightning.pytorch import Trainer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -33,11 +33,11 @@ RESULTS = Path(__file__).parent / "results" / "translocation.json"
 SEEDS = (0, 1, 2)
 WIDTH, PATCH, BATCH = 96, 8, 32
 BUDGET_S = {"dose": 45, "controls": 12}  # of one core per training, including masked pre-training
-SHOTS = (1, 2, None)  # labelled wells of each control; None for all of the training wells
+SHOTS = (1, 2, None)  # labelled wells per control; None for all training wells
 CROP_MS = {  # milliseconds per crop of a training step, measured by ``calibrate`` on the machine of the results
     "fastchannelvim": 5.1, "joint": 5.2, "masked": 4.7, "channelvim": 11.4, "channelvit": 4.3,
 }  # fmt: skip
-# Chosen by ``tune`` for the Spearman correlation of cells; that of masked pre-training and of ChannelVim was not tried.
+# Chosen by ``tune`` for the Spearman correlation of cells; not tuned for masked pre-training and ChannelVim.
 LR = {"fastchannelvim": 2e-3, "joint": 2e-3, "masked": 1e-3, "channelvim": 2e-3, "channelvit": 1e-3}
 MASK = {"mask_ratio": 0.5, "decoder_dim": 64, "decoder_depth": 1, "decoder_pool": "mean"}
 MASKED_POOL = "mean"  # or "sum"; chosen by ``tune``, as the weight of the masked loss
@@ -77,12 +77,12 @@ ENCODERS = {
 
 
 def steps_of(kind: str, seconds: float) -> int:
-    """Steps that take so much processor time."""
+    """Return the number of training steps that take this processor time in seconds."""
     return max(1, round(seconds * 1000 / (CROP_MS[kind] * BATCH)))
 
 
 def module(kind: str, seed: int, steps: int, steps_of_epoch: int, *, weights: str | None = None, **choices: Any):
-    """A training: supervised, masked or joint."""
+    """Return the supervised, masked or joint training."""
     from cellvim.train.augment import Augmentation
     from cellvim.train.joint import Joint
     from cellvim.train.masked import Masked
@@ -117,7 +117,7 @@ def module(kind: str, seed: int, steps: int, steps_of_epoch: int, *, weights: st
 
 
 def fit(kind: str, data, steps: int, seed: int, **choices: Any):
-    """Train for so many steps."""
+    """Train for a number of steps and return the training module."""
     from lightning.pytorch import Trainer
 
     data.setup()
@@ -130,31 +130,31 @@ def fit(kind: str, data, steps: int, seed: int, **choices: Any):
     return model
 
 
-def train(method: str, cells, task: str, seed: int, keep: Path, *, judge: str = "test", shots=None, **choices: Any):
-    """Train one method; returns the module, its data and the crops that its steps saw."""
+def train(method: str, cells, task: str, seed: int, keep: Path, *, part: str = "test", shots=None, **choices: Any):
+    """Train one method and return the module, its data and the number of crops of its steps."""
     kind, changes = TRAINED[method]
     choices = changes | choices
     pretrained = choices.pop("pretrained", False)
     seconds = BUDGET_S[task] / (2 if pretrained else 1)
     weights, steps = None, steps_of(kind, seconds)
     if pretrained:
-        weights, before = pretrain(cells, task, seed, seconds, keep, judge)
+        weights, before = pretrain(cells, task, seed, seconds, keep, part)
     mixing = "none" if kind != "joint" or task == "dose" else "half"
     data = cells_of.WellCells(
-        cells, task, judge=judge, shots=shots, unlabelled=mixing, seed=seed, batch_size=BATCH
+        cells, task, part=part, shots=shots, unlabelled=mixing, seed=seed, batch_size=BATCH
     )  # fmt: skip
     model = fit(kind, data, steps, seed, weights=weights, **choices)
     return model, data, BATCH * (steps + (before if pretrained else 0))
 
 
-def pretrain(cells, task: str, seed: int, seconds: float, keep: Path, judge: str) -> tuple[str, int]:
-    """Masked pre-training on all cells of the training wells; returns its checkpoint and steps."""
+def pretrain(cells, task: str, seed: int, seconds: float, keep: Path, part: str) -> tuple[str, int]:
+    """Pre-train on all cells of the training wells by masking; return the checkpoint and the number of steps."""
     from cellvim.models.checkpoints import save_checkpoint
 
     steps = steps_of("masked", seconds)
-    path = keep / f"masked_{task}_{judge}_{steps}_{seed}.safetensors"
+    path = keep / f"masked_{task}_{part}_{steps}_{seed}.safetensors"
     if not path.exists():
-        data = cells_of.WellCells(cells, "dose", judge=judge, unlabelled="all", seed=seed, batch_size=BATCH)
+        data = cells_of.WellCells(cells, "dose", part=part, unlabelled="all", seed=seed, batch_size=BATCH)
         save_checkpoint(fit("masked", data, steps, seed).model, path)
     return str(path), steps
 
@@ -163,7 +163,7 @@ def pretrain(cells, task: str, seed: int, seconds: float, keep: Path, judge: str
 
 
 def predict(encoder, images: np.ndarray, *, features: bool = False) -> np.ndarray:
-    """Class probabilities, or features, of scaled crops."""
+    """Return the class probabilities, or features, of scaled crops."""
     import torch
 
     encoder.eval()
@@ -176,7 +176,7 @@ def predict(encoder, images: np.ndarray, *, features: bool = False) -> np.ndarra
 
 
 def classify_simply(method: str, data, seed: int) -> np.ndarray:
-    """Class probabilities of the judged cells by a method without training of a network."""
+    """Return the class probabilities of the evaluated cells by a method that trains no network."""
     from sklearn.ensemble import ExtraTreesClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -197,7 +197,7 @@ def classify_simply(method: str, data, seed: int) -> np.ndarray:
 
 
 def describe(method: str, images: np.ndarray, seed: int) -> np.ndarray:
-    """Features of crops, (n, F)."""
+    """Return features of crops, (n, F)."""
     if method.startswith("mean intensities"):
         return cells_of.mean_intensities(cells_of.middle(images))
     if method.startswith("GFP of nucleus"):
@@ -215,7 +215,7 @@ def describe(method: str, images: np.ndarray, seed: int) -> np.ndarray:
 
 
 def hog_features(images: np.ndarray) -> np.ndarray:
-    """(n, C, H, W) -> (n, F): histograms of gradients in cells of 8 pixels and percentiles, a channel at a time."""
+    """Return histograms of gradients in cells of 8 pixels and percentiles per channel, (n, C, H, W) -> (n, F)."""
     from skimage.feature import hog
 
     found = []
@@ -245,16 +245,16 @@ def channel_subsets(encoder, data) -> dict[str, dict[str, float]]:
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-def measure(method: str, cells, task: str, seed: int, keep: Path, *, judge="test", shots=None, **choices: Any) -> dict:
+def measure(method: str, cells, task: str, seed: int, keep: Path, *, part="test", shots=None, **choices: Any) -> dict:
     """Run one method with one seed and return its scores."""
     start = time.process_time()
     found: dict[str, Any] = {"method": method, "task": task, "seed": seed, "shots": shots, "parameters": 0}
     if method in SIMPLE:
-        data = cells_of.WellCells(cells, task, judge=judge, shots=shots, seed=seed)
+        data = cells_of.WellCells(cells, task, part=part, shots=shots, seed=seed)
         data.setup()
         probability = classify_simply(method, data, seed)
     else:
-        model, data, crops = train(method, cells, task, seed, keep, judge=judge, shots=shots, **choices)
+        model, data, crops = train(method, cells, task, seed, keep, part=part, shots=shots, **choices)
         encoder = model.finished_model().eval()
         found |= {"parameters": sum(p.numel() for p in encoder.parameters()), "crops_seen": crops}
         probability = predict(encoder, data.groups[0].images[data.rows["test"]])
@@ -262,19 +262,19 @@ def measure(method: str, cells, task: str, seed: int, keep: Path, *, judge="test
     rows = data.rows["test"]
     score = cells_of.dose_scores if task == "dose" else cells_of.control_scores
     found |= score(probability, data.labels[rows], data.table["well"].to_numpy()[rows], data.description.class_names)
-    if method in TRAINED and judge == "test" and shots is None:
+    if method in TRAINED and part == "test" and shots is None:
         found["channels"] = channel_subsets(encoder, data)
     return found
 
 
 def plan() -> list[tuple[str, str, int | None]]:
-    """Task, method and shots of all runs of a seed."""
+    """Return the task, method and shots of each run of a seed."""
     runs: list[tuple[str, str, int | None]] = [("dose", m, None) for m in (*SIMPLE, *TRAINED)]
     return runs + [("controls", m, shots) for shots in SHOTS for m in CONTROL_METHODS]
 
 
 def path_of(keep: Path, task: str, method: str, shots: int | None, seed: int) -> Path:
-    """Where a run's figures are kept."""
+    """Return the file of a run's scores."""
     name = "".join(c if c.isalnum() else "_" for c in method)
     return keep / f"{task}_{name}_{shots or 'all'}_{seed}.json"
 
@@ -296,7 +296,7 @@ def run(cells, keep: Path, tasks: list[str], methods: list[str], seeds: list[int
 
 
 def about(cells) -> dict[str, Any]:
-    """What the figures are of: data, machine and versions."""
+    """Return the data, settings, machine and versions of the results."""
     from cellvim.embedding.output import processor_name
 
     wells = cells_of.split_wells(cells[1])
@@ -316,7 +316,7 @@ def about(cells) -> dict[str, Any]:
 
 
 def calibrate(cells, keep: Path, steps: int = 40) -> None:
-    """Milliseconds of processor time a crop and kind of training: the difference of a long and a short training."""
+    """Print the processor time per crop of each kind of training: the difference of a long and a short training."""
     for kind in CROP_MS:
         data = cells_of.WellCells(cells, "dose", unlabelled="all" if kind == "masked" else "none", batch_size=BATCH)
         spent = []
@@ -324,7 +324,7 @@ def calibrate(cells, keep: Path, steps: int = 40) -> None:
             start = time.process_time()
             fit(kind, data, count, 0)
             spent.append(time.process_time() - start)
-        print(f"{kind:<16} {(spent[1] - spent[0]) / steps / BATCH * 1000:.2f} ms a crop", flush=True)
+        print(f"{kind:<16} {(spent[1] - spent[0]) / steps / BATCH * 1000:.2f} ms per crop", flush=True)
 
 
 TUNE_S = 60
@@ -337,17 +337,20 @@ CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ("FastChannelVim", {"lr": 2e-3}),
     ("ChannelViT", {"lr": 5e-4}),
     ("ChannelViT", {"lr": 1e-3}),
-    (JOINT, {"mask_ratio": 0.0, "masked_weight": 0.0, "channel_mask_ratio": 0.0, "lr": 2e-3}),  # is it the mask?
+    (
+        JOINT,
+        {"mask_ratio": 0.0, "masked_weight": 0.0, "channel_mask_ratio": 0.0, "lr": 2e-3},
+    ),  # no hidden tokens
 ]
 
 
 def tune(cells, keep: Path) -> None:
-    """Dose on validation wells by choice; the test wells are left alone."""
+    """Print the scores of each choice on validation wells; the test wells are not used."""
     BUDGET_S["dose"] = TUNE_S
     path = keep / "tune.json"
     found = json.loads(path.read_text()) if path.exists() else []
     for method, choices in CANDIDATES[len(found) :]:
-        result = measure(method, cells, "dose", 0, keep, judge="val", **choices)
+        result = measure(method, cells, "dose", 0, keep, part="val", **choices)
         kept = ("cell_weighted_f1", "cell_spearman", "well_spearman", "cpu_seconds")
         found.append({"method": method, "choices": choices} | {k: round(result[k], 3) for k in kept})
         path.write_text(json.dumps(found) + "\n")
@@ -363,7 +366,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(cells_of.TASKS), choices=cells_of.TASKS)
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--keep", type=Path, default=Path("runs/translocation"), help="where cells and figures go")
+    parser.add_argument("--keep", type=Path, default=Path("runs/translocation"), help="folder of weights and scores")
     options = parser.parse_args()
     if options.what == "table":
         from benchmarks.translocation_tables import tables

@@ -67,7 +67,7 @@ def _draw(rows: np.ndarray) -> np.ndarray:
 
 
 def read_cells(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return crops (n, 2, S, S) float16, scaled by the plate's percentiles, and a row for each."""
+    """Return crops (n, 2, S, S) float16, scaled by the plate's percentiles, and a table with one row per crop."""
     with np.load(path) as stored:
         images = stored["images"]
         table = pd.DataFrame({name: stored[name] for name in stored.files if name != "images"})
@@ -75,9 +75,9 @@ def read_cells(path: Path) -> tuple[np.ndarray, pd.DataFrame]:
 
 
 def split_wells(table: pd.DataFrame) -> dict[str, set[str]]:
-    """Deal the wells: test wells are the same for every method and seed; train holds the validation wells too.
+    """Split the wells, with the same fraction of each dose and control in each part.
 
-    The same share of each dose and of each control is taken.
+    The split does not depend on method or seed. The training part includes the validation wells.
     """
     wells = table.drop_duplicates("well").sort_values("well", ignore_index=True)
     wells = pd.DataFrame({"Metadata_Plate": "FKHR", "Metadata_Well": wells["well"], "label": wells["dose"].astype(str)})
@@ -97,14 +97,14 @@ class WellCells(TrainingData):
         Result of `read_cells`.
     task
         "dose": the 9 doses; "controls": positive and negative.
-    judge
-        "test": train on all training wells and predict the test wells. "val": leave validation wells out of training,
-        and predict those; the test wells are then unused.
+    part
+        "test": train on all training wells and predict the test wells. "val": exclude validation wells from
+        training and predict them; the test wells are not used.
     shots
         Number of labelled training wells per class, drawn with ``seed``; None for all.
     unlabelled
-        "none"; "all": the other cells of the training wells take part too, without labels; "half": and those with
-        labels are repeated so that they are half of an epoch.
+        "none"; "all": also train on the other cells of the training wells, without labels; "half": as "all", with the
+        labelled cells repeated until they are half of an epoch.
     seed
         Random seed for the order and the shots; the split is always the same.
     """
@@ -114,14 +114,14 @@ class WellCells(TrainingData):
         cells: tuple[np.ndarray, pd.DataFrame],
         task: str,
         *,
-        judge: str = "test",
+        part: str = "test",
         shots: int | None = None,
         unlabelled: str = "none",
         seed: int = 0,
         batch_size: int = 32,
     ) -> None:
         super().__init__(batch_size=batch_size, split="well", val=0.0, test=TEST, seed=seed)
-        self.cells, self.task, self.judge = cells, task, judge
+        self.cells, self.task, self.part = cells, task, part
         self.shots, self.unlabelled = shots, unlabelled
 
     def setup(self, stage: str | None = None) -> None:
@@ -130,8 +130,8 @@ class WellCells(TrainingData):
             return
         images, table = self.cells
         wells = split_wells(table)
-        training = wells["train"] - (wells["val"] if self.judge == "val" else set())
-        self.judged_wells = wells[self.judge]
+        training = wells["train"] - (wells["val"] if self.part == "val" else set())
+        self.evaluated_wells = wells[self.part]
         mine = (table["kind"] == "trt").to_numpy()
         label = table["dose"].astype(str).to_numpy(object) if self.task == "dose" else table["kind"].to_numpy(object)
         mine = mine if self.task == "dose" else ~mine
@@ -147,8 +147,8 @@ class WellCells(TrainingData):
             others = others[:0]
         elif self.unlabelled == "half" and len(known) < len(others):
             known = np.resize(known, len(others))
-        judged = np.flatnonzero(mine & table["well"].isin(self.judged_wells).to_numpy())
-        self.rows = {"train": np.concatenate([known, others]), "val": np.zeros(0, int), "test": judged}
+        evaluated = np.flatnonzero(mine & table["well"].isin(self.evaluated_wells).to_numpy())
+        self.rows = {"train": np.concatenate([known, others]), "val": np.zeros(0, int), "test": evaluated}
         self.groups = [CropGroup(images, (0, 1))]
         counts = np.bincount(self.labels[np.flatnonzero(labelled)], minlength=len(classes))
         self.description = DataDescription(
@@ -166,7 +166,7 @@ class WellCells(TrainingData):
 
     @property
     def labelled_rows(self) -> np.ndarray:
-        """Rows that a classifier may learn from, each once."""
+        """Labelled training rows, without repetitions."""
         rows = np.unique(self.rows["train"])
         return rows[self.labels[rows] >= 0]
 
@@ -175,20 +175,20 @@ class WellCells(TrainingData):
 
 
 def middle(images: np.ndarray) -> np.ndarray:
-    """Cut the margin off: what every method sees of a test cell."""
+    """Remove the margin, as for every evaluated cell."""
     return images[..., MARGIN:-MARGIN, MARGIN:-MARGIN].astype(np.float32)
 
 
 def mean_intensities(images: np.ndarray) -> np.ndarray:
-    """(n, 2, S, S) -> (n, 2)."""
+    """Return the mean of each channel, (n, 2, S, S) -> (n, 2)."""
     return images.mean((2, 3))
 
 
 def nucleus_and_ring(images: np.ndarray) -> np.ndarray:
-    """(n, 2, S, S) -> (n, 3): logarithms of GFP in the nucleus, in a ring around it, and of their ratio.
+    """Return the logarithms of GFP in the nucleus, in a ring around it, and of their ratio, (n, 2, S, S) -> (n, 3).
 
-    What this assay is read by. The nucleus is the object of the DNA channel (Otsu's threshold) nearest to the middle;
-    the ring is 5 pixels wide and leaves out other nuclei.
+    The usual readout of this assay. The nucleus is the object of the DNA channel (Otsu's threshold) nearest to the
+    centre; the ring is 5 pixels wide and excludes other nuclei.
     """
     return np.stack([_nucleus_and_ring(gfp, dna) for gfp, dna in images])
 
@@ -208,7 +208,7 @@ def _nucleus_and_ring(gfp: np.ndarray, dna: np.ndarray) -> np.ndarray:
     return np.array([inside, around, inside - around])
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def mean_by(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +222,7 @@ def mean_by(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndar
 def dose_scores(
     probability: np.ndarray, labels: np.ndarray, wells: np.ndarray, classes: Sequence[str]
 ) -> dict[str, float | dict]:
-    """Scores of cells, and of wells by the mean of their cells' probabilities.
+    """Return the scores of cells, and of wells by the mean of their cells' probabilities.
 
     The expected dose is the mean of the doses, weighted by their probabilities.
     """
@@ -254,7 +254,7 @@ def dose_scores(
 def control_scores(
     probability: np.ndarray, labels: np.ndarray, wells: np.ndarray, classes: Sequence[str]
 ) -> dict[str, float]:
-    """Balanced accuracy and AUC of positive against negative, of cells and of wells."""
+    """Return balanced accuracy and AUC of positive against negative controls, for cells and wells."""
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
     positive = list(classes).index("poscon")

@@ -26,7 +26,7 @@ def tables(results: dict[str, Any]) -> str:
     parts = [
         "Dose (9 classes), all training wells labelled:", dose_table(dose),
         f"Difference to {REFERENCE}, paired by test well:", difference_table(dose),
-        "Weighted F1 of the dose of cells, by the channels that are given:", channel_table(dose),
+        "Weighted F1 of the dose for cells, by the channels given to the model:", channel_table(dose),
         "Positive against negative control:", control_table([r for r in runs if r["task"] == "controls"]),
         "Chosen on validation wells:", tuning_table(results["tuned"]["runs"]),
     ]  # fmt: skip
@@ -47,7 +47,7 @@ def dose_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def difference_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Accuracy of cells and error of wells against the reference's, paired by well, with 95% intervals over wells."""
+    """Return differences to the reference, paired by well, with 95% intervals over wells."""
     found = {method: _well_figures(own) for method, own in _by(runs, "method").items()}
     rows = []
     for method, figures in found.items():
@@ -57,14 +57,14 @@ def difference_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _well_figures(runs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """(wells,) share of a well's cells that were right, and distance of its expected from its true dose; over seeds."""
+    """Return each well's accuracy and the error of its expected dose, (wells,) each, averaged over seeds."""
     wells = sorted(runs[0]["wells"])
     values = np.array([[r["wells"][w] for w in wells] for r in runs])  # (seeds, wells, 3)
     return values[:, :, 2].mean(0), np.abs(values[:, :, 1] - values[:, :, 0]).mean(0)
 
 
 def interval(differences: np.ndarray, draws: int = 10_000) -> str:
-    """Mean, and the range that 95% of means over wells drawn with replacement lie in."""
+    """Return the mean and its 95% bootstrap interval over wells."""
     picks = np.random.default_rng(0).integers(len(differences), size=(draws, len(differences)))
     low, high = np.percentile(differences[picks].mean(1), (2.5, 97.5))
     return f"{differences.mean():+.3f} ({low:+.3f} to {high:+.3f})"
@@ -85,11 +85,11 @@ def control_table(runs: Sequence[dict[str, Any]]) -> str:
     for shots, some in _by(runs, "shots").items():
         for method, own in _by(some, "method").items():
             rows.append([str(shots or "all"), _name(method, own), *(spread([r[key] for r in own]) for key in CONTROLS)])
-    return _markdown(["labelled wells a class", "method", *CONTROLS.values()], rows)
+    return _markdown(["labelled wells per class", "method", *CONTROLS.values()], rows)
 
 
 def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Return one row per setting that was tried."""
+    """Return one row per setting."""
     keys = ("cell_weighted_f1", "cell_spearman", "well_spearman")
     rows = [
         [r["method"], ", ".join(f"{k} {v}" for k, v in r["choices"].items()), *(f"{r[k]:.3f}" for k in keys)]
@@ -99,7 +99,7 @@ def tuning_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (n − 1)."""
+    """Return mean ± standard deviation (n − 1)."""
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
 
 

@@ -44,16 +44,16 @@ def test_wells_are_dealt_once_and_evenly(cells):
 
 
 @pytest.mark.parametrize("task", cells_of.TASKS)
-@pytest.mark.parametrize("judge", ["test", "val"])
+@pytest.mark.parametrize("part", ["test", "val"])
 @pytest.mark.parametrize(("shots", "unlabelled"), [(None, "none"), (None, "all"), (1, "none"), (1, "half")])
-def test_no_judged_or_test_well_is_trained_on(cells, task, judge, shots, unlabelled):
-    data = cells_of.WellCells(cells, task, judge=judge, shots=shots, unlabelled=unlabelled, seed=1)
+def test_no_judged_or_test_well_is_trained_on(cells, task, part, shots, unlabelled):
+    data = cells_of.WellCells(cells, task, part=part, shots=shots, unlabelled=unlabelled, seed=1)
     data.setup()
     wells = cells[1]["well"].to_numpy()
     split = cells_of.split_wells(cells[1])
-    trained, judged = set(wells[data.rows["train"]]), set(wells[data.rows["test"]])
-    assert not trained & split["test"] and not trained & judged
-    assert judged <= split[judge]
+    trained, evaluated = set(wells[data.rows["train"]]), set(wells[data.rows["test"]])
+    assert not trained & split["test"] and not trained & evaluated
+    assert evaluated <= split[part]
     assert (data.labels[data.rows["test"]] >= 0).all()
     kinds = 9 if task == "dose" else 2
     assert len(np.unique(data.labels[data.labelled_rows])) == kinds == len(data.description.class_names)
@@ -63,7 +63,7 @@ def test_no_judged_or_test_well_is_trained_on(cells, task, judge, shots, unlabel
     if unlabelled == "none":
         assert trained == labelled_wells
     else:
-        assert trained == split["train"] - (split["val"] if judge == "val" else set())
+        assert trained == split["train"] - (split["val"] if part == "val" else set())
     if unlabelled == "half":
         assert (data.labels[data.rows["train"]] >= 0).mean() == 0.5
     names = np.array(data.description.class_names)[data.labels[data.labelled_rows]]
