@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cellvim.errors import InputError
 
@@ -70,42 +70,29 @@ class Augmentation:
             if not getattr(self, name) >= 0:
                 raise InputError(f"augmentation.{name} is {getattr(self, name)}; expected 0 or more.")
 
-
-class Augment(nn.Module):
-    """Apply an `Augmentation`: images (B, C, H, W) of any size -> (B, C, size, size).
-
-    Every image is augmented independently, with torch's random number generator.
-    """
-
-    def __init__(self, settings: Augmentation, size: int) -> None:
-        super().__init__()
-        self.settings, self.size = settings, size
-
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        settings = self.settings
-        if settings.resized_crop is not None:
-            images = random_resized_crop(images, self.size, settings.resized_crop)
+    def apply(self, images: Tensor, size: int) -> Tensor:
+        """Augment every image independently with torch's generator: (B, C, H, W) -> (B, C, size, size)."""
+        if self.resized_crop is not None:
+            images = random_resized_crop(images, size, self.resized_crop)
         else:
-            images = random_window(pad_to_size(images, max(settings.pad_to or 0, self.size)), self.size)
-        if settings.flips:
+            images = random_window(pad_to_size(images, max(self.pad_to or 0, size)), size)
+        if self.flips:
             images = random_flips(images, -1)
-        if settings.vertical_flips:
+        if self.vertical_flips:
             images = random_flips(images, -2)
-        if settings.quarter_turns:
+        if self.quarter_turns:
             images = random_quarter_turns(images)
-        if settings.intensity:
+        if self.intensity:
             gain = torch.empty(*images.shape[:2], 1, 1, device=images.device).uniform_(-1, 1)
-            images = images * (gain * settings.intensity).exp()
-        if settings.defocus:
-            images = random_defocus(images, settings.defocus, settings.defocus_radius)
-        if settings.coarse_dropout:
-            images = random_holes(images, settings.coarse_dropout, settings.holes, settings.hole_size)
-        if settings.rand_augment:
-            images = rand_augment(images, settings.rand_augment)
-        if settings.erasing:
-            images = random_erasing(images, settings.erasing)
-        return images
+            images = images * (gain * self.intensity).exp()
+        if self.defocus:
+            images = random_defocus(images, self.defocus, self.defocus_radius)
+        if self.coarse_dropout:
+            images = random_holes(images, self.coarse_dropout, self.holes, self.hole_size)
+        if self.rand_augment:
+            images = rand_augment(images, self.rand_augment)
+        return random_erasing(images, self.erasing) if self.erasing else images
 
 
 def pad_to_size(images: Tensor, size: int) -> Tensor:

@@ -209,14 +209,13 @@ def _named(table: pd.DataFrame, pattern: str | None) -> pd.DataFrame:
         raise InputError(f"The pattern '{pattern}' is not a valid regular expression ({error}).") from error
     if not compiled.groupindex:
         raise InputError(f"The pattern '{pattern}' has no named group, as in (?P<Metadata_Plate>P[0-9]+).")
-    names = [Path(p).name for p in table["path"]]
-    found = [compiled.search(name) for name in names]
-    mismatched = [name for name, match in zip(names, found, strict=True) if match is None]
+    found = {path: compiled.search(Path(path).name) for path in table["path"]}
+    mismatched = [Path(path).name for path, match in found.items() if match is None]
     if mismatched:
         raise MetadataError(
-            f"{len(mismatched)} of {len(names)} file names do not match '{pattern}', such as {mismatched[0]}."
+            f"{len(mismatched)} of {len(found)} file names do not match '{pattern}', such as {mismatched[0]}."
         )
-    return table.assign(**{g: [m[g] for m in found] for g in compiled.groupindex})
+    return table.assign(**{g: [found[path][g] for path in table["path"]] for g in compiled.groupindex})
 
 
 def read_crops(paths: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cellvim.errors import InputError, ModelError, TrainingError, listing
 from cellvim.models.config import EncoderConfig
 from cellvim.models.registry import model_config
-from cellvim.train.augment import Augment, Augmentation, middle_window
+from cellvim.train.augment import Augmentation, middle_window
 from cellvim.train.batches import DataDescription
 from cellvim.train.optimization import Optimization
 from cellvim.train.resuming import check_same_model, start_from
@@ -65,7 +65,6 @@ class TrainingModule(LightningModule):
         self.weights, self.gradient_checkpointing, self.seed = weights, gradient_checkpointing, seed
         self.config_of(DataDescription(channel_names=("a channel",)))  # raises for unknown names
         self.model: nn.Module | None = None
-        self.augment: Augment | None = None
         self.last_losses: dict[str, Tensor] = {}
         self.settings: dict[str, Any] | None = None  # settings that determine the weights
         self.stop_requested = False  # by Ctrl-C in this process
@@ -124,7 +123,6 @@ class TrainingModule(LightningModule):
             sampler.seed(self.seed)
         if self.weights is not None:
             self.load_pretrained(self.weights)
-        self.augment = Augment(self.augmentation, config.image_size)
 
     def load_pretrained(self, path: str) -> None:
         """Load the weights of a checkpoint of the same architecture."""
@@ -142,7 +140,7 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Augment the images and return the loss."""
         images, labels, channels = self.prepare(batch)
-        losses = self.loss(self.augment(images), labels, channels)
+        losses = self.loss(self.augmentation.apply(images, self.model.config.image_size), labels, channels)
         value = losses["loss"].detach()
         # All processes must stop in the same step; one that stopped alone would leave the others waiting.
         states = torch.stack([~torch.isfinite(value), torch.tensor(self.stop_requested, device=value.device)]).float()

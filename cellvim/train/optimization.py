@@ -100,20 +100,16 @@ def parameter_groups(model: nn.Module, settings: Optimization) -> list[dict[str,
             continue
         own = name.rsplit(".", 1)[-1]
         decayed = parameter.ndim > 1 and own != "bias" and (settings.decay_positions or own not in _POSITIONS)
-        scale = settings.layer_decay ** _layers_below_head(name, depth)
+        if match := _BLOCK.match(name):
+            layers = (depth - 1 - int(match[1])) // 2 + 1  # from here to the head, of two blocks each
+        else:
+            layers = depth // 2 + 1 if "patch_embed." in name or own in _POSITIONS else 0
+        scale = settings.layer_decay**layers
         group = groups.setdefault((scale, decayed), {"params": [], "names": [], "lr_scale": scale, "decayed": decayed})
         group["params"].append(parameter)
         group["names"].append(name)
         group["weight_decay"] = settings.weight_decay if decayed else 0.0
     return list(groups.values())
-
-
-def _layers_below_head(name: str, depth: int) -> int:
-    """Return the number of layers (two blocks each, counted from the last) between a parameter and the head."""
-    if match := _BLOCK.match(name):
-        return (depth - 1 - int(match[1])) // 2 + 1
-    is_input = "patch_embed." in name or name.rsplit(".", 1)[-1] in _POSITIONS
-    return depth // 2 + 1 if is_input else 0
 
 
 def cosine_schedule(

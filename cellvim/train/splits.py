@@ -28,7 +28,6 @@ def split_rows(
     val: float = 0.15,
     test: float = 0.15,
     seed: int = 0,
-    label: str = "label",
     where: str = "the data",
 ) -> dict[str, np.ndarray]:
     """Assign every row to training, validation or test.
@@ -45,8 +44,6 @@ def split_rows(
         Fraction of the rows; 0 for none.
     seed
         Random seed. Validation is drawn after the test, so the test does not depend on the validation fraction.
-    label
-        Column of the classes.
     where
         Name of the data, for messages.
 
@@ -77,7 +74,7 @@ def split_rows(
             raise InputError(f"The fraction {name} is {share}; expected 0 to below 1, val and test together below 1.")
     if by in table.columns and by not in (*GROUPS, LEAKY):
         return _given(table, by, where)
-    classes = _classes(table, label)
+    classes = _classes(table)
     if by == LEAKY:
         warnings.warn(
             f"The split '{LEAKY}' leaks: cells of one well are in training and in test, so its accuracy does not "
@@ -87,7 +84,7 @@ def split_rows(
         )
         groups = np.arange(len(table))
     else:
-        groups = check_groups(table, by, val=val, test=test, label=label, where=where)
+        groups = check_groups(table, by, val=val, test=test, where=where)
     rest = np.arange(len(table))
     rows = {"val": np.zeros(0, int), "test": np.zeros(0, int)}
     for part, share, offset in (("test", test, 0), ("val", val / (1 - test), 1)):
@@ -109,9 +106,7 @@ def _given(table: pd.DataFrame, column: str, where: str) -> dict[str, np.ndarray
     return {part: np.flatnonzero((values == part).fillna(False)) for part in PARTS}
 
 
-def check_groups(
-    table: pd.DataFrame, by: str, *, val: float, test: float, label: str = "label", where: str = "the data"
-) -> np.ndarray:
+def check_groups(table: pd.DataFrame, by: str, *, val: float, test: float, where: str) -> np.ndarray:
     """Return the number of each row's well (plate, source), (n,) int64; raise if `split_rows` is not possible."""
     if by not in GROUPS:
         known = [*GROUPS, LEAKY]
@@ -126,7 +121,7 @@ def check_groups(
             "plate map, with --data.table or with --data.pattern, or choose another --data.split."
         )
     groups = table.groupby(keys, sort=True, observed=True, dropna=False).ngroup().to_numpy()
-    classes, parts, n_groups = _classes(table, label), 1 + (val > 0) + (test > 0), len(np.unique(groups))
+    classes, parts, n_groups = _classes(table), 1 + (val > 0) + (test > 0), len(np.unique(groups))
     if n_groups < parts:
         raise MetadataError(
             f"{where} has {n_groups} {by}{'s' * (n_groups != 1)}; a split by {by} requires at least {parts}, one each "
@@ -142,10 +137,10 @@ def check_groups(
     return groups
 
 
-def _classes(table: pd.DataFrame, label: str) -> np.ndarray:
-    if label not in table:
+def _classes(table: pd.DataFrame) -> np.ndarray:
+    if "label" not in table:
         return np.zeros(len(table), "<U1")
-    return table[label].astype("string").fillna("").to_numpy(dtype=str)
+    return table["label"].astype("string").fillna("").to_numpy(dtype=str)
 
 
 def _hold_out(groups: np.ndarray, classes: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -81,7 +81,7 @@ def test_shipped_models_are_trained_and_have_cards(capsys):
         model = load_checkpoint(path)
         assert model.is_trained
         assert model.config.channel_names
-        for about in ("licence", "figures", "Limits"):
+        for about in ("licence", "performance", "Limitations"):
             assert about in model_card(name), about
         assert main(["models", name]) == 0
         assert name in capsys.readouterr().out

@@ -12,7 +12,6 @@ from cellvim.models.mae import MaskedAutoencoder
 from cellvim.models.registry import create_model, model_config
 from cellvim.train.augment import (
     OPERATIONS,
-    Augment,
     Augmentation,
     middle_window,
     mix,
@@ -107,15 +106,16 @@ def test_augmentations_keep_shape_and_values():
     torch.manual_seed(0)
     images = torch.rand(4, 2, 20, 20)
     choices = Augmentation(defocus=1.0, coarse_dropout=1.0, hole_size=4, intensity=0.1, pad_to=24)
-    out = Augment(choices, 16)(images)
+    out = choices.apply(images, 16)
     assert out.shape == (4, 2, 16, 16)
     assert out.isfinite().all()
-    moved = Augment(Augmentation(), 20)(images)  # flips and rotations only move pixels
+    moved = Augmentation().apply(images, 20)  # flips and rotations only move pixels
     torch.testing.assert_close(moved.flatten(2).sort().values, images.flatten(2).sort().values)
     window = random_window(images, 16)
     assert any(torch.equal(window[0], images[0, :, i : i + 16, j : j + 16]) for i in range(5) for j in range(5))
     torch.testing.assert_close(middle_window(images, 16), images[:, :, 2:18, 2:18])
-    rgb = Augment(Augmentation(resized_crop=(0.2, 1.0), rand_augment=2, erasing=1.0), 16)(torch.rand(4, 3, 20, 20))
+    colour = Augmentation(resized_crop=(0.2, 1.0), rand_augment=2, erasing=1.0)
+    rgb = colour.apply(torch.rand(4, 3, 20, 20), 16)
     assert rgb.shape == (4, 3, 16, 16)
 
 
