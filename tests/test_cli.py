@@ -190,7 +190,7 @@ def test_an_output_that_exists(run, plate, weights, tiffs):
 
 def test_the_plate_is_never_overwritten_by_its_embeddings(run, images, weights, tmp_path):
     path = write_plate(tmp_path / "p.zarr", images, CHANNELS)
-    assert "no AnnData" in _error(run("embed", path, "-o", path, "--overwrite", "--model", weights))
+    assert "not an AnnData" in _error(run("embed", path, "-o", path, "--overwrite", "--model", weights))
     assert len(cellvim.open_plate(path).fields) == 2
 
 
