@@ -1,7 +1,7 @@
-"""How near the CPU kernels run to the floor: a model's matrix products alone, measured in the same run.
+"""Compare the CPU kernels with their lower bound, a model's matrix products, measured in the same run.
 
-The floor of a forward are the two matrix products of each block at the model's shapes, by MKL or oneDNN, whichever is
-faster here; of a training step, those and their four gradients. Everything is float32.
+The lower bound of a forward pass is the time of the two matrix products of each block at the model's shapes, by MKL or
+oneDNN, whichever is faster here; that of a training step includes their four gradients. Everything is float32.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def keep_freed_memory() -> bool:
 
 
 def run(quick: bool = False, threads: int | None = None) -> dict:
-    """Measure everything that `tables` shows.
+    """Run all measurements that `tables` shows.
 
     Parameters
     ----------
     quick
         Fewer rounds, one batch size, patch 16 only: about a minute.
     threads
-        Of PyTorch and the kernels; None for PyTorch's choice.
+        Number of threads of PyTorch and the kernels; chosen by PyTorch if None.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -78,7 +78,7 @@ def run(quick: bool = False, threads: int | None = None) -> dict:
 
 
 def forward(batch: int, rounds: int) -> dict[str, float]:
-    """An inference forward against its matrix products alone; milliseconds per image."""
+    """Time an inference forward pass and its matrix products; milliseconds per image."""
     model, images = _model(), torch.randn(batch, CHANNELS, SIDE, SIDE)
     functions = {"forward": partial(model, images)}
     for name, product in _products().items():
@@ -91,7 +91,7 @@ def forward(batch: int, rounds: int) -> dict[str, float]:
 
 
 def parts(rounds: int) -> dict[str, float]:
-    """Where the time of a forward goes, in milliseconds: each op's sum over the blocks, and the rest."""
+    """Split the time of a forward pass (ms) into each op's sum over the blocks, and the rest."""
     model, images = _model(), torch.randn(1, CHANNELS, SIDE, SIDE)
     best: dict[str, float] = {}
     now = clock()
@@ -107,7 +107,7 @@ def parts(rounds: int) -> dict[str, float]:
 
 
 def fused_ops(rounds: int) -> dict[str, dict[str, float]]:
-    """Each op of one block against the plain PyTorch reference, forward alone and with backward; milliseconds."""
+    """Compare each op of one block with the plain PyTorch reference, without and with backward; milliseconds."""
     results = {}
     for name, (inputs, options) in _block_inputs().items():
         leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
@@ -127,7 +127,7 @@ def fused_ops(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def training(batch: int, rounds: int) -> dict[str, float]:
-    """Forward and backward against the matrix products of both; milliseconds per image."""
+    """Time forward and backward passes and their matrix products; milliseconds per image."""
     model = _model().train()
     images, labels = torch.randn(batch, CHANNELS, SIDE, SIDE), torch.randint(0, 161, (batch,))
 
@@ -145,7 +145,7 @@ def training(batch: int, rounds: int) -> dict[str, float]:
 
 
 def models(patches: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]:
-    """Inference of models of the same size, milliseconds per image; ViT and Vim see joint tokens."""
+    """Compare the inference of models of the same size, in ms per image; ViT and Vim use joint tokens."""
     results = {}
     for patch in patches:
         functions = {}
@@ -159,10 +159,10 @@ def models(patches: tuple[int, ...], rounds: int) -> dict[str, dict[str, float]]
 
 
 def memory() -> dict[str, dict[str, float]]:
-    """Most memory that an inference forward takes beyond the weights, in token arrays of width 2E.
+    """Measure the peak memory of an inference forward pass without the weights, in token arrays of width 2E.
 
-    What the arrays need is seen when the C library gives freed blocks back at once; by default glibc keeps some, which
-    the resident size of a process then counts as well.
+    The C library returns freed blocks at once during this measurement; by default glibc keeps some, which would count
+    towards the resident size of the process.
     """
     results = {}
     for batch in (1, 4):
@@ -175,13 +175,13 @@ def memory() -> dict[str, dict[str, float]]:
 
 
 def print_peak(batch: int) -> None:
-    """Print one forward's peak memory as JSON; to be run in a process of its own (Linux)."""
+    """Print the peak memory of one forward pass as JSON; runs in a separate process (Linux)."""
     model, images = _model(), torch.randn(batch, CHANNELS, SIDE, SIDE)
     with torch.inference_mode():
-        model(images[:1])  # libraries, thread pools and generated code take their share beforehand
-        ctypes.CDLL(None).malloc_trim(0)  # what is freed goes back to the system
+        model(images[:1])  # libraries, thread pools and generated code are loaded before the measurement
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts anew
+            file.write("5")  # reset the high-water mark
         before = _resident("VmRSS")
         model(images)
         extra = _resident("VmHWM") - before
@@ -196,7 +196,7 @@ def print_peak(batch: int) -> None:
 
 
 def _model(name: str = MODEL) -> Encoder:
-    """The named model in inference; in training, all channels stay."""
+    """Return a model by name, for inference or for training with all channels."""
     changes = {"in_channels": CHANNELS, "image_size": SIDE, "num_classes": 161, "channel_sampling": "none"}
     return create_model(name, **changes).eval()
 
@@ -209,7 +209,7 @@ def _products() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def _matrix_products(model: Encoder, batch: int, product: Callable, with_gradients: bool = False) -> Callable:
-    """A function that runs the two matrix products of every block, and their gradients."""
+    """Return a function that runs the two matrix products of every block, and their gradients."""
     config = model.config
     length = (SIDE // config.patch_size) ** 2 * CHANNELS
     tokens, mixed = torch.randn(batch, length, config.embed_dim), torch.randn(batch, length, config.inner_dim)
@@ -227,7 +227,7 @@ def _matrix_products(model: Encoder, batch: int, product: Callable, with_gradien
 
 
 def _block_inputs() -> dict[str, tuple[dict[str, Tensor], dict]]:
-    """Inputs of one block's ops at the model's shapes, one image."""
+    """Return inputs for the ops of one block at the model's shapes, for one image."""
     config = _model().config
     D, E, N, n = config.embed_dim, config.inner_dim, config.d_state, SIDE // config.patch_size
     L = n * n * CHANNELS
@@ -288,7 +288,7 @@ def _timed_ops() -> Iterator[dict[str, float]]:
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process in memory now ("VmRSS") or at most ("VmHWM")."""
+    """Return the bytes of this process in memory now ("VmRSS") or at most ("VmHWM")."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) * 1024
@@ -299,7 +299,7 @@ def _resident(field: str) -> int:
 
 
 def tables(results: dict) -> list:
-    """The results as rich tables."""
+    """Return the results as rich tables."""
     from rich.table import Table
 
     def table(title: str, *columns: str) -> Table:

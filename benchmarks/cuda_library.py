@@ -1,4 +1,4 @@
-"""Builds csrc/cuda with nvcc alone, for a GPU machine on which CellVim is not installed: no CMake, no wheel."""
+"""Build csrc/cuda with nvcc, without CMake or a wheel, on a GPU machine where CellVim is not installed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ COMPILE_SECONDS = 180  # time limit for each file
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler on the PATH, of CUDA_HOME, or where the toolkit is installed by default."""
+    """Return the CUDA compiler on the PATH, in CUDA_HOME, or in the toolkit's default folder."""
     places = [shutil.which("nvcc"), os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc")]
     return next((p for p in [*places, "/usr/local/cuda/bin/nvcc"] if p and os.access(p, os.X_OK)), None)
 
 
 def build(architecture: str) -> Path:
-    """Compile for one architecture such as ``sm_90``, unless that has been done with these sources; the library's path.
+    """Compile for one architecture such as ``sm_90`` unless the library is up to date; return its path.
 
     Raises
     ------
     RuntimeError
-        There is no nvcc, or it failed; with what it said.
+        nvcc was not found, or failed; the message contains its output.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("There is no nvcc: put the CUDA toolkit's (12 or later) on the PATH.")
+        raise RuntimeError("nvcc was not found: add that of the CUDA toolkit (12 or later) to the PATH.")
     version = _run([nvcc, "--version"])
     flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-cudart", "static"]
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -59,14 +59,14 @@ def build(architecture: str) -> Path:
 
 
 def provide() -> str:
-    """See that CellVim finds its CUDA library: the installed one, the one that is named, or one built for this GPU.
+    """Provide CellVim's CUDA library: the installed one, a given one, or one built for this GPU.
 
-    To be called before `cellvim.ops` is imported. Returns what was done, in words.
+    Call it before `cellvim.ops` is imported. Returns a description of the library.
 
     Raises
     ------
     RuntimeError
-        There is no GPU, or no library and none can be built.
+        There is no GPU, or the library cannot be built.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""How fast cells come from a plate to a device tensor, beside the raw decoding of the same chunks."""
+"""Compare the rate of reading cells from a plate into a device tensor with raw decoding of the same chunks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOAL = 0.8
 
 
 class _Given:
-    """Cells at positions that are known beforehand, so that segmentation is not what is measured."""
+    """Cells at given positions, so that segmentation is not part of the measurement."""
 
     name, needs_dna = "given", False
 
@@ -61,23 +61,23 @@ def run(
     Parameters
     ----------
     plate
-        A plate of your own, besides the synthetic one: 384 wells of JUMP's shape (8 x 1080², 9 fields), of which
+        Plate to measure in addition to the synthetic one: 384 wells of JUMP's shape (8 x 1080², 9 fields), of which
         ``wells`` are written.
     device
-        Where crops are cut; "auto" takes a GPU if there is one.
+        Device on which crops are cut; "auto" uses a GPU if there is one.
     cells_per_field, crop_px
-        How many crops of which side are cut from each field, at random places.
+        Number and side of the crops from each field, at random positions.
     wells
-        How many wells of the synthetic plate hold pixels.
+        Number of wells of the synthetic plate with pixels.
     workers
-        Threads that decode; as many as processors if None.
+        Number of decoding threads; one per processor if None.
     repeats
-        The fastest of so many passes counts, for the stream and for raw decoding alike; they take turns.
+        Number of passes, of which the fastest counts; the stream and raw decoding alternate.
 
     Returns
     -------
     list of dict
-        One a plate: ``plate, open_s, fields, raw_fields_per_s, zarr_fields_per_s, stream_fields_per_s, cells_per_s,
+        One per plate: ``plate, open_s, fields, raw_fields_per_s, zarr_fields_per_s, stream_fields_per_s, cells_per_s,
         ratio, ratio_cpu, peak_rss_mb``.
     """
     import torch
@@ -121,8 +121,8 @@ def measure(
 ) -> dict[str, Any]:
     """Return how fast a plate's fields are decoded alone, and how fast they become crops on the device.
 
-    Raw decoding is the least that anyone could do: in as many threads, each field's files are read and their chunks
-    decompressed into memory that is there already, and nothing is kept. Zarr-python's reading of the same is told too.
+    Raw decoding is the lower bound: the same number of threads reads each field's files and decompresses their chunks
+    into allocated memory. Reading the same fields with zarr-python is measured as well.
     """
     import resource
     from concurrent.futures import ThreadPoolExecutor
@@ -165,9 +165,9 @@ def measure(
         return total
 
     passes = {"raw": lambda: each(decode), "zarr": lambda: each(zarr), "stream": stream}
-    counted = {name: one() for name, one in passes.items()}  # files are in memory after that, for all of them
+    counted = {name: one() for name, one in passes.items()}  # afterwards the files are in memory for all of them
     wall, cpu = ({name: [] for name in passes} for _ in range(2))
-    for _ in range(repeats):  # in turn, so that what else the machine does meets all of them
+    for _ in range(repeats):  # alternating, so that other load affects all of them alike
         for name, one in passes.items():
             start = time.perf_counter(), time.process_time()
             one()
@@ -190,9 +190,9 @@ def measure(
 
 
 def synthetic_jump_plate(target: Path, *, wells: int = 4, seed: int = 0) -> Path:
-    """Write a 384-well plate of JUMP's shape of which a few wells hold pixels; the others are metadata alone.
+    """Write a 384-well plate of JUMP's shape with pixels in a few wells; the others have metadata only.
 
-    The pixels are smooth blobs with the noise of a camera, chosen to compress as real ones do: to 80%, where the
+    The pixels are smooth blobs with camera noise that compress like real ones: to 80%, where the
     8-channel field of JUMP's BR00117035 takes 76%, and decompressed about as fast.
     """
     import json

@@ -1,6 +1,6 @@
-"""How fast a plate becomes an AnnData, beside the model alone on the same crops; and how much memory many plates take.
+"""Compare the time to embed a plate with the model alone on the same crops; measure the memory for many plates.
 
-Both are measured in one run, so that what else the machine does meets both.
+Both are measured in one run, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GOAL = 0.9  # of the model alone
 FIELDS_OF_A_PLATE = 384 * 9
-CELLS_OF_A_FIELD = 100  # at given places on the drawn plate, which has no nuclei to find
+CELLS_OF_A_FIELD = 100  # at given positions: the synthetic plate has no nuclei
 PLATES = (1, 10, 100)
 
 
@@ -41,21 +41,21 @@ def run(
     repeats: int = 2,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Embed a plate end to end and time where the seconds go; then the model alone, on as many of the same crops.
+    """Time the embedding of a plate and its parts, and then the model alone on the same number of crops.
 
     Parameters
     ----------
     plate
-        A plate of your own. By default one of JUMP's shape is drawn: fields of 8 x 1080², 9 a well, 100 cells each at
-        given places.
+        Plate to embed. By default a synthetic one of JUMP's shape: fields of 8 x 1080², 9 per well, with 100 cells each
+        at given positions.
     model, cells, crop_px, device, precision, batch_size
         As in `cellvim.embed`.
     wells
-        How many wells are embedded.
+        Number of wells to embed.
     repeats
-        The fastest of so many passes counts, for both.
+        Number of passes of both, of which the fastest counts.
     say
-        Takes a line for the user.
+        Called with each line of output.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def run(
         planning_s = time.perf_counter() - start
         crops = _some_crops(plan)
         passes, alone = [], float("inf")
-        for number in range(repeats):  # in turn
+        for number in range(repeats):  # alternating
             passes.append(_end_to_end(plan, Path(folder) / f"out{number}.zarr"))
             alone = min(alone, _model_alone(plan, crops, passes[-1]["cells"]))
         best = min(passes, key=lambda p: p["seconds"])
@@ -122,14 +122,14 @@ def run(
 
 
 def run_memory(*, counts: tuple[int, ...] = PLATES, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Embed 1, 10 and 100 small plates into one AnnData, each in a process of its own, and print its peak memory.
+    """Embed 1, 10 and 100 small plates into one AnnData, each in a separate process, and print its peak memory.
 
     Parameters
     ----------
     counts
-        How many plates.
+        Numbers of plates.
     say
-        Takes a line for the user.
+        Called with each line of output.
     """
     from benchmarks.timing import machine
 
@@ -188,7 +188,7 @@ def _end_to_end(plan: EmbeddingPlan, output: Path) -> dict[str, Any]:
 
 @contextmanager
 def _timed(plan: EmbeddingPlan, spent: dict[str, float]) -> Iterator[None]:
-    """Count the seconds that pass in the model, in writing rows down and in putting them together."""
+    """Measure the seconds spent in the model, in writing rows and in assembling the output."""
     from cellvim.embedding import run
     from cellvim.embedding.encode import FieldEmbedder
     from cellvim.embedding.ledger import Ledger
@@ -221,7 +221,7 @@ def _timed(plan: EmbeddingPlan, spent: dict[str, float]) -> Iterator[None]:
 
 
 def _model_alone(plan: EmbeddingPlan, crops: Any, n: int) -> float:
-    """Return the seconds that the model takes for n crops that are on the device already."""
+    """Return the seconds that the model takes for n crops on the device."""
     encode = _encoder_of(plan)
     batches = crops.split(plan.batch_size)
     encode(batches[0])
@@ -236,7 +236,7 @@ def _model_alone(plan: EmbeddingPlan, crops: Any, n: int) -> float:
 
 
 def _encoder_of(plan: EmbeddingPlan) -> Callable[[Any], list[Any]]:
-    """Return what turns a batch into features, as the embedding does."""
+    """Return the function that turns a batch into features, as in an embedding."""
     from cellvim.embedding.encode import FieldEmbedder
 
     embedder = FieldEmbedder(plan)
@@ -245,7 +245,7 @@ def _encoder_of(plan: EmbeddingPlan) -> Callable[[Any], list[Any]]:
 
 
 def _effect_of_bfloat16(plan: EmbeddingPlan, crops: Any) -> dict[str, float]:
-    """Return how far embeddings in bfloat16 are from those in float32, of the same crops."""
+    """Return the difference between embeddings of the same crops in bfloat16 and float32."""
     from dataclasses import replace
 
     import torch
@@ -263,7 +263,7 @@ def _effect_of_bfloat16(plan: EmbeddingPlan, crops: Any) -> dict[str, float]:
 
 
 def _some_crops(plan: EmbeddingPlan) -> Any:
-    """Return the crops of some fields, on the device and of the model's size."""
+    """Return the crops of some fields, on the device and in the model's size."""
     import torch
 
     from cellvim.data.crops import resize_crops, stream_crops
@@ -296,7 +296,7 @@ def _first_wells(plate: str | Path, count: int) -> list[str]:
 
 
 def _drawn_plate(folder: Path, wells: int) -> tuple[Path, str]:
-    """Draw a plate of JUMP's shape, and a table of where its cells are."""
+    """Write a synthetic plate of JUMP's shape, and a table of its cell positions."""
     import pandas as pd
 
     from benchmarks.data import JUMP_SIZE, synthetic_jump_plate
@@ -304,9 +304,7 @@ def _drawn_plate(folder: Path, wells: int) -> tuple[Path, str]:
 
     path = synthetic_jump_plate(folder / "jump_shape.zarr", wells=wells)
     root = json.loads((path / "zarr.json").read_text())
-    root["attributes"]["ome"]["plate"]["wells"] = root["attributes"]["ome"]["plate"]["wells"][
-        :wells
-    ]  # that hold pixels
+    root["attributes"]["ome"]["plate"]["wells"] = root["attributes"]["ome"]["plate"]["wells"][:wells]  # with pixels
     (path / "zarr.json").write_text(json.dumps(root))
     rng = np.random.default_rng(0)
     fields = [f for f in open_plate(path).fields if f.well in _first_wells(path, wells)]
@@ -325,7 +323,7 @@ def _drawn_plate(folder: Path, wells: int) -> tuple[Path, str]:
 
 
 def _small_plate(path: Path) -> Path:
-    """Draw a plate of 2 wells with 2 fields of 2 x 256², some discs in each."""
+    """Write a plate of 2 wells with 2 fields of 2 x 256², with some discs in each."""
     from cellvim.data.plate_writer import PlateWriter
 
     path.parent.mkdir(parents=True)
@@ -366,7 +364,7 @@ def _say(r: dict[str, Any], say: Callable[[str], None]) -> None:
     effect = r["bfloat16"]
     say(
         f"  bfloat16 against float32: {effect['relative_difference']:.1e} of the embedding, "
-        f"{effect['relative_to_spread_of_cells']:.1e} of what tells cells apart; smallest cosine "
+        f"{effect['relative_to_spread_of_cells']:.1e} of the spread of the cells; smallest cosine "
         f"{effect['smallest_cosine']:.6f}, centered {effect['smallest_cosine_of_centered']:.4f}"
     )
 

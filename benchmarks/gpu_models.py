@@ -1,4 +1,4 @@
-"""Whole models on a GPU: images a second at inference and in training, peak memory, and the ratio to the floor."""
+"""Complete models on a GPU: images per second in inference and training, peak memory, ratio to the lower bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cellvim.models.encoder import Encoder
 from cellvim.models.flops import count_flops
 from cellvim.models.graphs import GraphedEncoder
 
-_ATTENTION = {  # the first that takes the tensors; flash attention has no float32
+_ATTENTION = {  # the first that supports the tensors; flash attention has no float32
     "flash": SDPBackend.FLASH_ATTENTION,
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "plain": SDPBackend.MATH,
@@ -27,7 +27,7 @@ _ATTENTION = {  # the first that takes the tensors; flash attention has no float
 def inference(
     bench: Bench, name: str, side: int, batch: int, precision: str = "bfloat16", backend: str | None = None
 ) -> dict:
-    """Images a second of forward passes replayed as a CUDA graph; the batch is halved until it fits."""
+    """Measure images per second of forward passes replayed as a CUDA graph; the batch is halved until it fits."""
     config, side = small_config(bench, name, side)
     model = Encoder(config).to(bench.device).eval()
 
@@ -52,13 +52,13 @@ def inference(
 
 
 def _replayed(bench: Bench, model: Encoder, precision: str) -> Callable[[Tensor], Tensor]:
-    """The model as a CUDA graph; itself where there is no GPU."""
+    """Return the model as a CUDA graph, or the model itself without a GPU."""
     return GraphedEncoder(model, autocast=PRECISIONS[precision][0]) if bench.on_gpu else model
 
 
 @contextmanager
 def attention_of(bench: Bench, model: Encoder, images: Tensor, precision: str) -> Iterator[str | None]:
-    """Have a transformer run the fastest attention that takes it, and no other; says which. None for other models."""
+    """Restrict a transformer to the fastest attention that supports it; return its name, or None for other models."""
     if model.config.mixer != "attention":
         yield None
         return
@@ -77,15 +77,15 @@ def attention_of(bench: Bench, model: Encoder, images: Tensor, precision: str) -
 
 
 def floor_milliseconds(config: EncoderConfig, side: int, precision: str, rates: dict[str, float]) -> float | None:
-    """Time of one image if nothing but its products and its arrays counted; None before the rates are known.
+    """Return the lower bound of the time per image from its products and arrays; None before the rates are measured.
 
     For Mamba blocks: the two products of each at the matrix rate, and the arrays of each fused op and product read and
-    written once at the copy rate. For transformers: all products and the attention at the matrix rate alone.
+    written once at the copy rate. For transformers: all products and the attention at the matrix rate.
     """
     copy, products = rates.get("copy GB/s"), rates.get(f"{precision} TFLOP/s")
     if not copy or not products:
         return None
-    rate = products * 1e9  # operations a millisecond
+    rate = products * 1e9  # operations per millisecond
     counted = count_flops(config, side, side)
     if config.mixer == "attention":
         return 2 * counted["total"] / rate
@@ -105,7 +105,7 @@ def floor_milliseconds(config: EncoderConfig, side: int, precision: str, rates: 
 def training(
     bench: Bench, name: str, side: int, batch: int, precision: str = "bfloat16", backend: str | None = None
 ) -> dict:
-    """Images a second of forward, backward and AdamW, all channels kept; Python's time is in it."""
+    """Measure images per second of forward, backward and AdamW with all channels, including Python's time."""
     config, side = small_config(bench, name, side)
 
     def measure(batch: int) -> dict:
@@ -133,7 +133,7 @@ def training(
 
 
 def training_ratio(bench: Bench, name: str, side: int, batch: int, precision: str = "bfloat16") -> dict:
-    """A training step on our kernels against the same on plain PyTorch ops, at the same batch."""
+    """Compare a training step on our kernels with one on plain PyTorch ops, at the same batch size."""
     plain = training(bench, name, side, batch, precision, "reference")
     if "img/s" not in plain:
         return plain

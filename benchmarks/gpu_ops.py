@@ -1,4 +1,4 @@
-"""The fused ops on a GPU, one by one: their rates over the copy rate, and what a block's time is made of."""
+"""Single fused ops on a GPU: their rates relative to the copy rate, and the parts of a block's time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAPER_BLOCK = {"pool": 3.5, "repeat": 3.9, "skip": 12.2, "all": 20.1}  # ms, Tab
 
 
 def small_config(bench: Bench, name: str, side: int) -> tuple[EncoderConfig, int]:
-    """The named model's configuration for an image side in pixels, and that side; tiny in a dry run."""
+    """Return a model's configuration for an image side in pixels, and that side; tiny in a dry run."""
     if not bench.is_dry:
         return model_config(name, image_size=side, channel_sampling="none"), side
     config = model_config(name, channel_sampling="none")
@@ -33,7 +33,7 @@ def small_config(bench: Bench, name: str, side: int) -> tuple[EncoderConfig, int
 
 
 def block_inputs(bench: Bench, config: EncoderConfig, side: int, batch: int, block: int, dtype: torch.dtype) -> dict:
-    """Random inputs of the four ops of a model's block: {op: (tensors, other arguments)}."""
+    """Return random inputs of the four ops of a model's block: {op: (tensors, other arguments)}."""
     rows, columns = config.grid_size(side, side)
     grid = TokenGrid(config, rows, columns, config.in_channels if config.tokens == "per_channel" else 1)
     plan = grid.plan(block)
@@ -57,10 +57,10 @@ def block_inputs(bench: Bench, config: EncoderConfig, side: int, batch: int, blo
 
 
 def op_rate(bench: Bench, op: str, name: str, side: int, batch: int, precision: str, block: int) -> dict:
-    """Forward and backward of one op of one block: bytes, time, and the rate over the copy rate.
+    """Measure forward and backward of one op of one block: bytes, time, and the rate relative to the copy rate.
 
-    Bytes are those of all arguments and results, each read or written once. Arrays of less than the GPU's cache, 50 MB,
-    may beat the copy rate. The backward's time is that of both less the forward's.
+    Bytes are those of all arguments and results, each read or written once. Arrays smaller than the GPU's cache, 50 MB,
+    may exceed the copy rate. The time of backward is that of both minus that of forward.
     """
     config, side = small_config(bench, name, side)
     dtype = PRECISIONS[precision][0] or torch.float32
@@ -100,7 +100,7 @@ def _rate(bench: Bench, which: str, size: int, time: float) -> dict:
 
 
 def block_parts(bench: Bench, name: str, side: int, batch: int, precision: str) -> dict:
-    """What the time of one block at inference is made of, in ms: its ops, and the products before and after them.
+    """Split the time of one block at inference (ms) into its ops, and the products before and after them.
 
     Two blocks are measured, which pool along different axes; a part is their mean.
     """
@@ -133,7 +133,7 @@ def _tokens(config: EncoderConfig, side: int) -> int:
 
 
 def _products(bench: Bench, config: EncoderConfig, rows: int, pooled: int, dtype) -> dict[str, Callable[[], object]]:
-    """A block's matrix products, as functions: in and out, and from pooled tokens to Δ, B and C of both directions."""
+    """Return a block's matrix products as functions: in, out, and from pooled tokens to Δ, B, C of both directions."""
     D, E, r, N = config.embed_dim, config.inner_dim, config.delta_rank, config.d_state
     new = partial(torch.randn, device=bench.device, dtype=dtype)
     tokens, mixed, scanned, low = new(rows, D), new(rows, E), new(2, pooled, E), new(2, pooled, r)
@@ -152,7 +152,7 @@ def _products(bench: Bench, config: EncoderConfig, rows: int, pooled: int, dtype
 
 
 def plain_parts(bench: Bench, name: str, side: int, batch: int) -> dict:
-    """The three parts of Table 23 that are fused here, as single PyTorch ops on this GPU, float32; ms, both directions.
+    """Time the three parts of Table 23 that are fused here as single PyTorch ops: float32, ms, both directions.
 
     References
     ----------
@@ -178,7 +178,7 @@ def plain_parts(bench: Bench, name: str, side: int, batch: int) -> dict:
 
 
 def scan_times(bench: Bench, steps: int, batch: int, width: int, precision: str) -> dict:
-    """Forward, and forward with backward, of the scan alone: ours, mamba-ssm's where it is installed, plain PyTorch."""
+    """Time the scan, without and with backward: ours, mamba-ssm's if installed, plain PyTorch."""
     steps, batch, width = bench.size(steps, 5), bench.size(batch, 2), bench.size(width, 16)
     dtype = PRECISIONS[precision][0] or torch.float32
 
@@ -194,7 +194,7 @@ def scan_times(bench: Bench, steps: int, batch: int, width: int, precision: str)
             if backend == "mamba_ssm" and not mamba_ssm.available():
                 continue
             if backend == "reference" and steps > 512:
-                continue  # a launch a step and more: seconds
+                continue  # at least one launch per step: takes seconds
             with bench.using(backend=backend):
                 with torch.no_grad():
                     row[f"{label}, ms"] = bench.milliseconds(lambda: ops.pooled_scan(**leaves))

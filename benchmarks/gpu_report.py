@@ -1,8 +1,8 @@
-"""The rows of `python -m benchmarks.gpu` as text, and the targets held against them."""
+"""Format the rows of `python -m benchmarks.gpu` as text, and compare them with the targets."""
 
 from __future__ import annotations
 
-# What the rows are called that targets hang on.
+# Names of the rows that have targets.
 _SMALL, _SMALL8 = "fastchannelvim_small_patch16, 224 px, bfloat16", "fastchannelvim_small_patch8, 224 px, bfloat16"
 _TINY = "fastvim_tiny_patch16, 224 px, bfloat16"
 _BLOCK = "block of fastvim_tiny_patch16, 2048 px, float32 (Table 23)"
@@ -37,7 +37,7 @@ _SECTIONS = {
 
 
 def targets(rows: list[dict]) -> list[dict]:
-    """Each target, what was found (None where it was not measured), and whether it is met."""
+    """Return each target, the measured value (None if it was not measured), and whether it is met."""
     by_name = {(row["section"], row["what"]): row for row in rows}
 
     def number(section: str, what: str, key: str) -> float | None:
@@ -65,7 +65,7 @@ def targets(rows: list[dict]) -> list[dict]:
 
 
 def _full_block(by_name: dict) -> float | None:
-    """The SSM part's time, unless memory sufficed for a smaller batch only."""
+    """Return the SSM part's time, or None if memory sufficed only for a smaller batch."""
     row = by_name.get(("breakdown", _BLOCK), {})
     return None if "asked for batch" in row else row.get("SSM part, ms")
 
@@ -86,7 +86,7 @@ def line(row: dict) -> str:
 
 
 def report(results: dict) -> str:
-    """All rows as tables, then where a block's time goes, then the targets."""
+    """Return all rows as tables, then the parts of a block's time, then the targets."""
     about = results["machine"]
     title = f"{about.get('gpu', about.get('device'))}, torch {about.get('torch')}, cellvim {about.get('cellvim')}"
     if results["dry run"]:
@@ -110,7 +110,7 @@ def report(results: dict) -> str:
 
 
 def _breakdown(row: dict, rows: list[dict]) -> str:
-    """A block's parts; and for a whole model, what its blocks leave unexplained."""
+    """Return the parts of a block's time, and for a model the time outside its blocks."""
     if "ms" not in row:
         return f"{row['what']}: {row.get('note', '')}"
     depth = row.get("depth", 1)
@@ -137,7 +137,7 @@ def _cell(value: object) -> str:
 
 
 def table(title: str, header: list[str], cells: list[list[str]]) -> str:
-    """Plain text: the first column to the left, the others to the right."""
+    """Return a plain-text table: the first column left-aligned, the others right-aligned."""
     lines = [header, *cells]
     widths = [max(len(row[i]) for row in lines) for i in range(len(header))]
     shown = [

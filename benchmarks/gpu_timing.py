@@ -1,7 +1,7 @@
-"""Timing on a GPU, and the rates of that GPU against which everything else is held.
+"""Timing on a GPU, and the rates of that GPU as the reference for all other measurements.
 
-Kernels of a few hundredths of a millisecond are over before Python has asked for the next one. Several calls are
-therefore enqueued while the GPU is kept waiting, so that the time between two events is the GPU's own.
+Kernels of a few hundredths of a millisecond finish before Python has launched the next one. Several calls are
+therefore enqueued while the GPU waits, so that the time between two events is that of the GPU only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import cellvim
 from cellvim import ops
 
-PRECISIONS = {  # how a model's matrix products are computed: autocast, and what float32 products may round to
+PRECISIONS = {  # autocast, and the precision of float32 matrix products
     "float32": (None, "highest"),
     "tf32": (None, "high"),
     "bfloat16": (torch.bfloat16, "highest"),
@@ -36,12 +36,12 @@ _MOST_ROUNDS = 30
 
 @dataclass
 class Bench:
-    """Where and how long is measured, and the rates that were found."""
+    """Device, precision and duration of the measurements, and the measured rates."""
 
     device: torch.device
-    backend: str | None = "cuda"  # None: what would run by itself
-    seconds: float = 0.5  # for one time
-    is_dry: bool = False  # everything once, at the smallest shapes, on any device
+    backend: str | None = "cuda"  # None: the default
+    seconds: float = 0.5  # per measurement
+    is_dry: bool = False  # run everything once, at the smallest shapes, on any device
     rates: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -55,7 +55,7 @@ class Bench:
 
     @contextmanager
     def using(self, precision: str = "float32", backend: str | None = None) -> Iterator[None]:
-        """Run with this precision of `PRECISIONS`, on the named or the bench's own back-end."""
+        """Run with a precision of `PRECISIONS`, on the given back end or that of the bench."""
         autocast, products = PRECISIONS[precision]
         backend = backend or self.backend
         before = torch.get_float32_matmul_precision()
@@ -70,13 +70,13 @@ class Bench:
             torch.set_float32_matmul_precision(before)
 
     def free(self) -> None:
-        """Give the GPU's memory back that nothing holds any more."""
+        """Release unused GPU memory."""
         if self.on_gpu:
             gc.collect()
             torch.cuda.empty_cache()
 
     def peak_memory(self, function: Callable[[], object]) -> float | None:
-        """GB that were allocated at most while the function ran; None away from GPUs."""
+        """Return the peak of allocated memory in GB while the function ran; None without a GPU."""
         if not self.on_gpu:
             function()
             return None
@@ -87,21 +87,20 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device) / 1e9
 
     def milliseconds(self, function: Callable[[], object], calls: int = _CALLS) -> float:
-        """Median time of a call.
+        """Return the median time of a call in milliseconds.
 
         Parameters
         ----------
         function
-            Enqueues work.
+            Function that enqueues work.
         calls
-            How many are enqueued at a time while the GPU waits; 1 to have Python's own time in it, as for a training
-            step.
+            Number of calls to enqueue while the GPU waits; 1 to include Python's time, as for a training step.
         """
         function()
         once = self._time(function, 1)
         if self.is_dry:
             return once
-        if once > 5:  # Python is no part of it
+        if once > 5:  # Python's time is negligible
             calls = 1
         rounds = int(min(max(1e3 * self.seconds / (once * calls), 3), _MOST_ROUNDS))
         return statistics.median(self._time(function, calls) for _ in range(rounds))
@@ -124,7 +123,7 @@ class Bench:
 
 
 def measure_rates(bench: Bench) -> dict[str, float]:
-    """GB/s of a copy within the GPU's memory, read and written, and TFLOP/s of large products of random numbers."""
+    """Measure GB/s of a copy in GPU memory (read and written), and TFLOP/s of large products of random numbers."""
     new = {"device": bench.device}
     rates = {"copy GB/s": _copy_rate(bench)}
     bench.free()
@@ -172,7 +171,7 @@ def _state_of_gpu() -> str:
 
 
 def fit_batch(bench: Bench, batch: int, measure: Callable[[int], dict]) -> dict:
-    """``measure(batch)`` with the batch halved until it fits into memory; the row says which it was."""
+    """Return ``measure(batch)`` with the batch size halved until it fits into memory; the row contains the size."""
     asked = batch = bench.size(batch, 2)
     while True:
         try:
@@ -180,7 +179,7 @@ def fit_batch(bench: Bench, batch: int, measure: Callable[[int], dict]) -> dict:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            row = None  # the error, and with it the tensors that its frames hold, is let go before the next try
+            row = None  # release the error, whose frames hold tensors, before the next attempt
         if row is not None:
             return {"batch": batch} | row | ({} if batch == asked else {"asked for batch": asked})
         bench.free()
@@ -190,7 +189,7 @@ def fit_batch(bench: Bench, batch: int, measure: Callable[[int], dict]) -> dict:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out here or before: within a graph's capture another error follows."""
+    """Return whether memory ran out here or earlier: during a graph's capture another error follows."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

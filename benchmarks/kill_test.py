@@ -2,7 +2,7 @@
 
     python benchmarks/kill_test.py --kills 100 -o benchmarks/results/kill.json
 
-Embeds some wells of the small real plate that comes with CellVim, with a small untrained model. Each run is forked from
+Embeds some wells of the small real plate bundled with CellVim, with a small untrained model. Each run is forked from
 a process that has loaded the modules, so that most kills occur during the work and not during the start of Python.
 """
 
@@ -94,7 +94,7 @@ def kill_often(arguments: list[str], output: Path, kills: int, *, seed: int = 0)
     completed = 0
     while len(found) < kills:
         process = start()
-        # early moments more often: less and less is left to do
+        # early moments more often: less and less work remains
         process.join(duration * draw.random() * draw.choice((0.3, 1.0, 1.1)))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)

@@ -22,24 +22,24 @@ STATISTICS = ("mean", "median", "robust")
 def run(
     rows: int = 10_000_000, width: int = 192, *, folder: str | Path | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Write a store of that many cells, aggregate it in a process of its own by each statistic, and print what it took.
+    """Write a store of cells, aggregate it with each statistic in a separate process, and print time and memory.
 
     Parameters
     ----------
     rows
-        Cells, at the least; whole wells of 2,520 are written.
+        Minimum number of cells; wells of 2,520 cells are written.
     width
-        Features.
+        Number of features.
     folder
         Where to write the store, which is deleted afterwards; the system's temporary folder by default.
     say
-        Takes a line.
+        Called with each line of output.
 
     Returns
     -------
     dict
         ``rows``, ``width``, ``store_gb`` (float32), ``write_seconds``, and for each statistic ``seconds``,
-        ``peak_rss_mb`` (of the whole process) and ``wells``; ``least`` is the peak of the same process on one well.
+        ``peak_rss_mb`` (of the process) and ``wells``; ``least`` is the peak of the same process for one well.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         store, least = Path(temporary) / "embeddings.zarr", Path(temporary) / "well.zarr"
@@ -67,7 +67,7 @@ def run(
 
 
 def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
-    """Write embeddings of random numbers as `cellvim embed` writes them; return the number of rows."""
+    """Write random embeddings in the format of `cellvim embed`; return the number of rows."""
     from cellvim.embedding.ledger import Rows
     from cellvim.embedding.output import PlateRows, write_embeddings
 
@@ -103,7 +103,7 @@ def write_synthetic(store: Path, rows: int, width: int, seed: int = 0) -> int:
 
 
 def _measured(store: Path, statistic: str) -> dict[str, Any]:
-    """Aggregate in a process of its own, so that its peak memory is nobody else's."""
+    """Aggregate in a separate process, to measure its peak memory."""
     code = "import sys; from benchmarks.profiles import aggregate_once; aggregate_once(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(store), statistic]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -1,4 +1,4 @@
-"""Timing of several functions against each other, and what they ran on."""
+"""Compare the times of several functions, and describe the machine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cellvim.ops import native
 
 
 def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the shortest time of each function in seconds, over ``rounds`` in which they take turns.
+    """Return the shortest time of each function in seconds, over ``rounds`` in which they alternate.
 
-    Taking turns lets a busy moment of the machine meet all of them; the shortest time is the one that it met least.
+    Alternating exposes all of them to other load on the machine; the shortest time is the least affected.
     See `clock`.
     """
     now = clock()
@@ -38,7 +38,7 @@ def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def clock() -> Callable[[], float]:
-    """Processor time where one thread works, which other programs disturb least; else time on the wall."""
+    """Return the processor time with one thread, which other programs affect least; otherwise the wall time."""
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 

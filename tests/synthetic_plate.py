@@ -84,7 +84,7 @@ def write_plate(
 
 
 def break_chunk(plate: Path, well: str, site: int = 0) -> None:
-    """Overwrite the field's only chunk with bytes that are no chunk."""
+    """Overwrite the field's only chunk with bytes that are not a valid chunk."""
     chunk = plate / well[0] / str(int(well[1:])) / str(site) / "0" / "c" / "0" / "0" / "0"
     assert chunk.exists()
     chunk.write_bytes(b"not a chunk")

@@ -1,4 +1,4 @@
-"""Channels are found by name, never by position; what cannot be told is an error that lists what there is."""
+"""Channels are matched by name, never by position; ambiguous names raise errors that list the available ones."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def run(capsys, tmp_path, monkeypatch):
 
 
 def _error(result: tuple[int, str, str], code: int = 2) -> str:
-    """Return the one line that a failed command says."""
+    """Return the one line that a failed command prints."""
     assert result[0] == code, result
     lines = [line for line in result[2].splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("Error: "), result

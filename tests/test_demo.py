@@ -74,7 +74,7 @@ def test_demo_in_a_folder_that_cannot_be_created(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*UNTRAINED")
 def test_controls_of_the_96_well_plate_differ(shared_data, tmp_path, capsys):
-    """Three wells of each control, of the whole imported plate; FastChannelVim-T/16 with random weights.
+    """Three wells of each control, of the complete imported plate; FastChannelVim-T/16 with random weights.
 
     The figures are printed beside those of mean intensities and of cell counts; nothing is tuned to pass.
     """

@@ -1,4 +1,4 @@
-"""Every public module, class and function of the package says what it does."""
+"""Every public module, class and function of the package has a docstring."""
 
 from __future__ import annotations
 

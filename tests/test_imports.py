@@ -1,4 +1,4 @@
-"""Imports go only the way the design says, and heavy ones wait until they are needed; read from the syntax trees."""
+"""Imports follow the layers of the design, and heavy ones are deferred; read from the syntax trees."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_part_has_its_place():
 def test_imports_go_one_way(path):
     own = _part(_name(path))
     if own is None:
-        return  # the package's own names are imported when they are asked for
+        return  # the package imports its public names on first use
     wrong = {
         name
         for name in _imports(path)

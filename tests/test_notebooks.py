@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on fewer wells than a reader sees (CELLVIM_QUICK), and are short and whole."""
+"""The notebooks run from top to bottom (on fewer wells with CELLVIM_QUICK), and are short and complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every crop comes once and as defined, whatever the workers; memory does not grow; a bad field is told."""
+"""Each crop is returned once and as defined with any number of workers; memory is bounded; bad fields are reported."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def captured(monkeypatch) -> list[tuple]:
 
 
 class OnGpu:
-    """Says that it is a GPU."""
+    """Pretends to be a GPU."""
 
     type = "cuda"
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile, with registers and spills within budget; the library loads where there is no GPU."""
+"""The CUDA kernels compile, with registers and spills within budget; the library loads without a GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ BUDGET = {
 
 
 def kernels_of(report: str) -> dict[str, tuple[int, int]]:
-    """Registers and bytes of spilled stores by kernel, from what `nvcc -Xptxas -v` says."""
+    """Registers and bytes of spilled stores by kernel, from the output of `nvcc -Xptxas -v`."""
     found = re.findall(
         r"Compiling entry function '(\w+)' for .*?(\d+) bytes spill stores.*?Used (\d+) registers", report, re.DOTALL
     )
@@ -122,7 +122,7 @@ def test_a_broken_library_is_absent_and_says_why():
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says that it runs, where it does")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only")
 def test_the_library_loads_and_says_what_is_missing_without_a_gpu(monkeypatch):
     """Built as `benchmarks.gpu_session` builds it on a bare GPU machine."""
     monkeypatch.syspath_prepend(str(REPOSITORY))

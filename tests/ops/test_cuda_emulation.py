@@ -211,7 +211,7 @@ def test_extreme_values_stay_finite():
 
 
 def test_threads_may_run_in_any_order(monkeypatch):
-    """A barrier that is missing lets one thread read what another has not written: then the order shows."""
+    """Without a barrier, a thread reads what another has not written yet: the result depends on the order."""
 
     def same_in_reverse(op, inputs):
         forward = run(op, inputs, 1, torch.float32)
@@ -257,7 +257,7 @@ def test_any_plan(data, seed, batch, width):
 
 @pytest.mark.slow
 def test_the_checks_of_a_gpu_pass_on_the_emulation(monkeypatch):
-    """`benchmarks.gpu_check` itself: its shapes, its plans, and whole models against the published numbers."""
+    """`benchmarks.gpu_check` itself: its shapes, its plans, and complete models against the published numbers."""
     monkeypatch.syspath_prepend(str(build.REPOSITORY))
     from benchmarks import gpu_check
 

@@ -27,7 +27,7 @@ from cellvim.ops.scan_plan import ScanPlan, sequence_plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 
-# Float32 sums of up to a few hundred terms: a tenth of the 5e-5 that the golden cases allow to whole models.
+# Float32 sums of up to a few hundred terms: a tenth of the 5e-5 that the golden cases allow for complete models.
 TOLERANCE = 5e-6
 random_cases = settings(
     max_examples=60,

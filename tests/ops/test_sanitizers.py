@@ -1,4 +1,4 @@
-"""The kernels' tests once more under the address and undefined-behaviour sanitizers (slow: builds the library anew)."""
+"""Run the kernels' tests with the address and undefined-behaviour sanitizers (slow: rebuilds the library)."""
 
 from __future__ import annotations
 
