@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,15 @@ def test_imports_go_one_way(path):
 def test_who_may_import(package, allowed):
     users = {_name(p) for p in MODULES if package in _third_party(p)}
     assert not {user for user in users if not user.startswith(allowed)}
+
+
+def test_nothing_read_from_disk_is_unpickled():
+    """Pickles execute code. Worker processes unpickle what their parent process sent them, in memory."""
+    forbidden = re.compile(r"weights_only\s*=\s*False|allow_pickle\s*=\s*True|read_pickle|pickle\.load\(|joblib\.load")
+    found = {_name(p): forbidden.findall(p.read_text(encoding="utf-8")) for p in MODULES}
+    assert not {name: uses for name, uses in found.items() if uses}
+    loads = {_name(p) for p in MODULES if "pickle.loads" in p.read_text(encoding="utf-8")}
+    assert loads <= {"cellvim.embedding.workers"}
 
 
 def test_evaluation_sees_tables_and_never_torch():

@@ -70,7 +70,7 @@ def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 def check_same_training(path: str, settings: dict[str, Any]) -> None:
     """Raise `InputError` unless a checkpoint belongs to a training with the same settings; its length may differ."""
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["cellvim"]
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["cellvim"]
     except Exception as error:  # torch raises many types
         raise InputError(f"{path} is not a complete checkpoint of `cellvim train`; it cannot be resumed.") from error
     before = saved.get("settings") or {}

@@ -115,7 +115,7 @@ def _run(cli: TrainingCLI, output: Path, resume: str | None, config: str, name: 
     started = time.perf_counter()
     try:
         with stopped_by_ctrl_c(cli.model):
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=False)
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     except TrainingError:
         if _is_first_process():
             raise

@@ -146,7 +146,7 @@ def test_workers_resume_in_the_middle_of_an_epoch(crop_folder, tmp_path, options
     resumed = supervised(**changes)
     trainer(tmp_path, Checkpoints(tmp_path / "again"), epochs=2).fit(
         resumed, datamodule=crops(crop_folder, **options), ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
-        weights_only=False,
+        weights_only=True,
     )  # fmt: skip
     assert_same(uninterrupted, weights(resumed))
     assert not [w for w in recwarn if "resumable" in str(w.message)]

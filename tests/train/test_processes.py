@@ -77,7 +77,7 @@ def test_a_non_finite_loss_in_one_process_stops_all(labelled_plate, tmp_path):
     assert "The loss is nan in epoch 1, batch 1, process 1 (crops row" in error
     assert "last.ckpt" in error
     assert "Traceback" not in ended.stderr
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)["epoch"] == 0
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_ctrl_c_keeps_a_checkpoint_in_the_middle_of_an_epoch(labelled_plate, tmp
     assert "Stopping after this batch" in error
     assert f"Resume with: cellvim train --resume --output {run}" in " ".join(error.split())
     assert not (run / "model.safetensors").exists() and not list(run.rglob("*.partial*"))
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["cellvim"]["loader"] == {"epoch": 1, "batches": 2}
     assert main(["train", "--resume", "--output", str(run)]) == 0
     assert_same(learned(run), learned(uninterrupted))
@@ -104,5 +105,19 @@ def test_a_full_disk_keeps_the_last_checkpoint_complete(labelled_plate, tmp_path
     assert "last.ckpt cannot be written: No space left on device. The last one" in error
     assert "Traceback" not in error
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)["epoch"] == 0
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_resuming_never_executes_code_from_a_checkpoint(labelled_plate, tmp_path, capsys):
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"cellvim": {"settings": Payload()}}, run / "checkpoints" / "last.ckpt")
+    assert train(labelled_plate, run, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "last.ckpt" in error.strip().splitlines()[-1] and "Traceback" not in error
+    assert not (tmp_path / "executed").exists()

@@ -96,7 +96,7 @@ def test_a_resumed_training_ends_at_the_same_weights_bitwise(crop_folder, tmp_pa
     assert half.current_epoch == 2
     resumed, drawn = supervised(seed=0), LearningCurves(tmp_path / "resumed")
     trainer(tmp_path, Checkpoints(tmp_path / "again"), drawn, *extras()).fit(
-        resumed, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=False
+        resumed, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=True
     )
     assert_same(weights(uninterrupted), weights(resumed))
     assert drawn.epochs == curves.epochs  # the same loss curve
@@ -113,7 +113,7 @@ def test_a_training_resumes_in_the_middle_of_an_epoch(crop_folder, tmp_path):
         cut.fit(supervised(), datamodule=crops(crop_folder))
     resumed = supervised()
     trainer(tmp_path, epochs=2).fit(
-        resumed, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=False
+        resumed, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=True
     )
     assert_same(weights(uninterrupted), weights(resumed))
 
@@ -127,7 +127,7 @@ def crops_loader(folder):
 def test_checkpoints_contain_the_state_of_the_channel_sampler(crop_folder, tmp_path):
     module = supervised()
     trainer(tmp_path, Checkpoints(tmp_path), epochs=1).fit(module, datamodule=crops(crop_folder))
-    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert torch.equal(saved["state_dict"]["model._extra_state"], module.model.channel_sampler.state)
 
 
@@ -182,7 +182,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(crop_folder,
     kept = tmp_path / "checkpoints" / "last.ckpt"
     assert str(kept) in str(caught.value)
     assert "\n" not in str(caught.value)
-    saved = torch.load(kept, weights_only=False)
+    saved = torch.load(kept, weights_only=True)
     assert saved["epoch"] == 0
     assert all(v.isfinite().all() for v in saved["state_dict"].values() if v.is_floating_point())
 
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_architecture_raises_with_the_differences(crop_f
     other = supervised(changes=TINY | {"depth": 3, "pool": "max"})
     with pytest.raises(ModelError, match=r"depth is 2 there and 3 here.*pool is 'mean' there and 'max' here"):
         trainer(tmp_path, epochs=2).fit(
-            other, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=False
+            other, datamodule=crops(crop_folder), ckpt_path=tmp_path / "checkpoints" / "last.ckpt", weights_only=True
         )
 
 
