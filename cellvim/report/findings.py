@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from cellvim.errors import CellvimError, CellvimWarning, InputError
+from cellvim.evaluate.features import unit_rows
 from cellvim.profiles.columns import find_columns, keys
 from cellvim.profiles.representations import latest_representation, matrix, settings_of
+from cellvim.report.source import Source
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -56,19 +57,26 @@ class Findings:
 
     def table(self, name: str) -> pd.DataFrame | None:
         """Return a table of the evaluation without the rows of baselines; None if it was not computed."""
-        if self.evaluation is None or name not in self.evaluation.tables:
-            return None
-        table = self.evaluation.tables[name]
-        return table[table["features"] == table["features"].iloc[0]] if len(table) else None
+        table = None if self.evaluation is None else self.evaluation.tables.get(name)
+        return None if table is None or not len(table) else table[table["features"] == table["features"].iloc[0]]
 
-    def reason(self, task: str) -> str:
-        """Return why a task has no table."""
+    def required_table(self, task: str) -> pd.DataFrame:
+        """Return the table of a task, or raise `InputError` with the reason why there is none."""
+        table = self.table(task)
+        if table is not None:
+            return table
         reason = self.missing.get(task) or self.missing.get("profiles") or "It was not computed."
         if self.evaluation is not None:
             left_out = self.evaluation.left_out
             reasons = left_out.loc[left_out["task"].isin((task, task.replace("_", " "))), "reason"]
             reason = reasons.iloc[0] if len(reasons) else reason
-        return without_columns(str(reason))
+        raise InputError(str(reason))
+
+    def required_profiles(self) -> AnnData:
+        """Return the profiles, or raise `InputError` with the reason why there are none."""
+        if self.profiles is None:
+            raise InputError(self.missing["profiles"])
+        return self.profiles
 
     @property
     def distance_label(self) -> str:
@@ -108,9 +116,9 @@ def without_columns(reason: str) -> str:
 
 
 def find(
+    source: Source,
     embeddings: str | Path | AnnData,
     *,
-    by: Sequence[str],
     profiles: str | Path | AnnData | None = None,
     evaluation: str | Path | Evaluation | None = None,
     seed: int = 0,
@@ -120,11 +128,9 @@ def find(
 
     Parameters
     ----------
-    embeddings
-        Cells to aggregate if no profiles are given: well means, with robust z-scores relative to the negative controls
-        of each plate, or to all wells without controls.
-    by
-        Columns that identify the well of a row; may be empty.
+    source, embeddings
+        Cells to aggregate if no profiles are given, opened and as given: well means, with robust z-scores relative to
+        the negative controls of each plate, or to all wells without controls.
     profiles
         Profiles made by `cellvim.profile`.
     evaluation
@@ -147,12 +153,13 @@ def find(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")  # of the libraries
         warnings.simplefilter("always", CellvimWarning)
-        if profiles is None:
-            profiles = _make_profiles(embeddings, by, columns, notes, missing)
-        elif isinstance(profiles, str | Path):
+        if isinstance(profiles, str | Path):
             profiles = read_anndata(profiles)
-        if profiles is None:
-            return Findings(missing=missing, notes=notes)
+        elif profiles is None:
+            try:
+                profiles, notes = _make_profiles(source, embeddings, columns)
+            except CellvimError as error:
+                return Findings(missing={"profiles": str(error)})
         found = find_columns(profiles.obs, **columns)
         use = latest_representation(profiles)
         if isinstance(evaluation, str | Path):
@@ -172,36 +179,31 @@ def find(
     return Findings(profiles, use, found, evaluation, missing, notes)
 
 
-def _make_profiles(
-    embeddings, by: Sequence[str], columns: dict[str, str], notes: list[str], missing: dict[str, str]
-) -> AnnData | None:
+def _make_profiles(source: Source, embeddings: Any, columns: dict[str, str]) -> tuple[AnnData, list[str]]:
+    """Return well profiles, scaled by the negative controls if possible, and a note if they are not."""
     from cellvim.profiles.pipeline import profile
 
-    if not by:
-        missing["profiles"] = (
-            "No column contains the well of each row (such as Metadata_Well), so there are no well profiles."
-        )
-        return None
-    control = columns.get("negative") or "negcon"
+    if source.n_rows == 0:
+        raise InputError("The AnnData has no rows.")
+    if source.columns.well is None:
+        raise InputError("No column contains the well of each row (Metadata_Well), so there are no well profiles.")
+    by = [name for name in (source.columns.plate, source.columns.well) if name is not None]
+    control = columns["negative"]
     control = f"{columns['pert_type']}:{control}" if columns.get("pert_type") else control
-    for options, note in (
-        ({"normalize": ("robustmad",)}, ""),
-        (
-            {"normalize": ("robustmad",), "fit_on": "all"},
-            "Profiles are scaled by all wells of a plate, because there are not enough negative controls. Distances "
-            "are from the plate's center.",
-        ),
-        ({"normalize": ()}, "Profiles are not scaled, because there are too few wells."),
+    all_wells = (
+        "Profiles are scaled by all wells of a plate, because there are not enough negative controls. Distances are "
+        "from the plate's center."
+    )
+    for note, options in (
+        ("", {"normalize": ("robustmad",)}),
+        (all_wells, {"normalize": ("robustmad",), "fit_on": "all"}),
     ):
         try:
-            made = profile(embeddings, aggregate_by=by, control=control, **options)
-        except CellvimError as error:
-            missing["profiles"] = str(error)
-        else:
-            missing.pop("profiles", None)
-            notes += [note] if note else []
-            return made
-    return None
+            return profile(embeddings, aggregate_by=by, control=control, **options), [note] if note else []
+        except CellvimError:
+            continue
+    made = profile(embeddings, aggregate_by=by, control=control, normalize=())
+    return made, ["Profiles are not scaled, because there are too few wells."]
 
 
 def nearest_perturbations(names: np.ndarray, values: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -218,10 +220,8 @@ def nearest_perturbations(names: np.ndarray, values: np.ndarray) -> tuple[list[s
     -------
     names : list of str
         P perturbations.
-    nearest : numpy.ndarray
-        (P, up to 5) positions of the nearest perturbations, most similar first.
-    similarity : numpy.ndarray
-        (P, up to 5) cosine similarity.
+    nearest, similarity : numpy.ndarray
+        (P, up to 5) positions of the nearest perturbations, most similar first, and the cosine similarities.
 
     Raises
     ------
@@ -229,24 +229,18 @@ def nearest_perturbations(names: np.ndarray, values: np.ndarray) -> tuple[list[s
         There are fewer than two perturbations, or more than 3,000.
     """
     finite = np.isfinite(values).all(axis=0)
-    treated = np.array([name is not None and name != "" for name in names], bool)
-    codes, found = pd.factorize(names[treated], sort=True)
-    if len(found) < 2:
-        raise InputError(f"There {'is 1 perturbation' if len(found) == 1 else 'are no perturbations'} to compare.")
-    if len(found) > MAX_PERTURBATIONS:
-        raise InputError(f"There are {len(found):,} perturbations; up to {MAX_PERTURBATIONS:,} are shown.")
     if not finite.any():
         raise InputError("No feature of the profiles is finite in every row, so they cannot be compared.")
-    chosen = values[treated][:, finite]
-    means = np.zeros((len(found), chosen.shape[1]))
-    np.add.at(means, codes, chosen)
-    means /= np.bincount(codes)[:, None]
-    length = np.linalg.norm(means, axis=1, keepdims=True)
-    unit = means / np.where(length > 0, length, 1)
+    means = pd.DataFrame(values[:, finite]).groupby(pd.Series(names, dtype=object).mask(names == "")).mean()
+    if len(means) < 2:
+        raise InputError(f"There {'is 1 perturbation' if len(means) else 'are no perturbations'} to compare.")
+    if len(means) > MAX_PERTURBATIONS:
+        raise InputError(f"There are {len(means):,} perturbations; up to {MAX_PERTURBATIONS:,} are shown.")
+    unit = unit_rows(means.to_numpy())
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, -np.inf)
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(N_NEAREST, len(found) - 1)]
-    return [str(name) for name in found], nearest, np.take_along_axis(cosine, nearest, axis=1)
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(N_NEAREST, len(means) - 1)]
+    return list(means.index), nearest, np.take_along_axis(cosine, nearest, axis=1)
 
 
 def typical_cells(perturbation: np.ndarray, embeddings: np.ndarray, count: int = N_TYPICAL) -> dict[str, list[int]]:
@@ -261,11 +255,9 @@ def typical_cells(perturbation: np.ndarray, embeddings: np.ndarray, count: int =
     count
         Number of cells per perturbation.
     """
-    typical: dict[str, list[int]] = {}
     finite = np.isfinite(embeddings).all(axis=1)
-    for name in sorted({str(n) for n in perturbation if n is not None and n != ""}):
-        own = np.flatnonzero((perturbation == name) & finite)
-        if len(own):
-            distance = np.linalg.norm(embeddings[own] - embeddings[own].mean(axis=0), axis=1)
-            typical[name] = own[np.argsort(distance, kind="stable")[:count]].tolist()
+    typical = {}
+    for name, rows in pd.Series(np.flatnonzero(finite)).groupby(perturbation[finite]):
+        distance = np.linalg.norm(embeddings[rows] - embeddings[rows].mean(axis=0), axis=1)
+        typical[name] = rows.to_numpy()[np.argsort(distance, kind="stable")[:count]].tolist()
     return typical

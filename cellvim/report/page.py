@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import math
 import time
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import cellvim
-from cellvim.errors import InputError, OutputError
+from cellvim.errors import ChannelError, InputError, OutputError, PlateError
 from cellvim.files import write_atomic
-from cellvim.report.projection import MAX_CELLS
+from cellvim.report.projection import MAX_CELLS, project_cells
+from cellvim.report.record import untrained_warning
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -87,13 +89,13 @@ def write_report(
     output
         Path of the page.
     plate
-        Plates to cut crops from, if they are no longer at the path where they were embedded.
+        Plate or plates to cut crops from, if they were moved after embedding.
     profiles
-        Well profiles made by `cellvim.profile`; computed from the embeddings by default.
+        Well profiles, as written by ``cellvim profile``; computed from the embeddings by default.
     evaluation
         Result of ``cellvim evaluate``; computed from the profiles by default.
     color_by
-        Column of ``obs`` that initially colours the map.
+        Column of ``obs`` that colours the map initially.
     title
         Title of the page; the name of the plate by default.
     max_cells
@@ -121,8 +123,15 @@ def write_report(
     CellvimError
         An input is invalid, or the page cannot be written. Missing parts do not raise: the page states the reason.
     """
-    from cellvim.report.sections import make_sections
+    try:
+        import jinja2  # noqa: F401  # for `render`
+
+        from cellvim.report.sections import Sections
+    except ImportError as error:
+        raise InputError("A report requires Bokeh and Jinja2. Install it: pip install 'cellvim[report]'") from error
+    from cellvim.report.findings import find
     from cellvim.report.source import open_source
+    from cellvim.report.thumbnails import make_thumbnails
 
     start = time.perf_counter()
     output = Path(output)
@@ -133,30 +142,55 @@ def write_report(
         columns["plate"] = columns.pop("plate_column")
     columns = {name: value for name, value in columns.items() if value is not None}
     columns |= {"negative": control, "positive": positive}
+    paths = [str(p) for p in ([plate] if isinstance(plate, str | Path) else plate)]
+    progress = progress or (lambda done, total: None)
     with open_source(embeddings, **columns) as source:
-        content, data, summary = make_sections(
-            source,
-            embeddings,
-            paths=[str(p) for p in ([plate] if isinstance(plate, str | Path) else plate)],
-            profiles=profiles,
-            evaluation=evaluation,
-            color_by=color_by,
-            title=title,
-            max_cells=MAX_CELLS if max_cells is None else max_cells,
-            seed=seed,
-            progress=progress or (lambda done, total: None),
-            columns=columns,
-        )
-    page = render(content, data)
+        found = find(source, embeddings, profiles=profiles, evaluation=evaluation, seed=seed, **columns)
+        progress(1, 4)
+        try:
+            thumbnails = make_thumbnails(source, paths, seed=seed)
+        except (PlateError, ChannelError):  # of a plate that the user named
+            raise
+        except InputError as error:
+            thumbnails = error
+        try:
+            projection = project_cells(
+                source.store.take,
+                source.wells(),
+                existing=source.matrix("X_umap"),
+                keep=getattr(thumbnails, "rows", None),
+                max_cells=MAX_CELLS if max_cells is None else max_cells,
+                seed=seed,
+            )
+        except InputError as error:
+            projection = error
+        progress(2, 4)
+        sections = Sections(source, found, projection, thumbnails, color_by, seed)
+        content = sections.content(title)
+        progress(3, 4)
+        n_rows = source.n_rows
+    page = render(content, sections.data)
     write_atomic(output, page)
-    return ReportSummary(output=output, n_bytes=len(page.encode()), seconds=time.perf_counter() - start, **summary)
+    progress(4, 4)
+    no_crops = content["crops"]["missing"]
+    warning = untrained_warning(source.uns)
+    return ReportSummary(
+        output=output,
+        n_rows=n_rows,
+        n_shown=len(getattr(projection, "rows", ())),
+        n_crops=len(getattr(thumbnails, "rows", ())),
+        n_bytes=len(page.encode()),
+        seconds=time.perf_counter() - start,
+        remarks=([warning] if warning else []) + ([f"No crops: {no_crops}"] if no_crops else content["crops"]["notes"]),
+    )
 
 
 def render(content: dict[str, Any], data: dict[str, Any]) -> str:
     """Return the page.
 
     Its content security policy permits no network access, and only the page's own scripts and styles: scripts by their
-    hash, styles also by a nonce, which is set on the style elements that BokehJS creates.
+    hash, styles also by a nonce, which is set on the style elements that BokehJS creates. BokehJS is compressed in the
+    page and decompressed by the page's script.
 
     Parameters
     ----------
@@ -164,17 +198,9 @@ def render(content: dict[str, Any], data: dict[str, Any]) -> str:
         Values for the template, which escapes all text.
     data
         Values for the page's script.
-
-    Raises
-    ------
-    InputError
-        Jinja2 or Bokeh is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise InputError("A report requires Jinja2. Install it: pip install 'cellvim[report]'") from error
-    from cellvim.report.figures import bokeh_script
+    import bokeh
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -184,27 +210,25 @@ def render(content: dict[str, Any], data: dict[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     css, script = ((TEMPLATES / name).read_text("utf-8") for name in ("report.css", "report.js"))
-    library, encoded = bokeh_script(), to_json(data)
-    nonce = _digest(encoded)
-    hashes = [f"'sha256-{_digest(text)}'" for text in (library, script)]
-    return (
-        environment.get_template("report.html")
-        .render(
-            **content,
-            css=css,
-            library=library,
-            script=script,
-            data=encoded,
-            nonce=nonce,
-            policy=(
-                f"default-src 'none'; img-src data:; style-src 'nonce-{nonce}'; script-src {' '.join(hashes)}; "
-                "base-uri 'none'; form-action 'none'"
-            ),
-            version=cellvim.__version__,
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-        .lstrip()
+    library = (Path(bokeh.__file__).parent / "server" / "static" / "js" / "bokeh.min.js").read_bytes()
+    encoded = to_json(data)
+    nonce = _digest(encoded.encode())
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; "
+        f"script-src 'sha256-{_digest(script.encode())}' 'sha256-{_digest(library)}'"
     )
+    page = environment.get_template("report.html").render(
+        **content,
+        css=css,
+        library=base64.b64encode(gzip.compress(library, mtime=0)).decode(),
+        script=script,
+        data=encoded,
+        nonce=nonce,
+        policy=policy,
+        version=cellvim.__version__,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    return page.lstrip()
 
 
 def to_json(data: Any) -> str:
@@ -239,8 +263,8 @@ def check_page(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"The folder {output.parent} for the page does not exist.")
 
 
-def _digest(text: str) -> str:
-    return base64.b64encode(sha256(text.encode()).digest()).decode()
+def _digest(data: bytes) -> str:
+    return base64.b64encode(sha256(data).digest()).decode()
 
 
 def _plain(data: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,26 +49,23 @@ class CropRecord:
             return None
         if self.size_um and plate.pixel_size_um:
             return max(1, round(self.size_um / plate.pixel_size_um))
-        return self.size_px or 64
+        return int(self.size_px or 64)
 
 
 def read_crop_record(uns: Mapping[str, Any]) -> CropRecord:
     """Read how crops were cut."""
     from cellvim.data.intensity import IntensityScale
 
-    preprocessing = _dict(uns.get("preprocessing"))
-    crop, intensity = _dict(preprocessing.get("crop")), _dict(preprocessing.get("intensity"))
-    channels = _list(_dict(uns.get("channels")).get("plate"))
+    crop = _entry(uns, "preprocessing", "crop") or {}
     try:
-        scale = IntensityScale.from_dict(intensity) if intensity else None
+        scale = IntensityScale.from_dict(_entry(uns, "preprocessing", "intensity"))
     except (KeyError, TypeError, ValueError):
         scale = None
-    size_px = _positive(crop.get("size_px"))
     return CropRecord(
         unit=str(uns.get("unit", "cell")),
-        size_px=int(size_px) if size_px else None,
-        size_um=_positive(crop.get("size_um")),
-        channels=[str(c) for c in channels] or None,
+        size_px=crop.get("size_px"),
+        size_um=crop.get("size_um"),
+        channels=[str(channel) for channel in _list(_entry(uns, "channels", "plate"))] or None,
         scale=scale,
         spatial_in_um=str(uns.get("spatial_unit", "micrometer")) == "micrometer",
     )
@@ -89,16 +87,14 @@ def record_lines(uns: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 def channel_rows(uns: Mapping[str, Any]) -> list[list[str]]:
     """Return one row per channel: names on the plate and in the model, and the intensities mapped to 0 and 1."""
-    channels = _dict(uns.get("channels"))
-    names, meanings = (_list(channels.get(key)) for key in ("plate", "model"))
-    intensity = _dict(_dict(uns.get("preprocessing")).get("intensity"))
-    low, high = (
-        dict(zip(_list(intensity.get("channel_names")), _list(intensity.get(k)), strict=False)) for k in ("low", "high")
+    names, meanings = (_list(_entry(uns, "channels", key)) for key in ("plate", "model"))
+    scaled, low, high = (
+        _list(_entry(uns, "preprocessing", "intensity", key)) for key in ("channel_names", "low", "high")
     )
-    meanings += ["–"] * (len(names) - len(meanings))
+    limits = dict(zip(scaled, zip(low, high, strict=True), strict=True))
     return [
-        [str(name), str(meaning), _short(low.get(name)), _short(high.get(name))]
-        for name, meaning in zip(names, meanings, strict=False)
+        [str(name), str(meaning), *map(_short, limits.get(name, (None, None)))]
+        for name, meaning in zip_longest(names, meanings[: len(names)], fillvalue="–")
     ]
 
 
@@ -106,7 +102,7 @@ def failure_table(uns: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the headings and rows of the fields that could not be read."""
     failed = uns.get("failed_fields")
     if not isinstance(failed, pd.DataFrame):
-        failed = pd.DataFrame({name: _list(values) for name, values in _dict(failed).items()})
+        failed = pd.DataFrame(failed)
     names = [name for name in ("plate", "field", "reason") if name in failed]
     return [name.capitalize() for name in names] or ["Field", "Reason"], failed[names].astype(str).to_numpy().tolist()
 
@@ -116,7 +112,7 @@ def plate_paths(uns: Mapping[str, Any]) -> list[str]:
     plates = uns.get("plates")
     if isinstance(plates, pd.DataFrame) and "path" in plates:
         return [str(path) for path in plates["path"]]
-    path = _dict(uns.get("plate")).get("path")
+    path = _entry(uns, "plate", "path")
     return [str(path)] if path else []
 
 
@@ -140,7 +136,7 @@ def with_first_plate(uns: Mapping[str, Any]) -> dict[str, Any]:
 
 def untrained_warning(uns: Mapping[str, Any]) -> str | None:
     """Return a warning for weights that are untrained or not recorded, otherwise None."""
-    trained = _dict(uns.get("weights")).get("trained")
+    trained = _entry(uns, "weights", "trained")
     if trained is None:
         return "The AnnData does not record whether the weights were trained."
     if trained:
@@ -157,17 +153,12 @@ def _short(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _dict(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _entry(value: Any, *keys: str) -> Any:
+    """Return a nested entry; None if there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
-def _list(value: Any) -> list[Any]:
-    return [] if value is None else [v.item() if isinstance(v, np.generic) else v for v in value]
-
-
-def _positive(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) and number > 0 else None
+def _list(values: Any) -> list[Any]:
+    return [] if values is None else np.asarray(values).tolist()

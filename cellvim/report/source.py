@@ -28,7 +28,7 @@ class Source:
     Attributes
     ----------
     name
-        Name for messages and the subtitle.
+        Name for the subtitle.
     store
         The rows.
     obs

@@ -17,6 +17,7 @@ from cellvim.report.record import CropRecord, plate_paths, read_crop_record
 from cellvim.report.source import Source
 
 if TYPE_CHECKING:
+    from cellvim.data.intensity import IntensityScale
     from cellvim.data.plate import Plate
 
 BUDGET_BYTES = 2_000_000  # of all images in the page, encoded
@@ -94,21 +95,31 @@ def make_thumbnails(source: Source, paths: Sequence[str], *, seed: int = 0) -> T
     if source.columns.well is None or source.site_column is None:
         raise InputError("No columns contain the well and site of each row (Metadata_Well, Metadata_Site).")
     record = read_crop_record(source.uns)
-    table = _cell_table(source)
+    spatial = source.matrix("spatial")
+    flags = [source.obs[name].fillna(False).astype(bool) for name in QC_COLUMNS if name in source.obs]
+    table = pd.DataFrame(
+        {
+            **{role: source.text(role) for role in ("plate", "well", "perturbation")},
+            "site": source.obs[source.site_column].astype(str).to_numpy(dtype=object),
+            "good": ~np.any(flags, axis=0) if flags else True,
+            "x": np.nan if spatial is None else spatial[:, 0],
+            "y": np.nan if spatial is None else spatial[:, 1],
+        }
+    )
     if record.unit != "field" and not np.isfinite(table[["x", "y"]].to_numpy(float)).any():
         raise InputError("The positions of the cells within their fields are missing (obsm['spatial']).")
     names = [str(name) for name in pd.unique(table["plate"]) if name is not None]
     plates, notes = _match_plates(opened or _recorded_plates(source.uns), names or ["plate"])
     if not plates:
         raise InputError(" ".join(notes))
+    first_name, first = next(iter(plates.items()))
     if not names:
-        table["plate"] = next(iter(plates))
+        table["plate"] = first_name
     table["well"] = table["well"].map({w: canonical_well(w) for w in pd.unique(table["well"].dropna())})
     usable = table[table["plate"].isin(list(plates)) & table["well"].notna()]
     if not len(usable):
         raise InputError(f"No row belongs to a well of {listing(plates)}.")
-    first = next(iter(plates.values()))
-    count = max_thumbnails(len(record.channels or first.channel_names), _thumbnail_px(record.size_on(first)))
+    count = max_thumbnails(len(record.channels or first.channel_names), record.size_on(first) or MAX_PX)
     chosen = usable.iloc[choose_cells(usable, count, seed=seed)]
     try:
         found = _cut_thumbnails(plates, record, chosen)
@@ -120,12 +131,13 @@ def make_thumbnails(source: Source, paths: Sequence[str], *, seed: int = 0) -> T
         raise InputError(" ".join(found.notes) or "No crop could be cut.")
     found.notes[:0] = notes
     if len(plates) > 1:
-        found.notes.append(f"The crops of all plates use the scaling of {next(iter(plates))}, for comparison.")
+        found.notes.append(f"The crops of all plates use the scaling of {first_name}, for comparison.")
     return found
 
 
 def max_thumbnails(n_channels: int, size_px: int) -> int:
-    """Return the number of thumbnails that fit into the page."""
+    """Return the number of thumbnails of crops of this size that fit into the page."""
+    size_px = np.clip(size_px, MIN_PX, MAX_PX)
     return int(np.clip(BUDGET_BYTES / (n_channels * size_px**2 * BYTES_PER_PIXEL), 40, MAX_THUMBNAILS))
 
 
@@ -166,33 +178,17 @@ def choose_cells(table: pd.DataFrame, count: int, *, seed: int = 0) -> np.ndarra
     return np.sort(rows[np.argsort(rank, kind="stable")][:count])
 
 
-def _cell_table(source: Source) -> pd.DataFrame:
-    """Return the columns that `choose_cells` needs, and the position within the field."""
-    spatial = source.matrix("spatial")
-    flags = [source.obs[name].fillna(False).astype(bool) for name in QC_COLUMNS if name in source.obs]
-    return pd.DataFrame(
-        {
-            **{role: source.text(role) for role in ("plate", "well", "perturbation")},
-            "site": source.obs[source.site_column].astype(str).to_numpy(dtype=object),
-            "good": ~np.any(flags, axis=0) if flags else True,
-            "x": np.nan if spatial is None else spatial[:, 0],
-            "y": np.nan if spatial is None else spatial[:, 1],
-        },
-        index=pd.RangeIndex(source.n_rows),
-    )
-
-
 def _recorded_plates(uns: Mapping[str, Any]) -> list[Plate]:
     from cellvim.data.plate import open_plate
 
-    recorded, found, missing = plate_paths(uns), [], []
-    if not recorded:
-        raise InputError("The AnnData does not record its plate. Name it with --plate.")
-    for path in recorded:
+    found, missing = [], []
+    for path in plate_paths(uns):
         try:
             found.append(open_plate(path))
         except CellvimError:
             missing.append(path)
+    if not found and not missing:
+        raise InputError("The AnnData does not record its plate. Name it with --plate.")
     if not found:
         raise InputError(f"The plate is no longer at {listing(missing)}. Name its location with --plate.")
     return found
@@ -217,21 +213,26 @@ def _cut_thumbnails(plates: Mapping[str, Plate], record: CropRecord, chosen: pd.
     first = next(iter(plates.values()))
     channels = record.channels or list(first.channel_names)
     side = record.size_on(first)
+    fields = {(name, f.well, str(f.site)): f for name, plate in plates.items() for f in plate.fields}
     notes: list[str] = []
-    pixels: dict[int, np.ndarray] = {}
+    rows: list[int] = []
+    crops: list[np.ndarray] = []
     missing_wells, unreadable = set(), []
-    for (plate_name, well, site), part in chosen.groupby(["plate", "well", "site"], sort=False, observed=True):
-        found = next((f for f in plates[plate_name].fields if f.well == well and str(f.site) == str(site)), None)
+    for key, part in chosen.groupby(["plate", "well", "site"], sort=False, observed=True):
+        found = fields.get(key)
         if found is None:
-            missing_wells.add(str(well))
+            missing_wells.add(str(key[1]))
             continue
         try:
-            image = found.read(channels)
+            image = found.read(channels).astype(np.float32)
         except FieldReadError as error:
             unreadable.append(str(error))
             continue
-        crops, inside = _cut(image, part, record, side, found.pixel_size_um)
-        pixels.update(zip(part.index[inside], crops, strict=True))
+        scale = found.pixel_size_um if record.spatial_in_um and found.pixel_size_um else 1.0
+        centers = part[["y", "x"]].to_numpy(np.float64) / scale
+        inside = ((centers > -1) & (centers < image.shape[1:])).all(axis=1) | (side is None)
+        rows += part.index[inside].tolist()
+        crops.append(_cut(image, centers[inside], side))
         if not inside.all():
             notes.append(
                 f"{int((~inside).sum())} cells are outside field {found.name}. Check that it is the same plate."
@@ -240,58 +241,39 @@ def _cut_thumbnails(plates: Mapping[str, Plate], record: CropRecord, chosen: pd.
         notes.append(f"The plate has no field for {listing(sorted(missing_wells))}, so there are no crops of these.")
     if unreadable:
         notes.append(f"{len(unreadable)} fields could not be read. First: {unreadable[0]}")
-    rows = np.array(sorted(pixels), np.int64)
-    description = "whole fields" if side is None else f"{side} px"
+    size = "whole fields" if side is None else f"{side} px"
     if side is not None and first.pixel_size_um:
-        description += f" ({side * first.pixel_size_um:.3g} µm)"
-    return Thumbnails(
-        rows=rows,
-        pixels=_to_bytes([pixels[row] for row in rows], record, channels),
-        channels=list(channels),
-        colors=_channel_colors(channels, first),
-        crop_size=description,
-        notes=list(dict.fromkeys(notes)),
-    )
+        size += f" ({side * first.pixel_size_um:.3g} µm)"
+    order = np.argsort(rows)
+    pixels = np.concatenate(crops)[order] if crops else np.zeros((0, len(channels), MIN_PX, MIN_PX))
+    scale = record.scale if record.scale and list(record.scale.channel_names) == channels else None
+    colors = _channel_colors(channels, first)
+    rows = np.array(rows, np.int64)[order]
+    return Thumbnails(rows, _to_bytes(pixels, scale), channels, colors, size, list(dict.fromkeys(notes)))
 
 
-def _thumbnail_px(side: int | None) -> int:
-    return MAX_PX if side is None else int(np.clip(side, MIN_PX, MAX_PX))
-
-
-def _cut(
-    image: np.ndarray, part: pd.DataFrame, record: CropRecord, side: int | None, pixel_size_um: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(C, H, W) -> (m, C, size, size) float32 in stored intensities, and (n,) which rows are inside the field."""
+def _cut(image: np.ndarray, centers: np.ndarray, side: int | None) -> np.ndarray:
+    """(C, H, W), (m, 2) -> (m, C, size, size) in stored intensities; the field padded to a square if side is None."""
     import torch
 
     from cellvim.data.crops import cut_crops, place_windows, resize_crops
 
-    height, width = image.shape[1:]
-    image = image.astype(np.float32)
-    if side is None:  # a whole field, padded to a square
-        length = max(height, width)
-        top, left = (length - height) // 2, (length - width) // 2
-        square = np.zeros((1, len(image), length, length), np.float32)
-        square[0, :, top : top + height, left : left + width] = image
-        crop = resize_crops(torch.from_numpy(square), MAX_PX).numpy()
-        return np.repeat(crop, len(part), axis=0), np.ones(len(part), bool)
-    scale = pixel_size_um if record.spatial_in_um and pixel_size_um else 1.0
-    centers = part[["y", "x"]].to_numpy(np.float64) / scale
-    inside = ((centers > -1) & (centers < (height, width))).all(1)
-    first, _ = place_windows(centers[inside], side, (height, width))
-    crops = torch.from_numpy(cut_crops(image, first, side))
-    return resize_crops(crops, _thumbnail_px(side)).numpy(), inside
+    if side is not None:
+        first, _ = place_windows(centers, side, image.shape[1:])
+        crops = torch.from_numpy(cut_crops(image, first, side))
+        return resize_crops(crops, int(np.clip(side, MIN_PX, MAX_PX))).numpy()
+    length = max(image.shape[1:])
+    before = [(length - side) // 2 for side in image.shape[1:]]
+    after = [length - side - b for side, b in zip(image.shape[1:], before, strict=True)]
+    square = np.pad(image, ((0, 0), (before[0], after[0]), (before[1], after[1])))
+    return np.repeat(resize_crops(torch.from_numpy(square[None]), MAX_PX).numpy(), len(centers), axis=0)
 
 
-def _to_bytes(crops: Sequence[np.ndarray], record: CropRecord, channels: Sequence[str]) -> np.ndarray:
+def _to_bytes(values: np.ndarray, scale: IntensityScale | None) -> np.ndarray:
     """Scale stored intensities to (k, C, s, s) bytes: as for the model if recorded, otherwise by percentiles."""
-    if not len(crops):
-        return np.zeros((0, len(channels), MIN_PX, MIN_PX), np.uint8)
-    values = np.stack(crops)
-    if record.scale is not None and list(record.scale.channel_names) == list(channels):
-        low, high = record.scale.low, record.scale.high
-    else:
-        low, high = np.nanpercentile(values, [0.1, 99.9], axis=(0, 2, 3))
+    if not len(values):
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.nanpercentile(values, [0.1, 99.9], axis=(0, 2, 3)) if scale is None else (scale.low, scale.high)
     low, high = (np.asarray(v, np.float64)[:, None, None] for v in (low, high))
     scaled = (values - low) / np.where(high > low, high - low, np.inf)
     return np.rint(np.nan_to_num(scaled).clip(0, 1) ** GAMMA * 255).astype(np.uint8)
@@ -302,11 +284,10 @@ def _channel_colors(channels: Sequence[str], plate: Plate) -> list[str]:
     of_plate = dict(zip(plate.channel_names, plate.channel_colors, strict=True))
     colors: list[str] = []
     for name in channels:
-        stain = canonical_name(name)
-        candidates = [COLORS.get(stain) if stain else None, of_plate.get(name)]
-        candidates = [str(c)[:6].upper() for c in candidates if c] + list(_EXTRA_COLORS)
-        candidates = ["4060FF" if c == "0000FF" else c for c in candidates]  # pure blue is too dark on black
-        free = [c for c in candidates if c not in colors and not (c == "FFFFFF" and len(channels) > 1)]
+        own = [COLORS.get(canonical_name(name) or ""), of_plate.get(name)]
+        candidates = [str(color)[:6].upper() for color in own if color] + list(_EXTRA_COLORS)
+        candidates = ["4060FF" if color == "0000FF" else color for color in candidates]  # pure blue is dark on black
+        free = [c for c in candidates if c not in colors and (c != "FFFFFF" or len(channels) == 1)]
         colors.append((free or candidates)[0])
     return colors
 
@@ -317,8 +298,7 @@ def _sheet(pixels: np.ndarray) -> str:
 
     count, size, _ = pixels.shape
     n_rows = -(-count // SHEET_COLUMNS)
-    cells = np.zeros((n_rows * SHEET_COLUMNS, size, size), np.uint8)
-    cells[:count] = pixels
+    cells = np.pad(pixels, ((0, n_rows * SHEET_COLUMNS - count), (0, 0), (0, 0)))
     cells = cells.reshape(n_rows, SHEET_COLUMNS, size, size).transpose(0, 2, 1, 3)
     image = Image.fromarray(cells.reshape(n_rows * size, SHEET_COLUMNS * size))
     with io.BytesIO() as buffer:

@@ -23,8 +23,10 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-function option(name, i) {
-  return element("option", { value: String(i) }, name);
+function fillSelect(select, names, initial, show) {
+  select.append(...names.map((name, i) => element("option", { value: String(i) }, name)));
+  select.value = String(initial);
+  select.addEventListener("change", () => show(Number(select.value)));
 }
 
 function number(value) {
@@ -170,18 +172,9 @@ function cropCanvas(index) {
 
 // --- Inspection of points by pointer and keyboard, on the map of cells and on plate maps
 
-function showTip(x, y, ...children) {
-  const tip = byId("tip");
-  tip.replaceChildren(...children);
-  tip.hidden = false;
-  const box = tip.getBoundingClientRect();
-  const left = x + 18 + box.width > innerWidth ? x - 18 - box.width : x + 18;
-  tip.style.left = `${Math.max(4, left)}px`;
-  tip.style.top = `${Math.max(4, Math.min(y + 12, innerHeight - box.height - 4))}px`;
-}
-
-function fact(name, value) {
-  return element("div", {}, element("span", { class: "soft" }, `${name} `), value);
+function move(item, left, top) {
+  item.style.left = `${left}px`;
+  item.style.top = `${top}px`;
 }
 
 /* Make the points of a figure inspectable.
@@ -207,14 +200,17 @@ function inspect(name, { points, facts, picture = () => null, choose }) {
     };
   };
   const show = (i, screen, { x, y } = {}) => {
+    const tip = byId("tip");
     current = i;
-    ring.hidden = byId("tip").hidden = i < 0;
+    ring.hidden = tip.hidden = i < 0;
     if (i < 0) return;
     const [left, top] = screen.place(x[i], y[i]);
-    ring.style.left = `${left}px`;
-    ring.style.top = `${top}px`;
     const image = picture(i);
-    showTip(left, top, ...(image ? [image] : []), ...facts(i).map(([key, value]) => fact(key, value)));
+    const lines = facts(i).map(([key, value]) => element("div", {}, element("span", { class: "soft" }, `${key} `), value));
+    tip.replaceChildren(...(image ? [image] : []), ...lines);
+    const { width, height } = tip.getBoundingClientRect();
+    move(ring, left, top);
+    move(tip, Math.max(4, left + 18 + width > innerWidth ? left - 18 - width : left + 18), Math.max(4, Math.min(top + 12, innerHeight - height - 4)));
   };
   const search = (cost) => { // the candidate with the least cost
     const screen = toScreen(), all = points();
@@ -297,11 +293,7 @@ function setUpPlates() {
       byId(`plate-unknown-${m}`).hidden = known.length > 0;
     });
   };
-  const choice = byId("plate");
-  if (choice) {
-    choice.append(...list.map((one, i) => option(one.name, i)));
-    choice.addEventListener("change", () => show(Number(choice.value)));
-  }
+  if (list.length > 1) fillSelect(byId("plate"), list.map((one) => one.name), 0, show);
   show(0);
   wells.selected.change.connect(() => {
     const names = wells.selected.indices.map((i) => plate.wells[i].name);
@@ -327,16 +319,14 @@ function setUpMap() {
   const tags = model("map").tags[0];
   cells.arrays = tags instanceof Map ? Object.fromEntries(tags) : tags;
   cells.source = model("cells");
-  cells.order = shuffled(n);
+  const rank = (row) => Math.imul(row, 0x9e3779b1) >>> 0; // mixes the rows, so that no group covers another
+  cells.order = Array.from({ length: n }, (_, row) => row).sort((a, b) => rank(a) - rank(b));
   cells.cropOf = new Map(cropped.map((row, crop) => [row, crop]).filter(([row]) => row >= 0));
   const everything = cells.cropOf.size ? [...cells.cropOf.keys()] : [...cells.order];
   let candidates = everything;
   cells.column = DATA.map.initial;
-  const choice = byId("color-by");
-  choice.append(...columns.map((column, i) => option(column.name, i)));
-  choice.value = String(cells.column);
-  choice.addEventListener("change", () => {
-    cells.column = Number(choice.value);
+  fillSelect(byId("color-by"), columns.map((column) => column.name), cells.column, (c) => {
+    cells.column = c;
     colorCells();
   });
   cells.source.data = {
@@ -372,18 +362,6 @@ function setUpMap() {
   });
 }
 
-function shuffled(n) {
-  // A reproducible order of drawing, so that no group covers another
-  const order = Array.from({ length: n }, (_, i) => i);
-  let state = 12345;
-  for (let i = n - 1; i > 0; i--) {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    const j = state % (i + 1);
-    [order[i], order[j]] = [order[j], order[i]];
-  }
-  return order;
-}
-
 function zoom(factor) {
   const { x_range, y_range } = model("map");
   for (const range of [x_range, y_range]) {
@@ -392,13 +370,9 @@ function zoom(factor) {
   }
 }
 
-function codes(c) {
-  return cells.arrays[`code${c}`];
-}
-
 function valueOf(c, row) {
   // A number, the name of a category, or null
-  const column = DATA.map.columns[c], code = codes(c)[row];
+  const column = DATA.map.columns[c], code = cells.arrays[`code${c}`][row];
   if (code === column.missing) return null;
   if (column.kind === "category") return column.categories[code];
   const value = column.levels ? column.levels[code] : column.low + code * column.step;
@@ -414,7 +388,7 @@ function colorCells() {
   const count = isNumber ? 0 : column.categories.length;
   const range = isNumber ? { low: column.dark, high: Math.max(column.bright, column.dark + 1e-9) } : { low: -0.5, high: count - 0.5 };
   mapper.setv({ palette: isNumber ? numbers : Array.from({ length: count }, (_, i) => colors[i % colors.length]), ...range });
-  const own = codes(c);
+  const own = cells.arrays[`code${c}`];
   cells.source.data = {
     ...cells.source.data,
     color: Float32Array.from(cells.order, (row) => (own[row] === column.missing ? NaN : isNumber ? valueOf(c, row) : own[row])),
@@ -436,10 +410,11 @@ function drawLegend(column, own) {
     if (column.categories.length > colors.length) {
       legend.append(element("p", { class: "soft small" }, `${column.categories.length} values, so colours repeat. Click one to select its cells.`));
     }
+    const toggle = (code) => (cells.category === code ? selectCells(null) : selectCells((row) => own[row] === code, code));
     column.categories.forEach((name, code) => {
       const swatch = element("span", { class: "swatch", "aria-hidden": "true" });
       swatch.style.background = colors[code % colors.length];
-      legend.append(element("button", { type: "button", "aria-pressed": "false", onclick: () => toggleCategory(code) },
+      legend.append(element("button", { type: "button", "aria-pressed": "false", onclick: () => toggle(code) },
         swatch, element("span", { class: "name" }, name), element("span", { class: "n" }, number(counts[code]))));
     });
   }
@@ -450,12 +425,6 @@ function drawLegend(column, own) {
 function showCategory(code) {
   cells.category = code;
   document.querySelectorAll("#legend button").forEach((button, i) => button.setAttribute("aria-pressed", String(i === code)));
-}
-
-function toggleCategory(code) {
-  const own = codes(cells.column);
-  const chosen = cells.category === code ? null : code;
-  selectCells(chosen === null ? null : (row) => own[row] === chosen, chosen);
 }
 
 function selectCells(test, category = null) {
@@ -522,12 +491,9 @@ function keepCrop(row) {
 function setUpNeighbors() {
   if (!DATA.neighbors) return;
   const { list, initial } = DATA.neighbors;
-  const choice = byId("perturbation");
   const show = (i) => byId("nearest").replaceChildren(
     neighborRow(list[i], null), ...list[i].nearest.map(([j, similarity]) => neighborRow(list[j], similarity)));
-  choice.append(...list.map((one, i) => option(one.name, i)));
-  choice.value = String(initial);
-  choice.addEventListener("change", () => show(Number(choice.value)));
+  fillSelect(byId("perturbation"), list.map((one) => one.name), initial, show);
   show(initial);
 }
 
@@ -540,8 +506,15 @@ function neighborRow(one, similarity) {
     element("div", { class: "crops" }, ...pictures));
 }
 
+async function loadBokeh() {
+  const compressed = Uint8Array.from(atob(byId("library").textContent), (character) => character.charCodeAt(0));
+  const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  document.head.append(element("script", {}, await new Response(stream).text()));
+}
+
 async function main() {
   setUpTables();
+  await loadBokeh();
   Bokeh.logger.set_level("error");
   const { document: report, roots } = DATA.figures;
   const [manager] = await Bokeh.embed.embed_items({ report }, [{ docid: "report", roots, root_ids: Object.keys(roots) }]);
