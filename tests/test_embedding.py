@@ -215,7 +215,7 @@ class TestUnits:
         assert plan.model.config.image_size == (128, 128)
 
     def test_cells_are_about_forty_micrometres_by_default(self, plate_path):
-        assert plan_embedding(plate_path).crop_px == 80
+        assert plan_embedding(plate_path).plates[0].crop_px == 80
 
     def test_pixels_when_the_size_is_unknown(self, images, tmp_path, encoder):
         path = write_plate(tmp_path / "p.zarr", {"A01": images["A01"]}, CHANNELS, pixel_size_um=None)

@@ -1,4 +1,4 @@
-"""Imports follow the layers of the design, and heavy ones are deferred; read from the syntax trees."""
+"""The order of imports, cycles, private names, and lazy imports of heavy packages; read from the syntax trees."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.sparse.csgraph import connected_components
 
 import cellvim
 
 PACKAGE = Path(cellvim.__file__).parent
-RANK = {  # a part imports parts of a lower rank, and itself
+RANK = {  # a part may import itself and parts of a lower rank
     "__main__": 9,
     "cli": 8,
     "demo": 7,
-    "bench": 7,
     "report": 6,
     "attribution": 6,
     "pl": 5,
@@ -102,6 +104,64 @@ def test_imports_go_one_way(path):
         if (part := _part(name)) in RANK and part != own and RANK[part] >= RANK.get(own, RANK["cli"])
     }
     assert not wrong, f"{_name(path)} imports {sorted(wrong)}"
+
+
+def _all_imports(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports anywhere, also for type checkers and inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    return found & {_name(p) for p in MODULES} - {_name(path)}
+
+
+def test_no_import_cycles():
+    """Counts imports inside functions and for type checkers. A package's __init__ may import its own modules."""
+    graph = {_name(p): _all_imports(p) for p in MODULES if _name(p) != "cellvim"}
+    for name, imports in graph.items():
+        imports -= {"cellvim", name.rpartition(".")[0]}
+    cycles = [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
+    assert not cycles
+
+
+def _strongly_connected(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Return the strongly connected components of a directed graph."""
+    names = list(graph)
+    matrix = np.array([[other in graph[name] for other in names] for name in names])
+    _, labels = connected_components(matrix, connection="strong")
+    return [{name for name, label in zip(names, labels, strict=True) if label == i} for i in set(labels)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_private_names_stay_in_their_module(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules: dict[str, str] = {}  # local name -> module of the package
+    private = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cellvim":
+            private += [f"{node.module}.{a.name}" for a in node.names if a.name.startswith("_") and a.name[:2] != "__"]
+            modules |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {a.asname: a.name for a in node.names if a.asname and a.name.startswith("cellvim.")}
+    known = {_name(p) for p in MODULES}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if module in known and node.attr.startswith("_") and node.attr[:2] != "__":
+                private.append(f"{module}.{node.attr}")
+    assert not private
+
+
+def test_file_names_are_unique():
+    """Except where one module draws what another one computes."""
+    names = Counter(p.name for p in MODULES if p.name != "__init__.py")
+    repeated = [name for name, count in names.items() if count > 1]
+    assert len(repeated) <= 5, repeated
+    assert all(names[name] == 2 for name in repeated)
+    drawing = {p.name for p in MODULES if _part(_name(p)) in ("pl", "report")}
+    assert set(repeated) <= drawing
 
 
 @pytest.mark.parametrize(
