@@ -247,6 +247,8 @@ class FieldEmbedder:
             values += [*[main] * len(names), *[None] * plan.tokens]
         obsm = {"probabilities": values.pop(0)} if plan.class_names else {}
         tokens = values.pop() if plan.tokens else None
+        if tokens is not None:
+            tokens = tokens[0]  # (D, C, rows, columns): a field is one unit
         obsm = {f"X_emb_{name}": channel for name, channel in zip(names, values, strict=True)} | obsm
         objects = cut.table.drop(columns=["y_px", "x_px"]).rename(columns={"object_number": "Metadata_ObjectNumber"})
         spatial = cut.table[["x_px", "y_px"]].to_numpy(np.float64) * (cut.field.pixel_size_um or 1.0)
