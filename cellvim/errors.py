@@ -79,3 +79,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean X?`` if a known name is similar to ``name``, otherwise an empty string."""
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def check_seed(seed: int) -> None:
+    """Check that NumPy, PyTorch and scikit-learn accept a random seed.
+
+    Raises
+    ------
+    InputError
+        It is negative or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"The seed is {seed}; expected 0 to {2**32 - 1}.")

@@ -391,3 +391,9 @@ def test_equivalent_options_have_the_same_record():
     python = EmbeddingOptions(channels={"DNA": "ch5", "ER": "ch4"}, wells=("A01", "B07"), cells=Path("table.csv"))
     command_line = EmbeddingOptions(channels="DNA=ch5,ER=ch4", wells=["A01", "B07"], cells="table.csv")
     assert python.record() == command_line.record()
+
+
+@pytest.mark.parametrize("seed", [-5, 2**63])
+def test_seeds_that_no_library_accepts_are_refused_before_any_work(plate_path, seed):
+    with pytest.raises(InputError, match="seed"):
+        plan_embedding(plate_path, seed=seed)

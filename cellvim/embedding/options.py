@@ -18,7 +18,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
-from cellvim.errors import InputError, listing, suggestion
+from cellvim.errors import InputError, check_seed, listing, suggestion
 
 if TYPE_CHECKING:
     from cellvim.models.encoder import Encoder
@@ -112,6 +112,7 @@ class PlateOptions:
     def __post_init__(self) -> None:
         _check_choices(self)
         check_crop_size(self.unit, self.crop_size)
+        check_seed(self.seed)
 
     @property
     def view(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellvim.anndata_io import read_anndata, stored_files
-from cellvim.errors import InputError, MetadataError, listing, suggestion
+from cellvim.errors import InputError, MetadataError, check_seed, listing, suggestion
 from cellvim.profiles.aggregation import Statistic, aggregate
 from cellvim.profiles.columns import PLATE, WELL, Columns, find_columns
 from cellvim.profiles.conversion import check_profiles_output, write_profiles
@@ -91,6 +91,7 @@ def profile(
     CellvimError
         An input or option is not valid.
     """
+    check_seed(seed)
     steps = []
     for step in normalize:
         method, _, use = step.strip().partition("@")
